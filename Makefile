@@ -1,0 +1,38 @@
+# Every target makes its own environment: python3, git and make are all that a fresh machine needs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint format lock clean
+
+demo: .venv/ready
+	$(BIN)/ldm demo
+
+# Real kills and real servers on a shared machine: what fails is tried once more, alone, and must pass then.
+test: .venv/ready
+	$(BIN)/pytest $(PYTEST_ARGS) || $(BIN)/pytest --last-failed --last-failed-no-failures none $(PYTEST_ARGS)
+
+lint: .venv/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock: .venv/bin/uv
+	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --extra dev --no-header \
+		--no-emit-index-url --no-emit-find-links pyproject.toml -o requirements.lock
+
+.venv/bin/uv:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv
+
+.venv/ready: .venv/bin/uv requirements.lock pyproject.toml
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf .venv runs build *.egg-info
