@@ -1,0 +1,148 @@
+"""Attention: over token sequences, over pixels, and of pixels to a context (paper, Sec. 3.3).
+
+Shapes: x: (B, N, D) sequence or (B, C, H, W) feature map; context: (B, L, D_context).
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm_core.blocks import zero_init
+
+
+class Attention(nn.Module):
+    """Multi-head attention, softmax(Q K^T / sqrt(d)) V: queries from x; keys and values from the context.
+
+    Projections to queries, keys and values have no bias; the output projection has one.
+
+    Args:
+        width: D of x and of the output.
+        context_width: D of the context; the same as `width` for self-attention.
+        num_heads: number of heads.
+        head_channels: d, channels of a head; num_heads * d need not equal the width.
+    """
+
+    def __init__(self, width: int, *, context_width: int, num_heads: int, head_channels: int) -> None:
+        super().__init__()
+        inner_width = num_heads * head_channels
+        self.num_heads = num_heads
+        self.query = nn.Linear(width, inner_width, bias=False)
+        self.key = nn.Linear(context_width, inner_width, bias=False)
+        self.value = nn.Linear(context_width, inner_width, bias=False)
+        self.output = nn.Linear(inner_width, width)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """(B, N, D), (B, L, D_context) -> (B, N, D); attends to x itself without a context."""
+        source = x if context is None else context
+        query, key, value = self.query(x), self.key(source), self.value(source)
+        query, key, value = (each.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for each in (query, key, value))
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self.output(attended.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers, four times as wide between; gated (GEGLU, Shazeer 2020) or plain GELU."""
+
+    def __init__(self, width: int, *, gated: bool) -> None:
+        super().__init__()
+        self.gated = gated
+        self.linear1 = nn.Linear(width, 4 * width * (2 if gated else 1))
+        self.linear2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        h = self.linear1(x)
+        if self.gated:
+            h, gate = h.chunk(2, dim=-1)
+            return self.linear2(h * F.gelu(gate))
+        return self.linear2(F.gelu(h))
+
+
+class CrossAttentionLayer(nn.Module):
+    """Self-attention, cross-attention to the context, gated feed-forward; each pre-norm with a residual."""
+
+    def __init__(self, width: int, *, context_width: int, num_heads: int, head_channels: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.self_attention = Attention(width, context_width=width, num_heads=num_heads, head_channels=head_channels)
+        self.norm2 = nn.LayerNorm(width)
+        self.cross_attention = Attention(
+            width, context_width=context_width, num_heads=num_heads, head_channels=head_channels
+        )
+        self.norm3 = nn.LayerNorm(width)
+        self.feed_forward = FeedForward(width, gated=True)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """(B, N, D), (B, L, D_context) -> (B, N, D)."""
+        x = x + self.self_attention(self.norm1(x))
+        x = x + self.cross_attention(self.norm2(x), context)
+        return x + self.feed_forward(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer layers over the pixels of a feature map, with cross-attention (paper, Sec. 3.3, Fig. 3).
+
+    Args:
+        channels: C of the feature map.
+        context_width: D of the context.
+        num_heads, head_channels: num_heads * head_channels must equal the channels.
+        depth: number of layers.
+    """
+
+    def __init__(self, channels: int, *, context_width: int, num_heads: int, head_channels: int, depth: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.project_in = nn.Conv2d(channels, channels, 1)
+        self.layers = nn.ModuleList(
+            CrossAttentionLayer(channels, context_width=context_width, num_heads=num_heads, head_channels=head_channels)
+            for _ in range(depth)
+        )
+        self.project_out = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """(B, C, H, W), (B, L, D_context) -> (B, C, H, W)."""
+        size = x.shape[2:]
+        # In channels_last memory both reshapes are views.
+        h = self.project_in(self.norm(x)).flatten(2).transpose(1, 2)
+        for layer in self.layers:
+            h = layer(h, context)
+        return x + self.project_out(h.transpose(1, 2).unflatten(2, size))
+
+
+class SelfAttentionBlock(nn.Module):
+    """Self-attention over the pixels of a feature map, without context (Dhariwal & Nichol 2021).
+
+    The fused projection keeps the published order of output channels: (head, [query, key, value], d).
+
+    Args:
+        channels: C of the feature map.
+        num_heads: number of heads; C must be divisible by it.
+        eps: of the group norm (1e-5 in the UNet, 1e-6 in the first stage).
+        groups: of the group norm.
+        zero_output: start the output projection at zero (UNet).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        num_heads: int = 1,
+        eps: float = 1e-5,
+        groups: int = 32,
+        zero_output: bool = True,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = nn.GroupNorm(groups, channels, eps=eps)
+        self.query_key_value = nn.Conv2d(channels, 3 * channels, 1)
+        self.project_out = nn.Conv2d(channels, channels, 1)
+        if zero_output:
+            zero_init(self.project_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        fused = self.query_key_value(self.norm(x)).flatten(2)  # (B, 3C, N)
+        query, key, value = fused.unflatten(1, (self.num_heads, 3, -1)).transpose(-1, -2).unbind(2)
+        attended = F.scaled_dot_product_attention(query, key, value)  # (B, heads, N, d)
+        return x + self.project_out(attended.transpose(-1, -2).reshape(x.shape))

@@ -1,0 +1,93 @@
+"""Exponential moving average of a network's weights, kept in float32 outside the graph.
+
+The paper samples from such averages; decay and warm-up follow its code release.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """The average of every floating-point parameter and buffer of a module.
+
+    Args:
+        module: the network being trained (unwrapped, on its final device); it is read on `update` and written on
+            `swapped`, always through the tensors it holds now.
+        decay: share of the old average that an update keeps.
+        warmup: keep less in the beginning, min(decay, (1 + n) / (10 + n)) at the n-th update.
+
+    Attributes:
+        shadow: averages by name in the module's state dict, float32 on the module's device.
+        num_updates: updates so far.
+
+    Raises:
+        ValueError: unless 0 <= decay < 1.
+    """
+
+    def __init__(self, module: nn.Module, *, decay: float = 0.9999, warmup: bool = True) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"EMA decay must be at least 0 and below 1, got {decay}")
+        self.decay = decay
+        self.warmup = warmup
+        self.num_updates = 0
+        self._source = _floating_tensors(module)
+        self.shadow: dict[str, Tensor] = {
+            name: tensor.to(torch.float32, copy=True) for name, tensor in self._source.items()
+        }
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the module's present weights; call after each optimizer step."""
+        self.num_updates += 1
+        decay = self.decay
+        if self.warmup:
+            decay = min(decay, (1 + self.num_updates) / (10 + self.num_updates))
+        weights = [tensor.float() for tensor in self._source.values()]
+        torch._foreach_lerp_(list(self.shadow.values()), weights, 1.0 - decay)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Within the context the module computes with the average; afterwards its own weights are back."""
+        own = {name: tensor.clone() for name, tensor in self._source.items()}
+        self._write(self.shadow)
+        try:
+            yield
+        finally:
+            self._write(own)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on: {"num_updates": int, "shadow": {name: float32 tensor}}."""
+        return {"num_updates": self.num_updates, "shadow": dict(self.shadow)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`'s result.
+
+        Raises:
+            ValueError: when names or shapes are not this module's.
+        """
+        saved: dict[str, Tensor] = state["shadow"]
+        wrong = sorted(saved.keys() ^ self.shadow.keys())
+        wrong += sorted(k for k in saved.keys() & self.shadow.keys() if saved[k].shape != self.shadow[k].shape)
+        if wrong:
+            raise ValueError(
+                f"the saved EMA must hold this network's tensors, {len(wrong)} differ in name or shape "
+                f"({', '.join(wrong[:5])}): build the network from the checkpoint's own config"
+            )
+        self.num_updates = int(state["num_updates"])
+        for name, average in self.shadow.items():
+            average.copy_(saved[name])
+
+    @torch.no_grad()
+    def _write(self, values: dict[str, Tensor]) -> None:
+        # Copied into the module's own storage, so that compiled graphs and DDP keep seeing the same tensors.
+        for name, tensor in self._source.items():
+            tensor.copy_(values[name])
+
+
+def _floating_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Detached views of the module's floating-point state, sharing its storage."""
+    return {name: tensor.detach() for name, tensor in module.state_dict().items() if tensor.is_floating_point()}

@@ -1,0 +1,152 @@
+"""The forward process: how much signal and how much noise a latent holds at every timestep.
+
+Shapes: z0, z_t, noise: (B, ...) latents; t: (B,) integers in [0, timesteps).
+Source: Sec. 3.2 and appendix B of the paper; betas as in its code release.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+ScheduleKind = Literal["scaled_linear", "linear", "cosine"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Variances of the forward process.
+
+    Args:
+        timesteps: T, length of the chain.
+        kind: "scaled_linear" is linear in sqrt(beta), what the paper's code calls "linear"; "linear" is
+            linear in beta (Ho et al. 2020); "cosine" is Nichol & Dhariwal 2021 and uses neither beta_start
+            nor beta_end.
+        beta_start: variance of the first step.
+        beta_end: variance of the last step.
+        zero_terminal_snr: rescale so that the last timestep holds no signal at all (Lin et al. 2024,
+            Algorithm 1).
+
+    Raises:
+        ValueError: for fewer than two timesteps, an unknown kind or betas outside 0 < start <= end < 1.
+    """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    timesteps: int = 1000
+    kind: ScheduleKind = "scaled_linear"
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    zero_terminal_snr: bool = False
+
+    def __post_init__(self) -> None:
+        if self.timesteps < 2:
+            raise ValueError(f"a schedule needs at least 2 timesteps, got timesteps={self.timesteps}")
+        if self.kind not in ("scaled_linear", "linear", "cosine"):
+            raise ValueError(f"schedule kind must be scaled_linear, linear or cosine, got {self.kind!r}")
+        if not 0.0 < self.beta_start <= self.beta_end < 1.0:
+            raise ValueError(
+                "a schedule needs 0 < beta_start <= beta_end < 1, "
+                f"got beta_start={self.beta_start}, beta_end={self.beta_end}"
+            )
+
+
+class NoiseSchedule:
+    """Tables of the forward process q(z_t | z_0) = N(sqrt(abar_t) z_0, (1 - abar_t) I).
+
+    Computed in float64, kept as float32 tensors of shape (T,) on one device.
+
+    Attributes:
+        betas: variance added by each step.
+        alphas_cumprod: abar_t, the share of variance that is still signal.
+        signal_level: sqrt(abar_t).
+        noise_level: sqrt(1 - abar_t).
+    """
+
+    def __init__(self, config: ScheduleConfig, *, device: torch.device | str = "cpu") -> None:
+        self.config = config
+        # Tables stay real when a model is built on the meta device: the ambient default device is overridden.
+        with torch.device("cpu"):
+            alphas_cumprod = _alphas_cumprod(config)
+            previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+            betas = 1.0 - alphas_cumprod / previous
+        self._alphas_cumprod: list[float] = alphas_cumprod.tolist()
+        self.betas = betas.float().to(device)
+        self.alphas_cumprod = alphas_cumprod.float().to(device)
+        # 1 - abar is taken in float64: near t = 0 float32 would lose four digits of the noise level.
+        self.signal_level = alphas_cumprod.sqrt().float().to(device)
+        self.noise_level = (1.0 - alphas_cumprod).sqrt().float().to(device)
+
+    @property
+    def timesteps(self) -> int:
+        """T, the length of the chain."""
+        return self.config.timesteps
+
+    def to(self, device: torch.device | str) -> "NoiseSchedule":
+        """The same schedule with its tables on another device."""
+        return NoiseSchedule(self.config, device=device)
+
+    def alpha_bar(self, timestep: int) -> float:
+        """abar_t as a float64 number, for samplers' coefficients; 1 before the first step (t = -1)."""
+        return 1.0 if timestep < 0 else self._alphas_cumprod[timestep]
+
+    def add_noise(self, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Draw from q(z_t | z_0): z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise (Sec. 3.2, appendix B).
+
+        Args:
+            z0: (B, ...) clean latents.
+            noise: standard normal noise, of z0's shape.
+            t: (B,) integer timesteps in [0, T).
+
+        Returns:
+            z_t of z0's shape and dtype.
+
+        Raises:
+            ValueError: when the shapes do not agree.
+        """
+        if noise.shape != z0.shape or t.shape != z0.shape[:1]:
+            raise ValueError(
+                "noise must have z0's shape and t one timestep a sample, "
+                f"got z0 {tuple(z0.shape)}, noise {tuple(noise.shape)}, t {tuple(t.shape)}"
+            )
+        signal, sigma = self.levels(t, like=z0)
+        return signal * z0 + sigma * noise
+
+    def levels(self, t: Tensor, *, like: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(abar_t) and sqrt(1 - abar_t), (B, 1, ..., 1) of like's dtype, to scale `like` (B, ...) by."""
+        shape = (-1,) + (1,) * (like.dim() - 1)
+        signal = self.signal_level.to(t.device)[t].to(like.dtype).view(shape)
+        sigma = self.noise_level.to(t.device)[t].to(like.dtype).view(shape)
+        return signal, sigma
+
+    def snr(self, t: Tensor) -> Tensor:
+        """Signal-to-noise ratio abar_t / (1 - abar_t), (B,) float32 (appendix B)."""
+        return (self.signal_level.to(t.device)[t] / self.noise_level.to(t.device)[t]).square()
+
+
+def _alphas_cumprod(config: ScheduleConfig) -> Tensor:
+    """abar_t as (T,) float64."""
+    if config.kind == "cosine":
+        betas = _cosine_betas(config.timesteps)
+    elif config.kind == "linear":
+        betas = torch.linspace(config.beta_start, config.beta_end, config.timesteps, dtype=torch.float64)
+    else:
+        start, end = math.sqrt(config.beta_start), math.sqrt(config.beta_end)
+        betas = torch.linspace(start, end, config.timesteps, dtype=torch.float64).square()
+    alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
+    return _without_terminal_signal(alphas_cumprod) if config.zero_terminal_snr else alphas_cumprod
+
+
+def _cosine_betas(timesteps: int) -> Tensor:
+    """Nichol & Dhariwal 2021, Eq. (17), with their offset 0.008 and betas clipped at 0.999."""
+    offset = 0.008
+    time = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+    alphas_cumprod = torch.cos((time + offset) / (1.0 + offset) * math.pi / 2).square()
+    return (1.0 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(0.0, 0.999)
+
+
+def _without_terminal_signal(alphas_cumprod: Tensor) -> Tensor:
+    """Shift and scale sqrt(abar): the first value stays, the last is zero (Lin et al. 2024, Algorithm 1)."""
+    root = alphas_cumprod.sqrt()
+    return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()

@@ -1,0 +1,193 @@
+"""The whole model on a tiny preset: its parts fit, scaling is its own, and images depend on caption and seed alone."""
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldm_core import presets
+from ldm_core.latent_diffusion import LatentDiffusion, LatentDiffusionConfig
+from ldm_core.objective import DiffusionObjective
+from ldm_core.schedule import ScheduleConfig
+
+CONFIG = presets.get("tiny-txt2img")
+assert CONFIG.conditioner is not None
+LENGTH = CONFIG.conditioner.max_length
+EMPTY = torch.tensor([2, 3] + [0] * (LENGTH - 2))
+
+
+def with_random_outputs(config: LatentDiffusionConfig) -> LatentDiffusion:
+    """A model whose zero-initialized layers are random too, so that its prediction depends on its inputs."""
+    torch.manual_seed(0)
+    model = config.build().eval()
+    with torch.no_grad():
+        for parameter in model.unet.parameters():
+            if parameter.count_nonzero() == 0:
+                parameter.normal_(std=0.05)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> LatentDiffusion:
+    return with_random_outputs(dataclasses.replace(CONFIG, scale_factor=0.5))
+
+
+@pytest.fixture(scope="module")
+def unconditional() -> LatentDiffusion:
+    unet = dataclasses.replace(CONFIG.unet, context_dim=None)
+    return with_random_outputs(dataclasses.replace(CONFIG, unet=unet, conditioner=None))
+
+
+def captions(*seeds: int) -> Tensor:
+    return torch.stack(
+        [torch.randint(5, 900, (LENGTH,), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    )
+
+
+def test_scaling_is_the_models_and_not_the_first_stages(model: LatentDiffusion) -> None:
+    x = torch.rand(1, 3, 32, 32) * 2 - 1
+    posterior = model.first_stage.encode(x)
+    torch.testing.assert_close(model.encode(x), 0.5 * posterior.mode())
+    noise = torch.randn(posterior.mode().shape)
+    torch.testing.assert_close(model.encode(x, noise=noise), 0.5 * posterior.sample(noise=noise))
+    torch.testing.assert_close(model.decode(model.encode(x)), model.first_stage.decode(posterior.mode()))
+
+
+@torch.no_grad()
+def test_the_network_to_train_shares_the_models_weights(model: LatentDiffusion) -> None:
+    network = model.network()
+    z, t, tokens = torch.randn(2, *latent_shape(model)), torch.tensor([3, 700]), captions(1, 2)
+    expected = model.unet(z, t, context=model.conditioner(tokens).context)  # type: ignore[misc]
+    assert torch.equal(network(z, t, tokens), expected)
+    assert {f"unet.{name}" for name in model.unet.state_dict()} <= network.state_dict().keys()
+    assert network.state_dict().keys() <= model.state_dict().keys()
+    assert CONFIG.build_network("meta").state_dict().keys() == network.state_dict().keys()
+
+
+def test_a_training_step_reaches_every_trainable_weight(model: LatentDiffusion) -> None:
+    network = model.network()
+    z0, noise = torch.randn(2, 2, *latent_shape(model))
+    objective = DiffusionObjective(model.schedule)
+    tokens = captions(1, 2)
+    losses = objective.loss(lambda z, t: network(z, t, tokens), z0, torch.tensor([10, 900]), noise)
+    losses.mean().backward()
+    without = [name for name, p in network.named_parameters() if p.requires_grad and p.grad is None]
+    network.zero_grad(set_to_none=True)
+    assert without == []
+
+
+def test_an_image_depends_on_its_own_caption_and_seed_alone(model: LatentDiffusion) -> None:
+    settings: dict[str, Any] = {"empty_tokens": EMPTY, "num_steps": 4, "guidance_scale": 3.0, "eta": 0.5}
+    together = model.sample(captions(1, 2, 3), seeds=[11, 12, 13], **settings)
+    size = model.config.unet.latent_size * model.config.first_stage.downsampling_factor
+    assert together.shape == (3, 3, size, size)
+    assert together.abs().max() <= 1
+    alone = model.sample(captions(2), seeds=[12], **settings)
+    torch.testing.assert_close(together[1:2], alone, atol=1e-3, rtol=0)
+    other_seed = model.sample(captions(2), seeds=[99], **settings)
+    other_caption = model.sample(captions(9), seeds=[12], **settings)
+    assert (alone - other_seed).abs().max() > 1e-2
+    assert (alone - other_caption).abs().max() > 1e-3
+
+
+def test_guidance_changes_the_image_and_a_scale_of_one_needs_no_empty_caption(model: LatentDiffusion) -> None:
+    plain = model.sample(captions(1), seeds=[0], num_steps=3)
+    guided = model.sample(captions(1), seeds=[0], num_steps=3, guidance_scale=5.0, empty_tokens=EMPTY)
+    assert (plain - guided).abs().max() > 1e-3
+    with pytest.raises(ValueError, match=r"guidance_scale=5\.0 needs empty_tokens"):
+        model.sample(captions(1), seeds=[0], num_steps=3, guidance_scale=5.0)
+
+
+def test_an_unconditional_model_samples_from_seeds_alone(unconditional: LatentDiffusion) -> None:
+    images = unconditional.sample(seeds=[1, 2], num_steps=3)
+    assert images.shape[0] == 2
+    with pytest.raises(ValueError, match="an unconditional model cannot be guided"):
+        unconditional.sample(seeds=[1], guidance_scale=2.0)
+    with pytest.raises(ValueError, match="an unconditional one takes none"):
+        unconditional.sample(captions(1), seeds=[1])
+
+
+@torch.no_grad()
+def test_the_denoiser_predicts_the_noise_whatever_the_network_predicts(model: LatentDiffusion) -> None:
+    z, t = torch.randn(1, *latent_shape(model)), torch.tensor([400])
+    context = model.conditioner(captions(1)).context  # type: ignore[misc]
+    raw = model.unet(z, t, context=context)
+    signal, sigma = model.schedule.levels(t, like=z)
+    expected = {"eps": raw, "v": signal * raw + sigma * z, "x0": (z - signal * raw) / sigma}
+    for parameterization, eps in expected.items():
+        config = dataclasses.replace(model.config, parameterization=parameterization)  # type: ignore[arg-type]
+        other = config.build()
+        other.load_state_dict(model.state_dict())
+        torch.testing.assert_close(other.denoiser()(z, t, context=context), eps)
+
+
+def test_one_seed_a_caption(model: LatentDiffusion) -> None:
+    with pytest.raises(ValueError, match="got 1 seeds for 2 captions"):
+        model.sample(captions(1, 2), seeds=[1])
+
+
+def test_a_config_passes_through_json_unchanged() -> None:
+    config = dataclasses.replace(CONFIG, scale_factor=0.7, parameterization="v", loss="l1")
+    again = LatentDiffusionConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert hash(again) == hash(config)
+
+
+def test_every_preset_passes_through_json_and_builds_without_memory() -> None:
+    for name in presets.names():
+        config = presets.get(name)
+        assert LatentDiffusionConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert next(presets.get("txt2img-1p4b").build("meta").parameters()).is_meta
+
+
+@pytest.mark.parametrize(
+    ("path", "key", "message"),
+    [
+        ((), "scale_facto", "model config has no setting 'scale_facto', did you mean 'scale_factor'"),
+        (("unet",), "model_chanels", "unet has no setting 'model_chanels', did you mean 'model_channels'"),
+        (("schedule",), "zzz", "schedule has no setting 'zzz': it has timesteps"),
+    ],
+)
+def test_an_unknown_setting_is_refused_with_the_nearest_known_one(
+    path: tuple[str, ...], key: str, message: str
+) -> None:
+    values = CONFIG.to_dict()
+    inner = values
+    for name in path:
+        inner = inner[name]
+    inner[key] = 1
+    with pytest.raises(ValueError, match=message):
+        LatentDiffusionConfig.from_dict(values)
+
+
+def test_a_missing_setting_is_refused() -> None:
+    values = CONFIG.to_dict()
+    del values["unet"]
+    with pytest.raises(ValueError, match="model config lacks unet"):
+        LatentDiffusionConfig.from_dict(values)
+    with pytest.raises(ValueError, match="unet must be a mapping of settings, got 3"):
+        LatentDiffusionConfig.from_dict({**values, "unet": 3})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale_factor": 0.0}, r"scale_factor must be a positive number, got 0\.0"),
+        ({"scale_factor": float("nan")}, "scale_factor must be a positive number, got nan"),
+        ({"conditioner": None}, "context_dim must be the text transformer's width"),
+        ({"unet": dataclasses.replace(CONFIG.unet, in_channels=9)}, "latent channels, got in_channels=9"),
+        ({"schedule": ScheduleConfig(zero_terminal_snr=True)}, "use parameterization v or x0"),
+        ({"loss": "l3"}, "loss must be l1 or l2, got 'l3'"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **change)
+
+
+def latent_shape(model: LatentDiffusion) -> tuple[int, int, int]:
+    size = model.config.unet.latent_size
+    return model.config.first_stage.embed_dim, size, size

@@ -1,0 +1,124 @@
+"""What the network learns to predict: three parameterizations of one statement, and the loss, Eq. (2)."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldm_core.objective import (
+    PARAMETERIZATIONS,
+    DiffusionObjective,
+    Parameterization,
+    target,
+    to_eps,
+    to_x0,
+)
+from ldm_core.schedule import NoiseSchedule, ScheduleConfig
+
+SCHEDULE = NoiseSchedule(ScheduleConfig())
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    z0, noise = torch.randn(2, 4, 3, 5, 5, generator=generator)
+    return z0, noise, torch.tensor([0, 3, 500, 999])
+
+
+@pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
+def test_the_perfect_prediction_gives_back_noise_and_latent(
+    parameterization: Parameterization, batch: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    z0, noise, t = batch
+    z_t = SCHEDULE.add_noise(z0, noise, t)
+    prediction = target(parameterization, SCHEDULE, z0, noise, t)
+    # At the ends of the chain a conversion divides by 0.03 and so magnifies float32's rounding.
+    torch.testing.assert_close(to_eps(parameterization, SCHEDULE, prediction, z_t, t), noise, atol=2e-5, rtol=0)
+    torch.testing.assert_close(to_x0(parameterization, SCHEDULE, prediction, z_t, t), z0, atol=2e-5, rtol=0)
+
+
+def test_v_is_the_angular_velocity_of_the_latent(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    z0, noise, t = batch
+    signal, sigma = SCHEDULE.levels(t, like=z0)
+    angle = torch.atan2(sigma, signal).double()
+    step = 1e-6
+    ahead = torch.cos(angle + step) * z0 + torch.sin(angle + step) * noise
+    behind = torch.cos(angle - step) * z0 + torch.sin(angle - step) * noise
+    v = target("v", SCHEDULE, z0, noise, t)
+    torch.testing.assert_close(v.double(), (ahead - behind) / (2 * step), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
+def test_a_perfect_network_has_no_loss(
+    parameterization: Parameterization, batch: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    z0, noise, t = batch
+    objective = DiffusionObjective(SCHEDULE, parameterization=parameterization)
+    loss = objective.loss(lambda z_t, t: target(parameterization, SCHEDULE, z0, noise, t), z0, t, noise)
+    assert loss.shape == (4,)
+    assert loss.max().item() == 0.0
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("l1", 0.5), ("l2", 0.25)])
+def test_the_loss_is_the_mean_of_absolute_or_squared_errors_of_each_sample(
+    kind: str, expected: float, batch: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    z0, noise, t = batch
+    objective = DiffusionObjective(SCHEDULE, loss=kind)  # type: ignore[arg-type]
+    offsets = torch.tensor([0.5, 0.0, -0.5, 0.5]).view(4, 1, 1, 1)
+    loss = objective.loss(lambda z_t, t: noise + offsets, z0, t, noise)
+    torch.testing.assert_close(loss, torch.tensor([expected, 0.0, expected, expected]))
+
+
+def test_the_network_sees_the_noised_latent_and_its_timestep(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    z0, noise, t = batch
+    seen: list[Tensor] = []
+
+    def network(z_t: Tensor, timestep: Tensor) -> Tensor:
+        seen.extend([z_t, timestep])
+        return z_t
+
+    DiffusionObjective(SCHEDULE).loss(network, z0, t, noise)
+    torch.testing.assert_close(seen[0], SCHEDULE.add_noise(z0, noise, t))
+    assert seen[1] is t
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_weights_express_the_same_loss_in_every_parameterization(
+    gamma: float, batch: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    # Hang et al. weigh the x0 error by min(snr, gamma): the same wrong x0 must cost the same everywhere.
+    z0, noise, t = batch
+    z_t = SCHEDULE.add_noise(z0, noise, t)
+    wrong_x0 = z0 + 0.1
+    signal, sigma = SCHEDULE.levels(t, like=z0)
+    implied_eps = (z_t - signal * wrong_x0) / sigma
+    answers = {"x0": wrong_x0, "eps": implied_eps, "v": signal * implied_eps - sigma * wrong_x0}
+    expected = SCHEDULE.snr(t).clamp(max=gamma) * 0.01
+    for parameterization in PARAMETERIZATIONS:
+        objective = DiffusionObjective(SCHEDULE, parameterization=parameterization, min_snr_gamma=gamma)
+        loss = objective.loss(lambda z_t, t: answers[parameterization], z0, t, noise)  # noqa: B023
+        torch.testing.assert_close(loss, expected, rtol=2e-3, atol=0)
+
+
+def test_bf16_predictions_give_a_float32_loss(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    z0, noise, t = batch
+    loss = DiffusionObjective(SCHEDULE).loss(lambda z_t, t: z_t.bfloat16(), z0, t, noise)
+    assert loss.dtype == torch.float32
+
+
+def test_unusable_choices_are_refused() -> None:
+    with pytest.raises(ValueError, match="parameterization must be eps, v or x0, got 'epsilon'"):
+        DiffusionObjective(SCHEDULE, parameterization="epsilon")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="loss must be l1 or l2, got 'huber'"):
+        DiffusionObjective(SCHEDULE, loss="huber")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="min_snr_gamma must be positive"):
+        DiffusionObjective(SCHEDULE, min_snr_gamma=0.0)
+    without_terminal_signal = NoiseSchedule(ScheduleConfig(zero_terminal_snr=True))
+    with pytest.raises(ValueError, match="use parameterization v or x0"):
+        DiffusionObjective(without_terminal_signal)
+
+
+def test_a_prediction_of_another_shape_is_refused(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    z0, noise, t = batch
+    with pytest.raises(ValueError, match="check the network's out_channels"):
+        DiffusionObjective(SCHEDULE).loss(lambda z_t, t: z_t[:, :2], z0, t, noise)

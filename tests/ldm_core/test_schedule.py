@@ -1,0 +1,97 @@
+"""The forward process: published values, its closed form against its own steps, and clear refusals."""
+
+import math
+
+import pytest
+import torch
+
+from ldm_core.schedule import NoiseSchedule, ScheduleConfig
+
+
+def test_scaled_linear_betas_are_linear_in_their_root_between_the_given_ends() -> None:
+    betas = NoiseSchedule(ScheduleConfig()).betas
+    assert betas.shape == (1000,)
+    assert betas[0].item() == pytest.approx(0.00085, rel=1e-6)
+    assert betas[-1].item() == pytest.approx(0.012, rel=1e-6)
+    middle = ((math.sqrt(0.00085) * 500 + math.sqrt(0.012) * 499) / 999) ** 2
+    assert betas[499].item() == pytest.approx(middle, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "first", "last"),
+    [
+        # Products written out by hand: 1 - beta_start, and the well-known terminal signals.
+        (ScheduleConfig(), 1 - 0.00085, 0.0046600),
+        (ScheduleConfig(kind="linear", beta_start=1e-4, beta_end=0.02), 1 - 1e-4, 4.0358e-5),
+        (ScheduleConfig(kind="cosine"), 0.999958, 2.4e-9),
+    ],
+)
+def test_signal_left_at_both_ends_of_each_kind(config: ScheduleConfig, first: float, last: float) -> None:
+    alphas_cumprod = NoiseSchedule(config).alphas_cumprod
+    assert alphas_cumprod[0].item() == pytest.approx(first, rel=1e-5)
+    assert alphas_cumprod[-1].item() == pytest.approx(last, rel=2e-2)
+    assert (alphas_cumprod.diff() < 0).all()
+
+
+def test_zero_terminal_snr_ends_without_signal_and_keeps_the_first_step() -> None:
+    plain = NoiseSchedule(ScheduleConfig())
+    rescaled = NoiseSchedule(ScheduleConfig(zero_terminal_snr=True))
+    assert rescaled.alphas_cumprod[-1].item() == 0.0
+    assert rescaled.snr(torch.tensor([999])).item() == 0.0
+    assert rescaled.alphas_cumprod[0].item() == pytest.approx(plain.alphas_cumprod[0].item(), rel=1e-6)
+
+
+def test_adding_noise_at_once_has_the_moments_of_adding_it_step_by_step() -> None:
+    schedule = NoiseSchedule(ScheduleConfig(timesteps=20, beta_start=0.01, beta_end=0.1))
+    mean, variance = 3.0, 0.0
+    for beta in schedule.betas.double().tolist():
+        mean, variance = math.sqrt(1 - beta) * mean, (1 - beta) * variance + beta
+    t = torch.tensor([19])
+    z0 = torch.full((1, 4, 2, 2), 3.0)
+    without_noise = schedule.add_noise(z0, torch.zeros_like(z0), t)
+    of_noise = schedule.add_noise(torch.zeros_like(z0), torch.ones_like(z0), t)
+    assert without_noise.flatten()[0].item() == pytest.approx(mean, rel=1e-5)
+    assert of_noise.flatten()[0].item() == pytest.approx(math.sqrt(variance), rel=1e-5)
+
+
+def test_each_sample_of_a_batch_is_noised_at_its_own_timestep() -> None:
+    schedule = NoiseSchedule(ScheduleConfig())
+    z0, noise, t = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([0, 500, 999])
+    together = schedule.add_noise(z0, noise, t)
+    for i in range(3):
+        torch.testing.assert_close(
+            together[i : i + 1], schedule.add_noise(z0[i : i + 1], noise[i : i + 1], t[i : i + 1])
+        )
+
+
+def test_snr_is_signal_over_noise() -> None:
+    schedule = NoiseSchedule(ScheduleConfig())
+    t = torch.tensor([0, 999])
+    abar = schedule.alphas_cumprod[t].double()
+    torch.testing.assert_close(schedule.snr(t).double(), abar / (1 - abar), rtol=1e-4, atol=0)
+
+
+def test_tables_stay_real_where_a_model_is_built_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        schedule = NoiseSchedule(ScheduleConfig())
+    assert schedule.alphas_cumprod.device.type == "cpu"
+    assert schedule.to("meta").alphas_cumprod.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"timesteps": 1}, "at least 2 timesteps, got timesteps=1"),
+        ({"kind": "sqrt"}, "got 'sqrt'"),
+        ({"beta_start": 0.1, "beta_end": 0.01}, "0 < beta_start <= beta_end < 1"),
+    ],
+)
+def test_an_impossible_schedule_is_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ScheduleConfig(**settings)
+
+
+def test_noise_of_another_shape_is_refused() -> None:
+    schedule = NoiseSchedule(ScheduleConfig())
+    with pytest.raises(ValueError, match="noise must have z0's shape"):
+        schedule.add_noise(torch.zeros(2, 4, 8, 8), torch.zeros(1, 4, 8, 8), torch.zeros(2, dtype=torch.long))
