@@ -1,0 +1,56 @@
+"""Errors that a person can mend, as opposed to bugs: one line each, with an exit code."""
+
+import errno
+
+
+class UserError(Exception):
+    """The work cannot go on: a missing source, a full disk, a damaged shard. Exit code 1.
+
+    The message names the invariant, the value received and the fix, on one line.
+    """
+
+    exit_code = 1
+
+
+class MisuseError(UserError):
+    """The request itself is wrong: an unknown key, a bad option. Exit code 2."""
+
+    exit_code = 2
+
+
+def explain(error: BaseException) -> UserError | None:
+    """The UserError behind an exception, looking through the wrappers that Ray and `raise … from` put around it.
+
+    Returns None where there is none: the exception is then a bug and deserves its traceback.
+    """
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        if isinstance(cause := getattr(current, "cause", None), BaseException):
+            # What Ray Core raises is of the task's exception's class too, but its text is a whole traceback.
+            current = cause
+            continue
+        if isinstance(current, UserError):
+            return current
+        if isinstance(current, OSError) and (known := _explain_os_error(current)):
+            return known
+        current = _inner(current)
+    return None
+
+
+def _inner(error: BaseException) -> BaseException | None:
+    # Ray Train keeps the failures of its workers by rank.
+    failures = getattr(error, "worker_failures", None)
+    if isinstance(failures, dict) and failures:
+        return failures[min(failures)]
+    return error.__cause__ or error.__context__
+
+
+def _explain_os_error(error: OSError) -> UserError | None:
+    place = f" at {error.filename}" if error.filename else ""
+    if error.errno == errno.ENOSPC:
+        return UserError(f"disk full{place}: free some space and run the same command again; what is committed is kept")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return UserError(f"no permission to write{place}: choose another --root or change its permissions")
+    return None

@@ -1,0 +1,41 @@
+"""What a recipe says about the latent cache."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from pipelines.config import Config, runtime
+
+
+class TokenizerConfig(Config):
+    """The tokenizer of the jointly trained text transformer.
+
+    Args:
+        vocabulary: a WordPiece `vocab.txt` (bert-base-uncased's, for the paper's models); None builds one
+            from the captions. The file's sha256 is part of the key, its path is not.
+        size: entries of a vocabulary built from the captions.
+        max_length: tokens of a caption, with [CLS] and [SEP]; longer ones are cut, shorter ones padded.
+    """
+
+    vocabulary: str | None = runtime(None)
+    size: int = Field(4096, ge=64, le=65_536)
+    max_length: int = Field(77, ge=3)
+
+
+class LatentsConfig(Config):
+    """The `latents` stage: every pair through the frozen encoders, once.
+
+    Args:
+        tokenizer: of the captions.
+        batch_size: pictures a forward pass. Part of the key: kernels, and so the last bit, may depend on it.
+        precision: of the encoder's forward pass; the cache is always fp16.
+        workers: Ray actors, each with one encoder on one GPU (or CPU core).
+        decode_threads: threads of each actor that decode pictures while the encoder runs.
+    """
+
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    batch_size: int = Field(16, ge=1)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    workers: int | None = runtime(None, ge=1)
+    use_gpu: bool | None = runtime(None)
+    decode_threads: int = runtime(2, ge=1)

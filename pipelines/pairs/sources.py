@@ -1,0 +1,84 @@
+"""Finding out what `pairs.source` points at."""
+
+from __future__ import annotations
+
+import functools
+import posixpath
+
+import fsspec
+
+from pipelines.errors import UserError
+from pipelines.pairs.config import PairsConfig
+from pipelines.pairs.folders import PICTURE_SUFFIXES, open_folder
+from pipelines.pairs.rows import Source
+from pipelines.pairs.tables import TABLE_SUFFIXES, TableSource
+from pipelines.pairs.tars import TarSource
+
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_CHANGE = "say `--set pairs.source=PATH`"
+
+
+def open_source(config: PairsConfig) -> Source:
+    """The source that a recipe names; nothing but listings and the head of a table is read.
+
+    Raises:
+        UserError: nothing is there, or nothing that this stage reads.
+    """
+    try:
+        filesystem, path = fsspec.core.url_to_fs(config.source)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"no file system for {config.source}: {error}; {_CHANGE}") from None
+    full = functools.partial(_with_protocol, filesystem)
+    if filesystem.isdir(path):
+        return _open_folder(filesystem, path, config)
+    if filesystem.exists(path):
+        paths = [path]
+    else:
+        paths = sorted(filesystem.glob(path)) if set("*?[") & set(path) else []
+    if not paths:
+        raise UserError(f"no file, folder or match at {config.source}: {_CHANGE}")
+    tars, tables = _ending(paths, (".tar",)), _ending(paths, TABLE_SUFFIXES)
+    if tars and config.format in ("auto", "webdataset"):
+        return TarSource(tuple(map(full, tars)), config.columns.text)
+    if tables and config.format in ("auto", "table"):
+        return _table(list(map(full, tables)), config)
+    raise UserError(
+        f"{config.source} is no source of format {config.format}: a table ({' '.join(TABLE_SUFFIXES)}), "
+        f".tar files or a folder is needed; {_CHANGE}"
+    )
+
+
+def _open_folder(filesystem: fsspec.AbstractFileSystem, path: str, config: PairsConfig) -> Source:
+    # Hidden files are what file managers and unfinished copies leave behind.
+    paths = sorted(p for p in filesystem.find(path) if "/." not in p[len(path.rstrip("/")) :])
+    full = functools.partial(_with_protocol, filesystem)
+    direct = [p for p in paths if posixpath.dirname(p) == path.rstrip("/")]
+    metadata = [p for name in METADATA_NAMES for p in direct if posixpath.basename(p) == name]
+    tars, tables = _ending(paths, (".tar",)), _ending(paths, TABLE_SUFFIXES)
+    wanted = config.format
+    if metadata and wanted in ("auto", "table"):
+        return _table([full(metadata[0])], config)
+    # Before tables: img2dataset leaves a .parquet beside each tar.
+    if tars and wanted in ("auto", "webdataset"):
+        return TarSource(tuple(map(full, tars)), config.columns.text)
+    pictures = _ending(paths, PICTURE_SUFFIXES)
+    if tables and (wanted == "table" or (wanted == "auto" and not pictures)):
+        return _table(list(map(full, tables)), config)
+    if wanted in ("auto", "folder"):
+        return open_folder(full(path), paths)
+    raise UserError(f"{config.source} holds nothing of format {wanted}: {_CHANGE} or pairs.format=auto")
+
+
+def _table(urls: list[str], config: PairsConfig) -> TableSource:
+    suffixes = {posixpath.splitext(url)[1].lower() for url in urls}
+    if len(suffixes) > 1:
+        raise UserError(f"{config.source} holds tables of several kinds ({', '.join(sorted(suffixes))}): name one")
+    return TableSource(urls=tuple(urls), wanted=config.columns, pictures=urls[0].rsplit("/", 1)[0])
+
+
+def _ending(paths: list[str], suffixes: tuple[str, ...]) -> list[str]:
+    return [path for path in paths if path.lower().endswith(suffixes)]
+
+
+def _with_protocol(filesystem: fsspec.AbstractFileSystem, path: str) -> str:
+    return path if "file" in filesystem.protocol else str(filesystem.unstrip_protocol(path))

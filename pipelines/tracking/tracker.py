@@ -1,0 +1,227 @@
+"""What the pipeline tells about its runs: one MLflow run for it, a nested one a stage. Nothing here waits."""
+
+import hashlib
+import logging
+import shutil
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from pipelines.storage import Storage
+from pipelines.tracking.sender import LARGEST_BATCH, Sender
+from pipelines.tracking.spool import Event, Session
+from pipelines.tracking_config import TrackingConfig
+
+log = logging.getLogger(__name__)
+
+LONGEST_PARAM = 500
+
+
+class StageTracker:
+    """The run of one stage. Built by `Tracker.stage`; `null_stage_tracker()` gives one that logs nothing.
+
+    Attributes:
+        run_id: ours, known at once and stable (MLflow's run carries it as the tag `ldm.run`). Given to
+            `resume_run_id` after a restart, it continues the same MLflow run. None where nothing is logged.
+    """
+
+    def __init__(self, tracker: "Tracker | None", run_id: str | None) -> None:
+        self._tracker = tracker
+        self.run_id = run_id
+
+    def metric(self, name: str, value: float, step: int | None = None) -> None:
+        self.metrics({name: value}, step)
+
+    def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
+        self._put("metrics", values={name: float(value) for name, value in values.items()}, step=step or 0)
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Log parameters; a nested mapping becomes dotted names."""
+        flat = list(_flatten(values).items())
+        for start in range(0, len(flat), LARGEST_BATCH["params"]):
+            self._put("params", values=dict(flat[start : start + LARGEST_BATCH["params"]]))
+
+    def tag(self, name: str, value: str) -> None:
+        self._put("tags", values={name: str(value)})
+
+    def image(self, key: str, image: np.ndarray, step: int) -> None:
+        """Log a picture, uint8 (H, W, 3); those of one `key` become a series over steps in MLflow.
+
+        Raises:
+            ValueError: for another dtype or shape.
+        """
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(
+                f"image {key!r} must be uint8 (H, W, 3), got {image.dtype} {image.shape}: convert it first"
+            )
+        # Raw rather than PNG: encoding a large grid takes longer than training should wait.
+        self._put_file("image", "image.npy", lambda path: np.save(path, image), key=key, step=step)
+
+    def artifact(self, local_path: Path, folder: str = "") -> None:
+        """Log a (small) file; it is copied now, so that it may change or go afterwards."""
+        path = Path(local_path)
+        self._put_file("file", path.name, lambda target: shutil.copyfile(path, target), folder=folder)
+
+    def finish(self, status: str = "FINISHED") -> None:
+        """End the run as FINISHED, FAILED or KILLED."""
+        self._put("finish", status=status)
+
+    def _put(self, kind: str, **fields: Any) -> None:
+        if self._tracker is not None:
+            self._tracker.put({"kind": kind, "run": self.run_id, **fields})
+
+    def _put_file(self, kind: str, name: str, write: Any, **fields: Any) -> None:
+        if self._tracker is not None:
+            self._tracker.put_file({"kind": kind, "run": self.run_id, **fields}, name, write)
+
+
+def null_stage_tracker() -> StageTracker:
+    """A tracker that logs nothing, for tests and library use."""
+    return StageTracker(None, None)
+
+
+class Tracker:
+    """A pipeline's connection to MLflow.
+
+    Events are appended to a spool on disk, and a thread of this process sends them from there. MLflow may be
+    slow, down, or come back later: nothing waits for it, nothing is lost. What could not be sent before the
+    process ended is sent by the next Tracker on the same spool.
+
+    Args:
+        config: where to; with `enabled=False` every call does nothing.
+        root: of the pipeline's artifacts; the embedded store lives there.
+        spool: a local folder for what is not sent yet; shared by all runs on this root.
+    """
+
+    def __init__(self, config: TrackingConfig, root: Storage, spool: Path) -> None:
+        self.run_id: str | None = None
+        self._session: Session | None = None
+        self._sender: Sender | None = None
+        self._pipeline = null_stage_tracker()
+        self._warned = False
+        if not config.enabled:
+            return
+        uri, artifacts = store(config, root)
+        # One queue a destination: what was meant for one server is never sent to another.
+        target = Path(spool) / hashlib.sha256(f"{uri} {config.experiment}".encode()).hexdigest()[:12]
+        self._session = Session.create(target)
+        self._sender = Sender(self._session, target, uri=uri, experiment=config.experiment, artifacts=artifacts)
+        self._sender.start()
+
+    @property
+    def tracking_uri(self) -> str | None:
+        return self._sender.uri if self._sender else None
+
+    def start_pipeline(
+        self, name: str, recipe: Mapping[str, Any], tags: Mapping[str, str], resume_run_id: str | None = None
+    ) -> None:
+        """Start the parent run, or go on with an earlier one; its parameters are the resolved recipe."""
+        self._pipeline = self._start(name, tags, resume_run_id)
+        self.run_id = self._pipeline.run_id
+        if resume_run_id is None:
+            self._pipeline.params(recipe)
+            text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+            self._pipeline._put_file("file", "recipe.yaml", lambda p: p.write_text(text, "utf-8"), folder="")
+
+    def stage(self, name: str, key: str, resume_run_id: str | None = None) -> StageTracker:
+        """Start a stage's run under the parent, or go on with an earlier one, now under this parent."""
+        return self._start(name, {"ldm.stage": name, "ldm.key": key}, resume_run_id, parent=self.run_id)
+
+    @property
+    def pipeline(self) -> StageTracker:
+        """The parent run, for what belongs to no stage: the report, the headline metrics."""
+        return self._pipeline
+
+    def finish(self, status: str = "FINISHED") -> None:
+        self._pipeline.finish(status)
+
+    def parent_run_id(self, timeout_s: float = 5.0) -> str | None:
+        """MLflow's own id of the parent run; None where MLflow did not say within the time."""
+        if self._sender is None or self.run_id is None:
+            return None
+        return self._sender.mlflow_run_id(self.run_id, timeout_s)
+
+    def url(self, timeout_s: float = 5.0) -> str | None:
+        """The parent run's page, where the store is a server."""
+        run_id = self.parent_run_id(timeout_s)
+        if run_id is None or self._sender is None or not self._sender.uri.startswith("http"):
+            return None
+        return f"{self._sender.uri.rstrip('/')}/#/experiments/{self._sender.experiment_id}/runs/{run_id}"
+
+    def close(self, timeout_s: float = 30.0) -> bool:
+        """Send what is left, for at most `timeout_s`; the rest stays in the spool for the next run.
+
+        Returns:
+            Whether everything has arrived.
+        """
+        if self._sender is None or self._session is None:
+            return True
+        sender, self._session = self._sender, None
+        if sender.close(timeout_s):
+            return True
+        log.warning(
+            "MLflow at %s did not take everything within %.0f s (%s); the rest waits in %s for the next run",
+            sender.uri,
+            timeout_s,
+            sender.last_error or "it is slow",
+            sender.session.folder.parent,
+        )
+        return False
+
+    def put(self, event: Event) -> None:
+        """Queue an event. A full disk costs events, with one warning, never the run."""
+        if self._session is None:
+            return
+        try:
+            self._session.append({"time_ms": time.time_ns() // 1_000_000, **event})
+        except (OSError, ValueError) as error:
+            self._warn(error)
+
+    def put_file(self, event: Event, name: str, write: Any) -> None:
+        if self._session is None:
+            return
+        try:
+            place = self._session.add_file(name, write)
+        except OSError as error:
+            self._warn(error)
+        else:
+            self.put({**event, "file": place})
+
+    def _start(
+        self, name: str, tags: Mapping[str, str], resume_run_id: str | None, parent: str | None = None
+    ) -> StageTracker:
+        if self._session is None:
+            return null_stage_tracker()
+        run_id = resume_run_id or uuid.uuid4().hex
+        self.put({"kind": "start", "run": run_id, "name": name, "tags": dict(tags), "parent": parent})
+        return StageTracker(self, run_id)
+
+    def _warn(self, error: Exception) -> None:
+        if not self._warned:
+            log.warning("metrics are being lost: the tracking spool cannot be written (%s)", error)
+        self._warned = True
+
+
+def store(config: TrackingConfig, root: Storage) -> tuple[str, str | None]:
+    """The tracking URI, and where a new experiment's artifacts go (None: the server decides)."""
+    folder = Path(root.path()) if root.is_local else Path.cwd()
+    uri = config.uri or f"sqlite:///{folder}/mlflow.db"
+    if not uri.startswith("sqlite:///"):
+        return uri, None
+    database = Path(uri.removeprefix("sqlite:///")).absolute()
+    return f"sqlite:///{database}", (database.parent / "mlartifacts").as_uri()
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = str(value)[:LONGEST_PARAM]
+    return flat

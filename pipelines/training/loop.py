@@ -1,0 +1,258 @@
+"""What each training worker does: the steps from the newest checkpoint to the last."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ldm_core.ema import EMA
+from pipelines.errors import UserError
+from pipelines.grids import encode_png
+from pipelines.training.optimization import build_optimizer, clip_gradient, learning_rate, wrap
+from pipelines.training.outputs import DETAILS_FILE, HISTORY_FILE, commit_once
+from pipelines.training.prefetch import Prefetcher
+from pipelines.training.relay import Message
+
+if TYPE_CHECKING:
+    from pipelines.ledger import ArtifactWriter
+    from pipelines.order import SamplePosition
+    from pipelines.training.checkpoints import Checkpoints
+    from pipelines.training.config import TrainingConfig
+    from pipelines.training.relay import Relay
+    from pipelines.training.task import Task
+
+SHOWN_KEYS = 8
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this worker stands among the others."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class _Batch:
+    samples: list[SamplePosition]
+    tensors: dict[str, Tensor]
+
+
+class TrainingLoop:
+    """One worker's training of a task's network.
+
+    Every worker holds the same weights and optimiser state; rank 0 also holds the average of the weights and the
+    history, and writes all files.
+    """
+
+    def __init__(
+        self, task: Task, config: TrainingConfig, seed: int, writer: ArtifactWriter, relay: Relay, place: Place
+    ) -> None:
+        self.config, self.seed, self.writer, self.relay, self.place = config, seed, writer, relay, place
+        torch.manual_seed(seed)
+        self.learner = task.build(place.device)
+        self.network = self.learner.network.to(place.device).train()
+        self.optimizer = build_optimizer(self.network, config)
+        self.weights: list[torch.nn.Parameter] = self.optimizer.param_groups[0]["params"]
+        self.ema = EMA(self.network, decay=config.ema_decay) if place.leads else None
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+        self.loss_sum = torch.zeros((), device=place.device)
+        self.norm_sum = torch.zeros((), device=place.device)
+
+    def run(self, checkpoints: Checkpoints) -> None:
+        """Train to the last step and, on rank 0, save what the task makes of the averaged weights."""
+        if (state := checkpoints.newest(self.place.device)) is not None:
+            self._restore(state)
+        wrapped = wrap(self.network, self.config, self.place.world)
+        batches = Prefetcher(self._load, self.step, self.config.steps)
+        clock = _Clock(self.step)
+        if self.place.leads:
+            self.relay.send(Message(self.step))
+        try:
+            while self.step < self.config.steps:
+                self._train_step(wrapped, batches.next())
+                saves = self._due(self.config.checkpoint_every_steps)
+                # The sums are empty whenever a checkpoint is made, so that they need not be part of it.
+                if saves or self._due(self.config.log_every_steps):
+                    self._log(clock, batches)
+                if self._due(self.config.sample_every_steps) and self.ema is not None:
+                    self._preview(self.ema)
+                if saves and self.step < self.config.steps:
+                    checkpoints.save(self.step, self._state(self.ema) if self.ema is not None else None)
+        finally:
+            batches.close()
+        if self.ema is not None:
+            self._finish(self.ema, clock)
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.config.steps
+
+    def _load(self, step: int) -> _Batch:
+        cursor = step * self.config.batch_size
+        self.learner.fetch_ahead(cursor)
+        samples = self.learner.order.slice(cursor, self.config.batch_size, self.place.rank, self.place.world)
+        tensors = self.learner.load(samples)
+        if self.place.device.type == "cuda":
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return _Batch(samples, tensors)
+
+    def _train_step(self, wrapped: torch.nn.Module, batch: _Batch) -> None:
+        device = self.place.device
+        # Dropout is all that draws from the global generator; a restart must draw the same.
+        torch.manual_seed(hash((self.seed, self.step, self.place.rank)) % 2**63)
+        self.optimizer.param_groups[0]["lr"] = learning_rate(self.config, self.step)
+        tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.tensors.items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            losses = self.learner.losses(wrapped, tensors)
+        loss = losses.mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = clip_gradient(self.weights, self.config.gradient_clip)
+        # The gradient is the same on all workers, so all of them stop here together.
+        if not torch.isfinite(norm):
+            self._stop(batch, losses.detach())
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update()
+        self.loss_sum += loss.detach()
+        self.norm_sum += norm
+        self.step += 1
+
+    def _log(self, clock: _Clock, batches: Prefetcher[_Batch]) -> None:
+        elapsed, steps = clock.lap(self.step)
+        sums = torch.stack([self.loss_sum, self.norm_sum])
+        if self.place.world > 1:
+            dist.all_reduce(sums)
+        loss, norm = (sums / (steps * self.place.world)).tolist()
+        self.loss_sum.zero_()
+        self.norm_sum.zero_()
+        if not self.place.leads:
+            return
+        rate = learning_rate(self.config, self.step - 1)
+        self.history.append({"step": self.step, "loss": _short(loss), "grad_norm": _short(norm), "lr": _short(rate)})
+        images_per_s = steps * self.config.batch_size / elapsed
+        metrics = {
+            "loss/train": loss,
+            "grad/norm": norm,
+            "lr": rate,
+            "throughput/images_per_s": images_per_s,
+            "time/data_wait_fraction": batches.waited_s / elapsed,
+            "memory/peak_gib": _peak_gib(self.place.device),
+        }
+        batches.waited_s = 0.0
+        facts = {"loss": f"{loss:.4f}", "images_per_s": f"{images_per_s:,.0f}"}
+        self.relay.send(Message(self.step, metrics, facts))
+
+    def _preview(self, ema: EMA) -> None:
+        name = f"previews/step_{self.step:08d}.png"
+        if name in self.writer.committed():
+            return
+        with ema.swapped(), torch.no_grad():
+            self.network.eval()
+            picture = self.learner.preview()
+            self.network.train()
+        if picture is not None:
+            png = encode_png(picture)
+            commit_once(self.writer, name, lambda path: path.write_bytes(png))
+            self.relay.send(Message(self.step, preview=picture))
+
+    def _stop(self, batch: _Batch, losses: Tensor) -> None:
+        """Save the state for debugging, then raise with the keys of the samples, of all workers, that did it."""
+        bad = [
+            self.learner.key(s) for s, fine in zip(batch.samples, losses.isfinite().tolist(), strict=True) if not fine
+        ]
+        gathered: list[Any] = [(bad, [self.learner.key(sample) for sample in batch.samples])]
+        if self.place.world > 1:
+            mine, gathered = gathered[0], [None] * self.place.world
+            dist.all_gather_object(gathered, mine)
+        bad = [key for part, _ in gathered for key in part]
+        keys = [key for _, part in gathered for key in part]
+        name = f"debug/step_{self.step:08d}.pt"
+        if self.place.leads:
+            state = {"step": self.step, "keys": keys, "bad_keys": bad, "network": self.network.state_dict()}
+            with self.writer.storage.writer(name) as path:
+                torch.save(state, path)
+        what = "loss" if bad else "gradient"
+        named = bad or keys
+        shown = ", ".join(named[:SHOWN_KEYS]) + (f" and {len(named) - SHOWN_KEYS} more" if named[SHOWN_KEYS:] else "")
+        raise UserError(
+            f"the {what} is not finite at step {self.step} for samples {shown}: look at these samples, or lower the "
+            f"learning rate (now {self.config.learning_rate:g}); the state is in {self.writer.storage.url}/{name}"
+        )
+
+    def _state(self, ema: EMA) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "network": self.network.state_dict(),
+            "ema": ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "history": self.history,
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.history = state["history"]
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+
+    def _finish(self, ema: EMA, clock: _Clock) -> None:
+        history = (json.dumps(self.history, indent=0) + "\n").encode()
+        commit_once(self.writer, HISTORY_FILE, lambda path: path.write_bytes(history))
+        with ema.swapped(), torch.no_grad():
+            self.network.eval()
+            facts = self.learner.save(self.writer)
+        details = {
+            "steps": self.config.steps,
+            "final_loss": self.history[-1]["loss"],
+            "workers": self.place.world,
+            "images_per_s": round(clock.steps_per_s(self.step) * self.config.batch_size, 1),
+            "trained_parameters": sum(weight.numel() for weight in self.weights),
+            **facts,
+        }
+        self.writer.storage.write_json(DETAILS_FILE, details)
+
+
+class _Clock:
+    """Time since training began in this process, and since the last lap."""
+
+    def __init__(self, step: int) -> None:
+        self._first = self._last = (time.perf_counter(), step)
+
+    def lap(self, step: int) -> tuple[float, int]:
+        """Seconds and steps since the last lap."""
+        (then, before), self._last = self._last, (time.perf_counter(), step)
+        return self._last[0] - then, step - before
+
+    def steps_per_s(self, step: int) -> float:
+        return (step - self._first[1]) / max(time.perf_counter() - self._first[0], 1e-9)
+
+
+def use_cores(workers_here: int) -> None:
+    """Share this machine's cores among the workers on it."""
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers_here))
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _peak_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,129 @@
+"""Downloads: each accident becomes one status, in bounded time and memory, and no private address is met."""
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+
+from pipelines.pairs.addresses import is_public
+from pipelines.pairs.config import Download
+from pipelines.pairs.download import GIVE_UP_AFTER_TIMEOUTS, Downloader
+from pipelines.pairs.rows import RejectedError
+from tests.pipelines.pairs.web import HOST, Web, picture
+
+MAX_BYTES = 1_000_000
+
+
+def fetch(urls: list[str], **options: Any) -> list[bytes | str]:
+    """Bodies, or the statuses of what was rejected."""
+
+    async def one(downloader: Downloader, url: str) -> bytes | str:
+        try:
+            async with downloader.fetched(url) as body:
+                return body
+        except RejectedError as error:
+            return error.status
+
+    async def all_of_them() -> list[bytes | str]:
+        async with Downloader(Download(**options), max_bytes=MAX_BYTES) as downloader:
+            return await asyncio.gather(*(one(downloader, url) for url in urls))
+
+    return asyncio.run(all_of_them())
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("missing.jpg", "http_404"),
+        ("403", "http_403"),
+        ("204", "http_204"),
+        ("loop/0", "too_many_redirects"),
+        ("endless", "too_large"),
+        ("reset", "connection_error"),
+    ],
+)
+def test_accidents_become_statuses(server: Web, path: str, status: str) -> None:
+    assert fetch([server.url(path)], connect_to=server.connect_to, retries=0) == [status]
+
+
+def test_bodies_and_redirects_arrive(server: Web) -> None:
+    server.files["a.jpg"] = picture(1)
+    urls = [server.url("a.jpg"), server.url("moved/../a.jpg"), server.url("a.jpg").upper().replace("A.JPG", "a.jpg")]
+    assert fetch(urls, connect_to=server.connect_to) == [picture(1)] * 3
+
+
+def test_a_server_that_recovers_is_asked_again(server: Web) -> None:
+    assert fetch([server.url("flaky")], connect_to=server.connect_to, retries=1) == [picture(3)]
+
+
+def test_a_server_that_does_not_recover_is_asked_as_often_as_said(server: Web) -> None:
+    assert fetch([server.url("503")], connect_to=server.connect_to, retries=2) == ["http_503"]
+    assert server.requests["503"] == 3
+    assert fetch([server.url("404")], connect_to=server.connect_to, retries=2) == ["http_404"]
+    assert server.requests["404"] == 1
+
+
+def test_slow_hosts_cost_no_more_than_their_time_limits(server: Web) -> None:
+    server.files["a.jpg"] = picture(1)
+    slow = [server.url(f"slow/{i}", "slow.example") for i in range(60)]
+    began = time.monotonic()
+    got = fetch(
+        [*slow, server.url("a.jpg")], connect_to=server.connect_to, timeout_s=0.5, retries=1, connections_per_host=8
+    )
+    assert got == ["timeout"] * 60 + [picture(1)]
+    # Without giving up it would be 60 x 2 attempts x 0.5 s / 8 connections = 7.5 s.
+    assert time.monotonic() - began < 5
+    assert sum(server.requests.values()) <= 3 * GIVE_UP_AFTER_TIMEOUTS + 1
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:{port}/a.jpg",
+        "http://localhost:{port}/a.jpg",
+        "http://2130706433:{port}/a.jpg",
+        "http://127.1:{port}/a.jpg",
+        "http://[::1]:{port}/a.jpg",
+        "http://[::ffff:127.0.0.1]:{port}/a.jpg",
+        "http://169.254.169.254/latest/meta-data/",
+        "http://0.0.0.0:{port}/a.jpg",
+    ],
+)
+def test_private_addresses_are_refused_however_they_are_written(server: Web, url: str) -> None:
+    server.files["a.jpg"] = picture(1)
+    # The odd ways to write an address are no URLs to begin with, and a machine may not have the address at all.
+    status = fetch([url.format(port=server.port)], retries=0)[0]
+    assert status in ("refused_address", "connection_error", "bad_url")
+    assert not server.requests
+
+
+def test_a_redirect_to_a_private_address_is_refused(server: Web) -> None:
+    assert fetch([server.url("inside")], connect_to=server.connect_to, retries=0) == ["refused_address"]
+    assert server.requests["a.jpg"] == 0
+
+
+def test_private_addresses_are_fetched_where_the_recipe_allows_it(server: Web) -> None:
+    server.files["a.jpg"] = picture(1)
+    assert fetch([f"http://127.0.0.1:{server.port}/a.jpg"], allow_private_addresses=True) == [picture(1)]
+
+
+@pytest.mark.parametrize(
+    "url", ["", "nonsense", "ftp://pictures.example/a", "file:///etc/passwd", "http://", "http://[::1"]
+)
+def test_what_is_no_http_url_is_a_bad_url(url: str) -> None:
+    assert fetch([url]) == ["bad_url"]
+
+
+def test_addresses_inside_addresses_are_seen() -> None:
+    private = ["10.0.0.1", "100.64.0.1", "fc00::1", "fe80::1%eth0", "::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::"]
+    assert [address for address in [*private, "224.0.0.1", "::"] if is_public(address)] == []
+    assert is_public("93.184.216.34")
+    assert is_public("64:ff9b::5db8:d822")
+
+
+def test_connect_to_must_name_hosts_and_addresses_with_ports() -> None:
+    with pytest.raises(ValueError, match="must be ADDRESS:PORT, got 'localhost'"):
+        Download(connect_to={HOST: "localhost"})
+    with pytest.raises(ValueError, match=r"takes names of hosts, got '10\.0\.0\.1'"):
+        Download(connect_to={"10.0.0.1": "127.0.0.1:80"})

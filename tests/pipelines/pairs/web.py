@@ -1,0 +1,104 @@
+"""Pictures, and a web server that does what servers on the web do."""
+
+import asyncio
+import io
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from aiohttp import web
+from PIL import Image
+
+HOST = "pictures.example"
+
+
+def picture(value: int = 0, size: tuple[int, int] = (48, 40), kind: str = "JPEG", mode: str = "RGB") -> bytes:
+    """An encoded picture with a gradient; each value gives other bytes."""
+    image = Image.linear_gradient("L").resize(size).point(lambda v: (v + value * 7) % 256).convert(mode)
+    image.putpixel((0, 0), tuple([value % 256] * len(image.getbands())))
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+class Web:
+    """A server on loopback that does what servers on the web do; counts requests by path."""
+
+    def __init__(self) -> None:
+        self.requests: Counter[str] = Counter()
+        self.files: dict[str, bytes] = {}
+        self.delay_s = 0.0
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self.port = asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(10)
+
+    async def _start(self) -> int:
+        app = web.Application()
+        app.router.add_get("/{name:.*}", self._answer)
+        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        return int(self._runner.addresses[0][1])
+
+    @property
+    def connect_to(self) -> dict[str, str]:
+        return {HOST: f"127.0.0.1:{self.port}", "slow.example": f"127.0.0.1:{self.port}"}
+
+    def url(self, name: str, host: str = HOST) -> str:
+        return f"http://{host}/{name}"
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        name = request.match_info["name"]
+        self.requests[name] += 1
+        await asyncio.sleep(self.delay_s)
+        if name in self.files:
+            return web.Response(body=self.files[name], content_type="image/jpeg")
+        special: dict[str, Callable[[web.Request], Any]] = {
+            "slow": self._slow,
+            "endless": self._endless,
+            "flaky": self._flaky,
+            "reset": self._reset,
+        }
+        kind = name.split("/")[0]
+        if kind in special:
+            response: web.StreamResponse = await special[kind](request)
+            return response
+        if kind == "loop":
+            raise web.HTTPFound(f"/loop/{self.requests.total()}")
+        if kind == "moved":
+            raise web.HTTPMovedPermanently(name.removeprefix("moved/"))
+        if kind == "inside":
+            raise web.HTTPFound(f"http://127.0.0.1:{self.port}/a.jpg")
+        if kind == "page.jpg":
+            return web.Response(text="<html>gone</html>", content_type="image/jpeg")
+        if kind.isdigit():
+            return web.Response(status=int(kind))
+        raise web.HTTPNotFound
+
+    async def _slow(self, request: web.Request) -> web.StreamResponse:
+        await asyncio.sleep(30)
+        return web.Response(body=picture())
+
+    async def _endless(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        while True:
+            await response.write(bytes(1 << 16))
+
+    async def _flaky(self, request: web.Request) -> web.StreamResponse:
+        if self.requests[request.match_info["name"]] == 1:
+            return web.Response(status=503, headers={"Retry-After": "0"})
+        return web.Response(body=picture(3))
+
+    async def _reset(self, request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        request.transport.abort()
+        return web.Response()
+
+    def close(self) -> None:
+        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)

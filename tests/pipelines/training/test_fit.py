@@ -1,0 +1,101 @@
+"""Training with a real Ray and two workers, through every kind of death."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+import torch
+
+from pipelines.errors import UserError
+from tests.pipelines.training import toy
+
+ray.cloudpickle.register_pickle_by_value(toy)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> toy.Run:
+    run = toy.Run(tmp_path_factory.mktemp("uninterrupted"))
+    run.fit()
+    return run
+
+
+def assert_same_training(run: toy.Run, reference: toy.Run) -> None:
+    for name, weight in reference.weights().items():
+        assert torch.equal(run.weights()[name], weight), name
+    assert run.history() == reference.history()
+    assert run.seen() == reference.seen()
+
+
+def test_the_loss_falls_and_everything_is_reported(uninterrupted: toy.Run) -> None:
+    losses = [entry["loss"] for entry in uninterrupted.history()]
+    assert [entry["step"] for entry in uninterrupted.history()] == list(range(4, 49, 4))
+    assert losses[-1] < 0.3 * losses[0]
+    assert uninterrupted.progress[0] == (0, 48)
+    assert uninterrupted.progress[-1] == (48, 48)
+    assert sorted(uninterrupted.writer.committed()) == [
+        "history.json",
+        "previews/step_00000016.png",
+        "previews/step_00000032.png",
+        "previews/step_00000048.png",
+        "weights.pt",
+    ]
+    assert not (uninterrupted.folder / "artifact/train").exists()
+
+
+def test_every_step_sees_its_own_samples_once(uninterrupted: toy.Run) -> None:
+    seen = uninterrupted.seen()
+    assert sorted(seen) == list(range(48))
+    for step, samples in seen.items():
+        assert sorted(position for position, _, _ in samples) == list(range(8 * step, 8 * step + 8))
+    first_epoch = [(shard, row) for step in seen for position, shard, row in seen[step] if position < sum(toy.ROWS)]
+    assert sorted(first_epoch) == [(shard, row) for shard, rows in enumerate(toy.ROWS) for row in range(rows)]
+
+
+def test_a_killed_worker_is_replaced_and_the_weights_come_out_the_same(uninterrupted: toy.Run, tmp_path: Path) -> None:
+    run = toy.Run(tmp_path)
+    details = run.fit(die_at=27)
+    assert run.workers_started() == 4
+    assert details["steps"] == 48
+    assert_same_training(run, uninterrupted)
+
+
+def test_a_killed_process_tree_goes_on_at_the_exact_sample(uninterrupted: toy.Run, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.pipelines.training.driver", str(tmp_path)]
+    driver = subprocess.Popen(command, cwd=Path(__file__).parents[3])
+    run = toy.Run(tmp_path)
+    try:
+        deadline = time.monotonic() + 200
+        while not list(tmp_path.glob("artifact/train/*/step_*/state.pt")):
+            assert time.monotonic() < deadline, "no checkpoint"
+            assert driver.poll() is None, "the driver ended by itself"
+            time.sleep(0.02)
+    finally:
+        for process in [*psutil.Process(driver.pid).children(recursive=True), driver]:
+            os.kill(process.pid, signal.SIGKILL)
+    driver.wait()
+    assert max(run.seen()) < 47, "killed too late to show anything"
+    run.fit()
+    assert run.progress[0][0] >= 8, "did not start from the checkpoint"
+    assert_same_training(run, uninterrupted)
+
+
+def test_one_worker_does_the_same_as_two(uninterrupted: toy.Run, tmp_path: Path) -> None:
+    run = toy.Run(tmp_path)
+    run.fit(workers=1, steps=16)
+    assert run.seen() == {step: samples for step, samples in uninterrupted.seen().items() if step < 16}
+
+
+def test_a_loss_that_is_not_a_number_stops_at_once_and_names_the_sample(ray_cluster: None, tmp_path: Path) -> None:
+    run = toy.Run(tmp_path)
+    with pytest.raises(UserError, match=r"^the loss is not finite at step 12 for samples key-101: look at .*debug"):
+        run.fit(bad_at=101)
+    assert run.workers_started() == 2, "a mistake in the data must not be tried again"
+    state = torch.load(tmp_path / "artifact/debug/step_00000012.pt", weights_only=True)
+    assert state["bad_keys"] == ["key-101"]
+    assert state["keys"] == [f"key-{position}" for position in range(96, 104)]

@@ -1,0 +1,148 @@
+"""A network small enough to train in seconds, which writes down what it sees and can be told to fail."""
+
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipelines.ledger import ArtifactWriter
+from pipelines.order import SampleOrder, SamplePosition
+from pipelines.stage import StageContext
+from pipelines.storage import Storage
+from pipelines.tracking import null_stage_tracker
+from pipelines.training.config import TrainingConfig
+from pipelines.training.fit import finished, fit
+from pipelines.training.outputs import commit_once
+from pipelines.training.randomness import Purpose, generator
+
+ROWS = (7, 0, 13, 5)
+SEED = 3
+
+
+@dataclass(frozen=True)
+class ToyTask:
+    """Learn to multiply vectors by a matrix.
+
+    Args:
+        log: folder of what the workers saw: a line a sample, `step position shard row`.
+        die_at: the worker of rank 1 kills itself before this step, the first time it gets there.
+        bad_at: the position of a sample that is not a number.
+    """
+
+    log: Path
+    die_at: int | None = None
+    bad_at: int | None = None
+
+    def build(self, device: torch.device) -> "ToyLearner":
+        return ToyLearner(self)
+
+
+class ToyLearner:
+    def __init__(self, task: ToyTask) -> None:
+        self.task = task
+        self.network: nn.Module = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.1), nn.Tanh(), nn.Linear(16, 2))
+        self.order = SampleOrder(ROWS, SEED, window=2)
+        (task.log / f"started.{os.getpid()}").touch()
+
+    def load(self, samples: Sequence[SamplePosition]) -> dict[str, Tensor]:
+        x = np.stack(
+            [generator(SEED, Purpose.SAMPLE, s.position).standard_normal(4, dtype=np.float32) for s in samples]
+        )
+        if self.task.bad_at in [s.position for s in samples]:
+            x[[s.position for s in samples].index(self.task.bad_at)] = np.nan
+        matrix = np.arange(8, dtype=np.float32).reshape(4, 2) / 8
+        seen = torch.tensor([[s.position, s.shard, s.row] for s in samples])
+        return {"x": torch.from_numpy(x), "y": torch.from_numpy(x @ matrix), "seen": seen}
+
+    def losses(self, network: Any, batch: dict[str, Tensor]) -> Tensor:
+        step = int(batch["seen"][0, 0]) // 8
+        marker = self.task.log / "died"
+        rank = torch.distributed.get_rank()
+        if step == self.task.die_at and rank == 1 and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        with open(self.task.log / f"seen.{os.getpid()}", "a") as file:
+            file.writelines(f"{step} {' '.join(map(str, row))}\n" for row in batch["seen"].tolist())
+        losses: Tensor = (network(batch["x"]) - batch["y"]).square().mean(dim=1)
+        return losses
+
+    def key(self, sample: SamplePosition) -> str:
+        return f"key-{sample.position}"
+
+    def fetch_ahead(self, position: int) -> None:
+        pass
+
+    def preview(self) -> NDArray[np.uint8]:
+        level = np.uint8(abs(float(next(self.network.parameters())[0, 0])) * 255)
+        return np.full((4, 4, 3), level, np.uint8)
+
+    def save(self, writer: ArtifactWriter) -> dict[str, Any]:
+        commit_once(writer, "weights.pt", lambda path: torch.save(self.network.state_dict(), path))
+        return {"toy": True}
+
+
+@dataclass
+class Run:
+    """A stage's context on a folder, and what its progress display was told."""
+
+    folder: Path
+    progress: list[tuple[int, int]] = field(default_factory=list)
+
+    def fit(self, *, steps: int = 48, workers: int = 2, **task: Any) -> dict[str, Any]:
+        log = self.folder / "log"
+        log.mkdir(parents=True, exist_ok=True)
+        config = TrainingConfig(
+            steps=steps,
+            batch_size=8,
+            learning_rate=0.02,
+            warmup_steps=2,
+            ema_decay=0.9,
+            workers=workers,
+            use_gpu=False,
+            checkpoint_every_steps=8,
+            log_every_steps=4,
+            sample_every_steps=16,
+            max_failures=2,
+        )
+        context = StageContext(
+            config=config,
+            seed=SEED,
+            writer=self.writer,
+            upstream={},
+            tracker=null_stage_tracker(),
+            progress=lambda done, total, **facts: self.progress.append((done, total)),
+            scratch=self.folder,
+        )
+        details = finished(self.writer)
+        return details if details is not None else fit(ToyTask(log=log, **task), config, context)
+
+    @property
+    def writer(self) -> ArtifactWriter:
+        return ArtifactWriter("toy", "key", Storage(str(self.folder / "artifact")))
+
+    def weights(self) -> dict[str, Tensor]:
+        weights: dict[str, Tensor] = torch.load(self.folder / "artifact/weights.pt", weights_only=True)
+        return weights
+
+    def history(self) -> list[dict[str, float]]:
+        history: list[dict[str, float]] = self.writer.storage.read_json("history.json")
+        return history
+
+    def seen(self) -> dict[int, set[tuple[int, ...]]]:
+        """What each step was trained on, (position, shard, row); steps done again must not have seen anything else."""
+        steps: dict[int, set[tuple[int, ...]]] = {}
+        for file in (self.folder / "log").glob("seen.*"):
+            for line in file.read_text().splitlines():
+                step, *sample = map(int, line.split())
+                steps.setdefault(step, set()).add(tuple(sample))
+        return steps
+
+    def workers_started(self) -> int:
+        return len(list((self.folder / "log").glob("started.*")))
