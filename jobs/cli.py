@@ -1,0 +1,117 @@
+"""The `ldm` command.
+
+Exit codes: 0 done, 1 failed (one line says what, which value, what to do), 2 misuse. A traceback only with --debug.
+"""
+
+import importlib
+import sys
+import traceback
+
+import click
+
+from pipelines.errors import explain
+
+# Commands are imported only when they are called, so that `ldm --help` answers at once.
+COMMANDS = {
+    "demo": "jobs.demo.command",
+    "run": "jobs.commands.run",
+    "plan": "jobs.commands.plan",
+    "sample": "jobs.commands.sample",
+    "export": "jobs.commands.export",
+    "inspect": "jobs.commands.inspect",
+    "verify": "jobs.commands.verify",
+    "ui": "jobs.commands.ui",
+    "doctor": "jobs.commands.doctor",
+    "submit": "jobs.commands.submit",
+    "jobs": "jobs.commands.cluster_jobs",
+    "logs": "jobs.commands.cluster_jobs",
+    "stop": "jobs.commands.cluster_jobs",
+}
+SUMMARIES = {
+    "demo": "The whole pipeline on pictures rendered on the spot.",
+    "run": "Run a recipe: every stage that is not cached yet.",
+    "plan": "What `run` would do: keys, states, rows, bytes, time.",
+    "sample": "Pictures for prompts, from a checkpoint.",
+    "export": "Write a trained model for other programs to load.",
+    "inspect": "What is in an artifact, a shard or a root.",
+    "verify": "Is an artifact or shard whole and true?",
+    "ui": "The MLflow server on a root's experiments.",
+    "doctor": "What this machine has.",
+    "submit": "Run a recipe as a job on a Ray cluster.",
+    "jobs": "The jobs of a Ray cluster.",
+    "logs": "What a job has printed.",
+    "stop": "Stop a job.",
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are modules, imported on first use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(importlib.import_module(COMMANDS[cmd_name]), cmd_name.replace("-", "_"))
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(SUMMARIES.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="ldm-pipelines", prog_name="ldm")
+@click.option("--debug", is_flag=True, help="Show tracebacks and Ray's own log.")
+@click.pass_context
+def cli(context: click.Context, debug: bool) -> None:
+    """Latent diffusion models from raw image-text pairs, on a laptop or a Ray cluster.
+
+    Start with `ldm demo`.
+    """
+    context.obj = debug
+
+
+def main() -> None:
+    """Entry point of the `ldm` command."""
+    debug = "--debug" in sys.argv[1:]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        code = cli.main(["--debug", *arguments] if debug else arguments, prog_name="ldm", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        sys.stdout.write(f"{error.ctx.get_help() if error.ctx else error.format_message()}\n")
+        code = 2
+    except click.exceptions.Exit as error:
+        code = error.exit_code
+    except click.ClickException as error:
+        _complain(error.format_message())
+        code = 2
+    except (KeyboardInterrupt, click.Abort):
+        _complain("interrupted; run the same command again to go on")
+        code = 130
+    except BrokenPipeError:
+        code = 1
+    except Exception as error:
+        code = _report_failure(error, debug)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report_failure(error: Exception, debug: bool) -> int:
+    known = explain(error)
+    if debug:
+        traceback.print_exc()
+    if known:
+        _complain(str(known))
+        return known.exit_code
+    text = " ".join(str(error).split())[:500]
+    _complain(f"{type(error).__name__}: {text} (this looks like a bug: --debug shows where)")
+    return 1
+
+
+def _complain(message: str) -> None:
+    sys.stderr.write(f"ldm: {' '.join(str(message).split())}\n")
+
+
+if __name__ == "__main__":
+    main()

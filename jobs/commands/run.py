@@ -1,0 +1,83 @@
+"""`ldm run`: walk the stages of a recipe."""
+
+import dataclasses
+from typing import Any
+
+import click
+from rich.console import Console
+
+from jobs.commands.options import open_recipe, recipe_options, selection, selection_options
+from jobs.console import console, emit_json, json_option
+from jobs.progress import Display, stage_table
+from pipelines.formatting import format_seconds
+from pipelines.run import RunResult
+from pipelines.run import run as run_pipeline
+
+
+@click.command()
+@recipe_options
+@selection_options
+@json_option
+@click.pass_obj
+def run(
+    debug: bool,
+    recipe_name: str,
+    root: str | None,
+    overrides: tuple[str, ...],
+    only: str | None,
+    first: str | None,
+    last: str | None,
+    force: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Run a recipe: every stage that is not cached yet.
+
+    RECIPE is a YAML file or the name of a shipped recipe. Killed at any moment, the same command goes on where it was.
+
+    \b
+    Example:
+      ldm run small --set pairs.source=photos/metadata.jsonl \\
+          --set pairs.columns.image=file --set pairs.columns.text=captions
+      ldm run small ... --only latents --force latents
+    """
+    recipe = open_recipe(recipe_name, root, overrides)
+    out = console(as_json)
+    with Display(out) as display:
+        result = run_pipeline(recipe, selection(only, first, last, force), display, debug=debug)
+    print_result(out, result)
+    if as_json:
+        emit_json(result_json(result))
+
+
+def print_result(out: Console, result: RunResult) -> None:
+    """The table of stages, and where everything is."""
+    out.print(stage_table(result))
+    places = {
+        "report": result.report,
+        "grid": _file(result, "evaluate", "grid.png"),
+        "checkpoint": _file(result, "diffusion", "model"),
+        "mlflow": result.tracking_uri,
+    }
+    out.print()
+    for name, place in places.items():
+        if place:
+            out.print(f"{name:<11} {place}")
+    out.print(f"{'wall time':<11} {format_seconds(result.wall_s)}")
+
+
+def result_json(result: RunResult) -> dict[str, Any]:
+    """A run as one JSON object."""
+    return {
+        "wall_s": result.wall_s,
+        "stages": [dataclasses.asdict(row) for row in result.rows],
+        "root": result.root,
+        "tracking_uri": result.tracking_uri,
+        "run_id": result.run_id,
+        "report": result.report,
+        "checkpoint": _file(result, "diffusion", "model"),
+    }
+
+
+def _file(result: RunResult, stage: str, name: str) -> str | None:
+    artifact = result.artifacts.get(stage)
+    return f"{artifact.storage.url}/{name}" if artifact else None

@@ -1,0 +1,67 @@
+"""`ldm sample`: pictures for prompts."""
+
+import click
+
+from jobs.console import console, emit_json, json_option
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.argument("prompts", nargs=-1, required=True)
+@click.option("--out", default="samples", show_default=True, help="Folder for the pictures.")
+@click.option("--images", default=1, show_default=True, type=click.IntRange(1), help="Pictures a prompt.")
+@click.option("--seed", default=0, show_default=True, help="Of the first picture; the next ones count on.")
+@click.option("--steps", default=50, show_default=True, type=click.IntRange(1, 1000), help="DDIM steps.")
+@click.option("--guidance", default=5.0, show_default=True, type=click.FloatRange(0), help="Guidance scale.")
+@click.option("--eta", default=0.0, show_default=True, type=click.FloatRange(0), help="DDIM's eta.")
+@click.option("--device", help="Torch device; the first GPU where there is one, else the CPU.")
+@json_option
+def sample(
+    checkpoint: str,
+    prompts: tuple[str, ...],
+    out: str,
+    images: int,
+    seed: int,
+    steps: int,
+    guidance: float,
+    eta: float,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    """Pictures for prompts, from a checkpoint.
+
+    CHECKPOINT is the root of a run (its newest diffusion model), an artifact, or a model folder.
+
+    \b
+    Example:
+      ldm sample runs/demo "a large red circle on the left" --images 4 --seed 7
+    """
+    from pathlib import Path
+
+    from PIL import Image
+
+    from pipelines.checkpoints import open_model
+    from pipelines.diffusion.config import SamplingConfig
+    from pipelines.errors import UserError
+    from pipelines.evaluate.sampling import sample_prompts
+    from pipelines.grids import grid
+
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be a folder: {error.strerror}") from error
+    model, tokenizer, place = open_model(checkpoint, device)
+    captions = [prompt for prompt in prompts for _ in range(images)]
+    seeds = [seed + i for i in range(len(captions))]
+    sampling = SamplingConfig(num_steps=steps, guidance_scale=guidance, eta=eta)
+    pictures = sample_prompts(model, tokenizer, captions, seeds, sampling)
+    files = [str(folder / f"{i:03d}.png") for i in range(len(captions))]
+    for path, picture in zip(files, pictures):
+        Image.fromarray(picture).save(path)
+    sheet = str(folder / "grid.png")
+    Image.fromarray(grid(pictures, columns=min(len(captions), 8), captions=captions)).save(sheet)
+    console(as_json).print(f"{len(files)} pictures from {place}: {sheet}")
+    if as_json:
+        rows = [{"prompt": p, "seed": s, "file": f} for p, s, f in zip(captions, seeds, files)]
+        emit_json({"checkpoint": place, "grid": sheet, "images": rows})

@@ -1,0 +1,106 @@
+"""`ldm submit`: run a recipe as a job on a Ray cluster."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import click
+
+import jobs
+import ldm_core
+import pipelines
+from jobs.cluster_client import address_option, follow, submit_job
+from jobs.commands.options import open_recipe, recipe_options, selection, selection_options
+from jobs.console import console, emit_json, json_option
+from pipelines.errors import MisuseError
+from pipelines.recipe import Recipe, parse_recipe
+
+# Files of this machine that a recipe may name.
+INPUTS = (
+    ("pairs", "source"),
+    ("autoencoder", "weights"),
+    ("tokenizer", "vocabulary"),
+    ("evaluate", "prompts_file"),
+)
+
+
+@click.command()
+@recipe_options
+@selection_options
+@address_option
+@click.option("--follow", "wait", is_flag=True, help="Print the job's log until it ends; exit as it did.")
+@json_option
+@click.pass_obj
+def submit(
+    debug: bool,
+    recipe_name: str,
+    root: str | None,
+    overrides: tuple[str, ...],
+    only: str | None,
+    first: str | None,
+    last: str | None,
+    force: tuple[str, ...],
+    address: str,
+    wait: bool,
+    as_json: bool,
+) -> None:
+    """Run a recipe as a job on a Ray cluster: what `ldm run` does, there.
+
+    The resolved recipe and this code travel with the job. Sources and root must be reachable from the cluster: shared
+    folders, or s3:// together with a tracking.uri. The cluster's authentication token is taken from RAY_AUTH_TOKEN or
+    ~/.ray/auth_token.
+
+    \b
+    Example:
+      ldm submit small --address http://head:8265 --root s3://bucket/ldm \\
+          --set pairs.source=s3://bucket/laion/*.parquet --follow
+    """
+    recipe = open_recipe(recipe_name, root, overrides)
+    recipe = _reachable(recipe, address)
+    chosen = selection(only, first, last, force)
+    arguments = [f"--{option} {value}" for option, value in (("only", only), ("from", first), ("to", last)) if value]
+    arguments += [f"--force {stage}" for stage in chosen.force]
+    with tempfile.TemporaryDirectory(prefix="ldm-submit-") as folder:
+        _pack(Path(folder), recipe.to_yaml())
+        job_id = submit_job(
+            address,
+            entrypoint=" ".join(["python -m jobs.cli run recipe.yaml", *arguments]),
+            runtime_env={"working_dir": folder, "env_vars": {"PYTHONUNBUFFERED": "1"}},
+            metadata={"ldm.recipe": recipe.name, "ldm.root": recipe.root},
+        )
+    out = console(as_json)
+    out.print(f"submitted {job_id} to {address}: `ldm logs {job_id}`, `ldm stop {job_id}`", markup=False)
+    status = follow(address, job_id, out) if wait else "SUBMITTED"
+    if as_json:
+        emit_json({"job_id": job_id, "address": address, "status": status})
+    if status in ("FAILED", "STOPPED"):
+        raise SystemExit(1)
+
+
+def _reachable(recipe: Recipe, address: str) -> Recipe:
+    """The recipe with paths that do not depend on the folder it is run in: a job's own is gone when it ends.
+
+    Raises:
+        MisuseError: a relative root.
+    """
+    if "://" not in recipe.root and not Path(recipe.root).is_absolute():
+        raise MisuseError(
+            f"root {recipe.root} is relative: the cluster at {address} needs an absolute path that all its nodes "
+            "share, or a URL: --root s3://…"
+        )
+    values = recipe.model_dump(mode="json")
+    for section, name in INPUTS:
+        place = values[section] if section != "tokenizer" else values["latents"]["tokenizer"]
+        if place[name] and "://" not in place[name]:
+            place[name] = str(Path(place[name]).expanduser().absolute())
+    return parse_recipe(values)
+
+
+def _pack(folder: Path, recipe_yaml: str) -> None:
+    """The job's working directory: the recipe and the three packages, so that the cluster runs the code that
+    submitted it.
+    """
+    (folder / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
+    for package in (ldm_core, pipelines, jobs):
+        source = Path(str(package.__file__)).parent
+        shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,0 +1,46 @@
+"""`ldm ui`: the MLflow server on a root's experiments."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+from jobs.console import console
+from pipelines.errors import UserError
+
+
+@click.command()
+@click.argument("root", default="runs/demo")
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535))
+def ui(root: str, host: str, port: int) -> None:
+    """Browse a root's experiments: the MLflow server on its embedded store.
+
+    \b
+    Example:
+      ldm ui runs/demo --port 5001
+    """
+    database = Path(root).absolute() / "mlflow.db"
+    if not database.is_file():
+        raise UserError(f"no experiments under {root}: {database} is missing; run a recipe with this root first")
+    _check_free(host, port)
+    console().print(f"MLflow on http://{host}:{port} (Ctrl-C to stop)")
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{database}"]
+    command += ["--default-artifact-root", (database.parent / "mlartifacts").as_uri()]
+    command += ["--host", host, "--port", str(port), "--workers", "1"]
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    raise SystemExit(subprocess.call(command))
+
+
+def _check_free(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(
+                f"port {port} on {host} cannot be used ({error.strerror}): choose another with --port"
+            ) from error

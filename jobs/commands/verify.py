@@ -1,0 +1,39 @@
+"""`ldm verify`: is an artifact or shard whole and true?"""
+
+import dataclasses
+
+import click
+
+from jobs.console import console, emit_json, json_option
+from pipelines.errors import UserError
+from pipelines.formatting import format_bytes
+
+
+@click.command()
+@click.argument("paths", nargs=-1, required=True)
+@json_option
+def verify(paths: tuple[str, ...], as_json: bool) -> None:
+    """Is an artifact, a shard (.tar) or every finished artifact of a root whole and true?
+
+    Reads everything: sizes and digests against the manifest, tars to their end, arrays and their shapes.
+
+    \b
+    Example:
+      ldm verify runs/demo
+      ldm verify runs/demo/latents/*/000000.tar
+    """
+    from pipelines.verify import verify_path
+
+    reports = [report for path in paths for report in verify_path(path)]
+    out = console(as_json)
+    for report in reports:
+        verdict = "whole" if report.ok else "DAMAGED"
+        facts = f"{report.files} files, {report.rows:,} rows, {format_bytes(report.bytes)}"
+        out.print(f"{verdict:<8} {report.url}  {facts}", markup=False)
+        for problem in report.problems:
+            out.print(f"         {problem}", markup=False)
+    damaged = [report for report in reports if not report.ok]
+    if as_json:
+        emit_json({"ok": not damaged, "artifacts": [dataclasses.asdict(report) for report in reports]})
+    if damaged:
+        raise UserError(f"{len(damaged)} of {len(reports)} damaged: `ldm run RECIPE --force STAGE` rebuilds a stage")

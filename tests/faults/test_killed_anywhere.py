@@ -1,0 +1,105 @@
+"""The whole process tree is killed in every stage; the same command finishes, with the same result."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.tiny import tiny_recipe, write_pictures, write_recipe
+
+REPOSITORY = Path(__file__).parents[2]
+# What is on disk when a stage is in the middle of its work.
+IN_THE_MIDDLE = {
+    "pairs": "pairs/*/work/*.parquet",
+    "autoencoder": "autoencoder/*/train/**/checkpoint_*",
+    "latents": "latents/*/commits/*.tar.json",
+    "diffusion": "diffusion/*/train/**/checkpoint_*",
+    "evaluate": "evaluate/*/samples",
+}
+PATIENCE_S = 400
+
+
+def start(recipe: Path, root: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "jobs.cli", "run", str(recipe), "--root", str(root), "--json"]
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+
+
+def kill_tree(process: subprocess.Popen[str]) -> None:
+    tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in tree:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(tree, timeout=30)
+    process.communicate()
+
+
+def wait_for(process: subprocess.Popen[str], root: Path, pattern: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not any(root.glob(pattern)):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, f"nothing like {pattern} appeared"
+        time.sleep(0.02)
+
+
+def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
+    out, err = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, err
+    result: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return result
+
+
+def contents(root: Path, pattern: str) -> dict[str, str]:
+    found = {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(root.glob(pattern))}
+    assert found, f"nothing like {pattern} under {root}"
+    return found
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(1800)
+def test_killed_in_every_stage_the_same_command_finishes_with_the_same_bytes(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "tiny.yaml", tiny_recipe(write_pictures(tmp_path / "pictures", 64)))
+    undisturbed = tmp_path / "undisturbed"
+    expected = finish(start(recipe, undisturbed))
+    assert [stage["state"] for stage in expected["stages"]] == ["run"] * 6
+
+    root = tmp_path / "killed"
+    for pattern in IN_THE_MIDDLE.values():
+        process = start(recipe, root)
+        wait_for(process, root, pattern)
+        kill_tree(process)
+    result = finish(start(recipe, root))
+
+    assert {stage["name"]: stage["key"] for stage in result["stages"]} == {
+        stage["name"]: stage["key"] for stage in expected["stages"]
+    }
+    for pattern in ("pairs/*/*.tar", "pairs/*/*.parquet", "latents/*/*.tar", "latents/*/vocab.txt"):
+        assert contents(root, pattern) == contents(undisturbed, pattern)
+    # The same weights: no sample was seen twice, none was left out.
+    for pattern in ("autoencoder/*/first_stage/*", "diffusion/*/model/*", "diffusion/*/history.json"):
+        assert contents(root, pattern) == contents(undisturbed, pattern)
+    assert contents(root, "evaluate/*/grid.png") == contents(undisturbed, "evaluate/*/grid.png")
+
+    again = finish(start(recipe, root))
+    assert [stage["state"] for stage in again["stages"]] == ["cached"] * 6
+    _assert_one_mlflow_run_a_stage(root)
+
+
+def _assert_one_mlflow_run_a_stage(root: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{root}/mlflow.db")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    stages = [run.data.tags.get("ldm.stage") for run in client.search_runs(experiments)]
+    counted = {name: stages.count(name) for name in stages if name}
+    assert counted == dict.fromkeys(("pairs", "autoencoder", "latents", "diffusion", "evaluate", "export"), 1)
+    assert stages.count(None) == 1

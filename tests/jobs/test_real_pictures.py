@@ -1,0 +1,50 @@
+"""The shipped recipe for a person's own pictures, at a tiny size, on real pictures with real captions."""
+
+from pathlib import Path
+
+import pytest
+
+from jobs.recipes import recipe_path
+from pipelines.recipe import load_recipe
+from pipelines.run import run
+from pipelines.verify import verify_path
+
+TINY = (
+    "pairs.limit=120",
+    "pairs.image_size=32",
+    "pairs.rows_per_shard=60",
+    "autoencoder.training.steps=6",
+    "autoencoder.training.batch_size=4",
+    "diffusion.unet.latent_size=4",
+    "diffusion.unet.model_channels=32",
+    "diffusion.text.layers=1",
+    "diffusion.training.steps=6",
+    "diffusion.training.batch_size=4",
+    "diffusion.training.sample_every_steps=6",
+    "diffusion.preview.num_steps=2",
+    "evaluate.sampling.num_steps=2",
+    "evaluate.training_captions=4",
+    "tracking.enabled=false",
+)
+
+
+@pytest.mark.e2e
+@pytest.mark.shared
+@pytest.mark.parametrize(("folder", "text"), [("fluent_emoji_3d", "name"), ("coco_cc", "captions")])
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_small_recipe_trains_on_real_pictures(folder: str, text: str, shared_data: Path, tmp_path: Path) -> None:
+    overrides = (
+        f"root={tmp_path}",
+        f"pairs.source={shared_data}/{folder}/metadata.jsonl",
+        "pairs.columns.image=file",
+        f"pairs.columns.text={text}",
+        *TINY,
+    )
+    result = run(load_recipe(recipe_path("small"), overrides))
+    assert [row.state for row in result.rows] == ["run"] * 6
+    pairs = result.artifacts["pairs"].details
+    assert pairs["input_rows"] == 120
+    assert pairs["samples"] >= 100
+    assert result.artifacts["latents"].details["samples"] == pairs["samples"]
+    assert result.artifacts["export"].details["layouts"] == ["ldm", "diffusers"]
+    assert all(report.ok for report in verify_path(str(tmp_path)))

@@ -1,0 +1,137 @@
+"""Finished artifacts small enough for tests: real tars, real weights files, random contents."""
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pipelines.config import Config
+from pipelines.ledger import Artifact, ArtifactWriter
+from pipelines.records import write_shard
+from pipelines.stage import Stage, StageContext
+from pipelines.storage import Storage
+from pipelines.tracking import null_stage_tracker
+
+WORDS = ("red", "green", "circle", "café", "square", "日本", "small", "large")
+
+
+def finish(writer: ArtifactWriter, details: dict[str, Any], format_version: int = 1) -> Artifact:
+    writer.finish(
+        format_version=format_version,
+        config={},
+        identity={},
+        upstream={},
+        details=details,
+        seconds=0.0,
+        code_version="test",
+    )
+    return Artifact(writer.stage, writer.key, writer.storage)
+
+
+def pairs_artifact(root: Path, *, rows: tuple[int, ...] = (5, 0, 4), side: int = 32, name: str = "pairs") -> Artifact:
+    """Shards of `rows` samples each: noise with two captions."""
+    writer = ArtifactWriter("pairs", name, Storage(str(root)) / "pairs" / name)
+    random = np.random.default_rng(0)
+    for shard, count in enumerate(rows):
+        with writer.storage.writer(f"{shard:06d}.tar") as path:
+            write_shard(path, [pair_sample(random, f"{shard:05d}{row:04d}", side) for row in range(count)])
+        writer.commit(f"{shard:06d}.tar", rows=count)
+    return finish(writer, {"samples": sum(rows), "image_size": side})
+
+
+def pair_sample(random: np.random.Generator, key: str, side: int) -> tuple[str, dict[str, bytes]]:
+    captions = [" ".join(random.choice(WORDS, 3)) for _ in range(2)]
+    buffer = io.BytesIO()
+    Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(buffer, "PNG")
+    facts = json.dumps({"captions": captions}, ensure_ascii=False).encode()
+    return key, {"png": buffer.getvalue(), "txt": captions[0].encode(), "json": facts}
+
+
+def first_stage_artifact(root: Path, *, preset: str = "tiny-kl-f8", name: str = "autoencoder") -> Artifact:
+    """A first stage with random weights."""
+    import torch
+
+    from ldm_core import presets
+    from ldm_core.autoencoder import build_first_stage
+    from pipelines.autoencoder.weights import save_first_stage
+
+    writer = ArtifactWriter("autoencoder", name, Storage(str(root)) / "autoencoder" / name)
+    torch.manual_seed(0)
+    config = presets.first_stage(preset)
+    save_first_stage(build_first_stage(config), config, Path(writer.storage.path("first_stage")))
+    weights = writer.commit("first_stage/model.safetensors")
+    writer.commit("first_stage/config.json")
+    return finish(writer, {"encoder_sha256": weights.sha256})
+
+
+def diffusion_artifact(root: Path, *, max_length: int = 77, name: str = "diffusion") -> Artifact:
+    """A text-to-image model for 32-pixel pictures with random weights, none of them zero."""
+    import torch
+
+    from ldm_core import checkpoint, presets
+    from ldm_core.latent_diffusion import LatentDiffusionConfig
+    from ldm_core.text_transformer import TextTransformerConfig
+    from ldm_core.tokenizer import Tokenizer, build_vocabulary
+    from ldm_core.unet import UNetConfig
+
+    tokenizer = Tokenizer.from_vocabulary(build_vocabulary(WORDS, size=64), max_length=max_length)
+    config = LatentDiffusionConfig(
+        first_stage=presets.first_stage("tiny-kl-f8"),
+        unet=UNetConfig(
+            latent_size=4,
+            in_channels=4,
+            out_channels=4,
+            model_channels=32,
+            num_res_blocks=1,
+            channel_mult=(1, 2),
+            attention_downsampling=(1,),
+            num_heads=2,
+            context_dim=32,
+        ),
+        conditioner=TextTransformerConfig(
+            vocabulary_size=tokenizer.vocabulary_size,
+            max_length=max_length,
+            width=32,
+            layers=1,
+            heads=2,
+            head_dim=16,
+        ),
+    )
+    torch.manual_seed(0)
+    model = config.build()
+    for parameter in model.parameters():
+        if not parameter.detach().any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    writer = ArtifactWriter("diffusion", name, Storage(str(root)) / "diffusion" / name)
+    checkpoint.save(model, writer.storage.path("model"), tokenizer=tokenizer)
+    for file in ("model.safetensors", "config.json", "vocab.txt"):
+        writer.commit(f"model/{file}")
+    return finish(writer, {"steps": 0})
+
+
+def run_stage(
+    stage: Stage, config: Config, root: Path, upstream: Mapping[str, Artifact], *, key: str = "key", seed: int = 0
+) -> Artifact:
+    """Run a stage into `root/STAGE/key` and finish its artifact, as the walk over the stages does."""
+    writer = ArtifactWriter(stage.name, key, Storage(str(root)) / stage.name / key)
+    scratch = root / f"scratch-{stage.name}-{key}"
+    scratch.mkdir(parents=True, exist_ok=True)
+    context = StageContext(
+        config=config,
+        seed=seed,
+        writer=writer,
+        upstream=upstream,
+        tracker=null_stage_tracker(),
+        progress=lambda done, total, **facts: None,
+        scratch=scratch,
+    )
+    return finish(writer, stage.run(context), stage.format_version)
+
+
+def contents(artifact: Artifact) -> dict[str, str]:
+    """sha256 of every committed file, by name."""
+    return {record.name: record.sha256 for record in artifact.manifest.files}
