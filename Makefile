@@ -7,9 +7,8 @@ BIN := .venv/bin
 demo: .venv/ready
 	$(BIN)/ldm demo
 
-# Real kills and real servers on a shared machine: what fails is tried once more, alone, and must pass then.
 test: .venv/ready
-	$(BIN)/pytest $(PYTEST_ARGS) || $(BIN)/pytest --last-failed --last-failed-no-failures none $(PYTEST_ARGS)
+	$(BIN)/pytest $(PYTEST_ARGS)
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .

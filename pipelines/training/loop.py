@@ -186,6 +186,9 @@ class TrainingLoop:
             state = {"step": self.step, "keys": keys, "bad_keys": bad, "network": self.network.state_dict()}
             with self.writer.storage.writer(name) as path:
                 torch.save(state, path)
+        if self.place.world > 1:
+            # The first error to reach the driver ends all workers: none may raise before the state is saved.
+            dist.barrier()
         what = "loss" if bad else "gradient"
         named = bad or keys
         shown = ", ".join(named[:SHOWN_KEYS]) + (f" and {len(named) - SHOWN_KEYS} more" if named[SHOWN_KEYS:] else "")

@@ -89,8 +89,6 @@ def test_killed_in_every_stage_the_same_command_finishes_with_the_same_bytes(tmp
         assert contents(root, pattern) == contents(undisturbed, pattern)
     assert contents(root, "evaluate/*/grid.png") == contents(undisturbed, "evaluate/*/grid.png")
 
-    again = finish(start(recipe, root))
-    assert [stage["state"] for stage in again["stages"]] == ["cached"] * 6
     _assert_one_mlflow_run_a_stage(root)
 
 
