@@ -1,7 +1,7 @@
 """The whole model: a first stage, and a denoising UNet with its conditioner in that stage's latent space.
 
 Shapes: x: (B, 3, H, W) images in [-1, 1]; z: (B, C, h, w) scaled latents; t: (B,) integer timesteps;
-tokens: (B, L) integer ids; context: (B, L, D).
+inputs: what the conditioner takes, e.g. token ids (B, L).
 """
 
 import dataclasses
@@ -15,9 +15,17 @@ from torch import Tensor, nn
 
 from ldm_core import guidance, objective, samplers
 from ldm_core.autoencoder import FirstStageConfig, build_first_stage
-from ldm_core.conditioning import Conditioning, TextConditioner
+from ldm_core.conditioning import (
+    CONDITIONER_KINDS,
+    Conditioner,
+    ConditionerConfig,
+    Conditioning,
+    build_conditioner,
+    concat_channels,
+    context_dim,
+    kind_of,
+)
 from ldm_core.schedule import NoiseSchedule, ScheduleConfig
-from ldm_core.text_transformer import TextTransformerConfig
 from ldm_core.unet import UNet, UNetConfig
 
 
@@ -28,7 +36,7 @@ class LatentDiffusionConfig:
     Args:
         first_stage: the autoencoder whose latents are diffused.
         unet: the denoising network.
-        conditioner: text transformer, or None for an unconditional model.
+        conditioner: what the UNet is conditioned on, see `conditioning`; None for an unconditional model.
         schedule: forward process.
         parameterization: what the UNet predicts, "eps", "v" or "x0".
         loss: "l1" or "l2", what it was trained with.
@@ -42,7 +50,7 @@ class LatentDiffusionConfig:
 
     first_stage: FirstStageConfig
     unet: UNetConfig
-    conditioner: TextTransformerConfig | None = None
+    conditioner: ConditionerConfig | None = None
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     parameterization: objective.Parameterization = "eps"
     loss: objective.LossKind = "l2"
@@ -55,15 +63,17 @@ class LatentDiffusionConfig:
         if not (math.isfinite(self.scale_factor) and self.scale_factor > 0):
             raise ValueError(f"scale_factor must be a positive number, got {self.scale_factor}")
         latent_channels = self.first_stage.embed_dim
-        if (self.unet.in_channels, self.unet.out_channels) != (latent_channels, latent_channels):
+        wanted = latent_channels + concat_channels(self.conditioner, latent_channels)
+        if (self.unet.in_channels, self.unet.out_channels) != (wanted, latent_channels):
             raise ValueError(
-                f"the UNet must take and give the first stage's {latent_channels} latent channels, got "
-                f"in_channels={self.unet.in_channels}, out_channels={self.unet.out_channels}"
+                f"the UNet must take the first stage's {latent_channels} latent channels and those of its conditioner, "
+                f"{wanted} in all, and give {latent_channels}; got in_channels={self.unet.in_channels}, "
+                f"out_channels={self.unet.out_channels}"
             )
-        width = self.conditioner.width if self.conditioner else None
+        width = context_dim(self.conditioner)
         if self.unet.context_dim != width:
             raise ValueError(
-                "the UNet's context_dim must be the text transformer's width (None without one), "
+                "the UNet's context_dim must be the conditioner's width (None without one), "
                 f"got context_dim={self.unet.context_dim}, width={width}"
             )
 
@@ -75,11 +85,14 @@ class LatentDiffusionConfig:
     def build_network(self, device: torch.device | str | None = None) -> "DiffusionNetwork":
         """Only the part that the diffusion stage trains, with random weights."""
         with torch.device(device or torch.get_default_device()):
-            return DiffusionNetwork(UNet(self.unet), TextConditioner(self.conditioner) if self.conditioner else None)
+            return DiffusionNetwork(UNet(self.unet), build_conditioner(self.conditioner) if self.conditioner else None)
 
     def to_dict(self) -> dict[str, Any]:
         """A nested dict of plain values that JSON can hold."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        if self.conditioner is not None:
+            values["conditioner"]["kind"] = kind_of(self.conditioner)
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LatentDiffusionConfig":
@@ -88,10 +101,11 @@ class LatentDiffusionConfig:
         Raises:
             ValueError: for unknown or missing keys, or values that do not fit each other.
         """
-        parts = {"first_stage": FirstStageConfig, "unet": UNetConfig, "schedule": ScheduleConfig}
-        parts |= {"conditioner": TextTransformerConfig}
+        parts: dict[str, type] = {"first_stage": FirstStageConfig, "unet": UNetConfig, "schedule": ScheduleConfig}
         _check_keys(cls, values, "model config")
         arguments = dict(values)
+        if arguments.get("conditioner") is not None:
+            arguments["conditioner"], parts["conditioner"] = _kind(arguments["conditioner"])
         for name, kind in parts.items():
             if arguments.get(name) is not None:
                 arguments[name] = _component(kind, arguments[name], name)
@@ -101,18 +115,18 @@ class LatentDiffusionConfig:
 class DiffusionNetwork(nn.Module):
     """Conditioner and UNet as one module, the part that training updates: one forward, so one DDP wrapper."""
 
-    def __init__(self, unet: UNet, conditioner: TextConditioner | None) -> None:
+    def __init__(self, unet: UNet, conditioner: Conditioner | None) -> None:
         super().__init__()
         self.unet = unet
         self.conditioner = conditioner
 
-    def forward(self, z_t: Tensor, t: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """The UNet's raw prediction at z_t (B, C, h, w), t (B,), conditioned on tokens (B, L).
+    def forward(self, z_t: Tensor, t: Tensor, inputs: Any = None) -> Tensor:
+        """The UNet's raw prediction at z_t (B, C, h, w), t (B,), conditioned on the conditioner's inputs.
 
         Raises:
-            ValueError: when tokens are given to an unconditional network or missing from a conditional one.
+            ValueError: when inputs are given to an unconditional network or missing from a conditional one.
         """
-        conditioning = _condition(self.conditioner, tokens)
+        conditioning = _condition(self.conditioner, inputs)
         return self.unet(z_t, t, context=conditioning.context, concat=conditioning.concat)
 
 
@@ -131,7 +145,7 @@ class LatentDiffusion(nn.Module):
         self.config = config
         self.first_stage = build_first_stage(config.first_stage)
         self.unet = UNet(config.unet)
-        self.conditioner = TextConditioner(config.conditioner) if config.conditioner else None
+        self.conditioner = build_conditioner(config.conditioner, encode=self.encode) if config.conditioner else None
         self.schedule = NoiseSchedule(config.schedule)
         self.scale_factor = config.scale_factor
 
@@ -161,71 +175,112 @@ class LatentDiffusion(nn.Module):
     @torch.no_grad()
     def sample(
         self,
-        tokens: Tensor | None = None,
+        inputs: Any = None,
         *,
         seeds: Sequence[int],
-        empty_tokens: Tensor | None = None,
+        unconditional: Any = None,
         num_steps: int = 50,
         guidance_scale: float = 1.0,
         eta: float = 0.0,
+        size: tuple[int, int] | None = None,
         callback: samplers.Callback | None = None,
     ) -> Tensor:
-        """Images by DDIM with classifier-free guidance; image i depends on tokens[i] and seeds[i] alone.
+        """Images by DDIM with classifier-free guidance; image i depends on its own input and seeds[i] alone.
+
+        Other samplers, image-to-image and masked sampling: see `samplers`, on `guided_denoiser()`.
 
         Args:
-            tokens: (B, L) ids of the captions; None for an unconditional model.
+            inputs: a batch of what the conditioner takes, e.g. token ids (B, L); None for an unconditional model.
             seeds: B integers, one an image.
-            empty_tokens: (L,) or (1, L) ids of the empty caption, needed where guidance_scale is not 1.
+            unconditional: the input (1, ...) that asks for nothing, e.g. the empty caption's ids; needed where
+                guidance_scale is not 1, unless the conditioner knows it by itself.
             num_steps: DDIM steps.
             guidance_scale: 1 is the plain conditional model.
             eta: 0 deterministic ... 1 as random as DDPM.
+            size: height and width of the latent; None is the size of training. Larger ones are sampled
+                convolutionally (Sec. 4.3.2), multiples of the UNet's downsampling factor.
             callback: see `samplers.Callback`.
 
         Returns:
             (B, 3, H, W) float32 in [-1, 1].
 
         Raises:
-            ValueError: when captions and seeds differ in number, guidance lacks the empty caption, or a
-                number is out of range.
+            ValueError: when inputs and seeds differ in number, guidance lacks the unconditional input, or a number is
+                out of range.
         """
-        if tokens is not None and len(tokens) != len(seeds):
-            raise ValueError(f"sample needs one seed a caption, got {len(seeds)} seeds for {len(tokens)} captions")
+        if isinstance(inputs, Tensor) and len(inputs) != len(seeds):
+            raise ValueError(f"sample needs one seed an input, got {len(seeds)} seeds for {len(inputs)} inputs")
         device = next(self.unet.parameters()).device
-        size = self.config.unet.latent_size
-        noise = samplers.seeded_noise(seeds, (self.config.first_stage.embed_dim, size, size), device)
-        denoise = self._guided(tokens, empty_tokens, guidance_scale, device)
+        height, width = size or (self.config.unet.latent_size,) * 2
+        noise = samplers.seeded_noise(seeds, (self.config.first_stage.embed_dim, height, width), device)
+        denoise = self.guided_denoiser(inputs, unconditional=unconditional, guidance_scale=guidance_scale)
         z = samplers.ddim(denoise, noise(), self.schedule, num_steps=num_steps, eta=eta, noise=noise, callback=callback)
         return self.decode(z).float().clamp(-1.0, 1.0)
 
-    def _guided(
-        self, tokens: Tensor | None, empty_tokens: Tensor | None, guidance_scale: float, device: torch.device
+    def guided_denoiser(
+        self, inputs: Any = None, *, unconditional: Any = None, guidance_scale: float = 1.0
     ) -> samplers.Denoise:
-        """The denoiser with its captions bound and guidance applied."""
-        denoise = self.denoiser()
-        context = _condition(self.conditioner, None if tokens is None else tokens.to(device)).context
-        if context is None:
-            if guidance_scale != 1.0:
-                raise ValueError(
-                    f"an unconditional model cannot be guided: keep guidance_scale 1, got {guidance_scale}"
-                )
-            return denoise
-        if guidance_scale != 1.0 and empty_tokens is None:
-            raise ValueError(f"guidance_scale={guidance_scale} needs empty_tokens, the ids of the empty caption")
-        unconditional = context
-        if guidance_scale != 1.0 and empty_tokens is not None:
-            empty = empty_tokens.to(device).view(1, -1)
-            unconditional = _condition(self.conditioner, empty).context  # type: ignore[assignment]
-        return guidance.classifier_free(denoise, context, unconditional, guidance_scale)
+        """The denoiser with its condition bound and classifier-free guidance applied: what samplers take.
 
+        Args:
+            inputs, unconditional, guidance_scale: as for `sample`.
 
-def _condition(conditioner: TextConditioner | None, tokens: Tensor | None) -> Conditioning:
-    """The conditioning of tokens, or none for an unconditional model."""
-    if (conditioner is None) != (tokens is None):
-        raise ValueError(
-            "a text-conditional model needs tokens (B, L) and an unconditional one takes none, "
-            f"got {'no tokens' if tokens is None else f'tokens {tuple(tokens.shape)}'}"
+        Raises:
+            ValueError: as `sample`.
+        """
+        device = next(self.unet.parameters()).device
+        conditioning = _condition(self.conditioner, _to(inputs, device))
+        if guidance_scale == 1.0:
+            return self._bound(conditioning)
+        if conditioning.context is None:
+            raise ValueError(f"only a model with a context can be guided: keep guidance_scale 1, got {guidance_scale}")
+        assert self.conditioner is not None
+        nothing = self.conditioner.unconditional() if unconditional is None else unconditional
+        if nothing is None:
+            raise ValueError(
+                f"guidance_scale={guidance_scale} needs `unconditional`, the input that asks for nothing: "
+                "the ids (1, L) of the empty caption"
+            )
+        if isinstance(nothing, Tensor) and nothing.ndim < inputs.ndim:
+            nothing = nothing[None]
+        without = self.conditioner(_to(nothing, device)).context
+        assert without is not None
+        return guidance.classifier_free(
+            self.denoiser(), conditioning.context, without, guidance_scale, concat=conditioning.concat
         )
-    return Conditioning() if conditioner is None else conditioner(tokens)
+
+    def _bound(self, conditioning: Conditioning) -> samplers.Denoise:
+        denoise = self.denoiser()
+        return lambda x, t: denoise(x, t, context=conditioning.context, concat=conditioning.concat)
+
+
+def _condition(conditioner: Conditioner | None, inputs: Any) -> Conditioning:
+    """The conditioning of inputs, or none for an unconditional model."""
+    if (conditioner is None) != (inputs is None):
+        raise ValueError(
+            "a conditional model needs its conditioner's inputs, such as token ids (B, L), and an unconditional one "
+            f"takes none; got {'none' if inputs is None else 'some'}"
+        )
+    return Conditioning() if conditioner is None else conditioner(inputs)
+
+
+def _to(inputs: Any, device: torch.device) -> Any:
+    """Inputs on a device: a tensor, or a dataclass of tensors."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if dataclasses.is_dataclass(inputs) and not isinstance(inputs, type):
+        moved = {field.name: _to(getattr(inputs, field.name), device) for field in dataclasses.fields(inputs)}
+        return dataclasses.replace(inputs, **moved)
+    return inputs
+
+
+def _kind(values: Any) -> tuple[Mapping[str, Any], type]:
+    """A saved conditioner without its kind, and the config that the kind names."""
+    if not isinstance(values, Mapping) or values.get("kind") not in CONDITIONER_KINDS:
+        found = values.get("kind") if isinstance(values, Mapping) else values
+        raise ValueError(f"conditioner.kind must be one of {', '.join(CONDITIONER_KINDS)}, got {found!r}")
+    rest = {key: value for key, value in values.items() if key != "kind"}
+    return rest, CONDITIONER_KINDS[values["kind"]]
 
 
 def _component(kind: type, values: Mapping[str, Any], path: str) -> Any:

@@ -104,7 +104,7 @@ class Tokenizer:
         """
         if isinstance(captions, str):
             raise TypeError("encode takes a list of captions, got one string: write [caption]")
-        encodings = self._backend.encode_batch([_storable(caption) for caption in captions])
+        encodings = self._backend.encode_batch([storable(caption) for caption in captions])
         return np.array([encoding.ids for encoding in encodings], dtype=np.uint16).reshape(-1, self.max_length)
 
     def write(self, path: str | Path) -> None:
@@ -155,7 +155,7 @@ def _count_words(captions: Iterable[str]) -> Counter[str]:
     normalizer, splitter = _normalizer(), BertPreTokenizer()
     words: Counter[str] = Counter()
     for caption in captions:
-        normalized = normalizer.normalize_str(_storable(caption))
+        normalized = normalizer.normalize_str(storable(caption))
         words.update(word for word, _ in splitter.pre_tokenize_str(normalized))
     return Counter({word: count for word, count in words.items() if len(word) <= MAX_WORD_CHARACTERS})
 
@@ -171,7 +171,7 @@ def _normalizer() -> "BertNormalizer":
     return BertNormalizer(clean_text=True, handle_chinese_chars=True, strip_accents=None, lowercase=True)
 
 
-def _storable(caption: str) -> str:
+def storable(caption: str) -> str:
     """The caption with lone surrogates (which JSON can smuggle in and UTF-8 cannot hold) replaced."""
     return caption.encode("utf-8", "replace").decode("utf-8")
 

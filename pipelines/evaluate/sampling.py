@@ -51,7 +51,7 @@ def sample_prompts(
         batch = slice(start, start + sampling.batch_size)
         images = model.sample(
             tokens[batch],
-            empty_tokens=empty_tokens,
+            unconditional=empty_tokens,
             seeds=list(seeds[batch]),
             num_steps=sampling.num_steps,
             guidance_scale=sampling.guidance_scale,

@@ -48,7 +48,7 @@ def test_a_loaded_model_samples(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
     loaded = load(folder)
     tokens = torch.from_numpy(tokenizer.encode(["a red circle", ""]).astype("int64"))
-    images = loaded.sample(tokens[:1], empty_tokens=tokens[1:], seeds=[0], num_steps=2, guidance_scale=2.0)
+    images = loaded.sample(tokens[:1], unconditional=tokens[1:], seeds=[0], num_steps=2, guidance_scale=2.0)
     assert torch.isfinite(images).all()
 
 

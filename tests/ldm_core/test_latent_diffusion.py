@@ -80,7 +80,7 @@ def test_a_training_step_reaches_every_trainable_weight(model: LatentDiffusion) 
 
 
 def test_an_image_depends_on_its_own_caption_and_seed_alone(model: LatentDiffusion) -> None:
-    settings: dict[str, Any] = {"empty_tokens": EMPTY, "num_steps": 4, "guidance_scale": 3.0, "eta": 0.5}
+    settings: dict[str, Any] = {"unconditional": EMPTY, "num_steps": 4, "guidance_scale": 3.0, "eta": 0.5}
     together = model.sample(captions(1, 2, 3), seeds=[11, 12, 13], **settings)
     size = model.config.unet.latent_size * model.config.first_stage.downsampling_factor
     assert together.shape == (3, 3, size, size)
@@ -95,16 +95,16 @@ def test_an_image_depends_on_its_own_caption_and_seed_alone(model: LatentDiffusi
 
 def test_guidance_changes_the_image_and_a_scale_of_one_needs_no_empty_caption(model: LatentDiffusion) -> None:
     plain = model.sample(captions(1), seeds=[0], num_steps=3)
-    guided = model.sample(captions(1), seeds=[0], num_steps=3, guidance_scale=5.0, empty_tokens=EMPTY)
+    guided = model.sample(captions(1), seeds=[0], num_steps=3, guidance_scale=5.0, unconditional=EMPTY)
     assert (plain - guided).abs().max() > 1e-3
-    with pytest.raises(ValueError, match=r"guidance_scale=5\.0 needs empty_tokens"):
+    with pytest.raises(ValueError, match=r"guidance_scale=5\.0 needs `unconditional`"):
         model.sample(captions(1), seeds=[0], num_steps=3, guidance_scale=5.0)
 
 
 def test_an_unconditional_model_samples_from_seeds_alone(unconditional: LatentDiffusion) -> None:
     images = unconditional.sample(seeds=[1, 2], num_steps=3)
     assert images.shape[0] == 2
-    with pytest.raises(ValueError, match="an unconditional model cannot be guided"):
+    with pytest.raises(ValueError, match="only a model with a context can be guided"):
         unconditional.sample(seeds=[1], guidance_scale=2.0)
     with pytest.raises(ValueError, match="an unconditional one takes none"):
         unconditional.sample(captions(1), seeds=[1])
@@ -125,7 +125,7 @@ def test_the_denoiser_predicts_the_noise_whatever_the_network_predicts(model: La
 
 
 def test_one_seed_a_caption(model: LatentDiffusion) -> None:
-    with pytest.raises(ValueError, match="got 1 seeds for 2 captions"):
+    with pytest.raises(ValueError, match="got 1 seeds for 2 inputs"):
         model.sample(captions(1, 2), seeds=[1])
 
 
@@ -177,8 +177,8 @@ def test_a_missing_setting_is_refused() -> None:
     [
         ({"scale_factor": 0.0}, r"scale_factor must be a positive number, got 0\.0"),
         ({"scale_factor": float("nan")}, "scale_factor must be a positive number, got nan"),
-        ({"conditioner": None}, "context_dim must be the text transformer's width"),
-        ({"unet": dataclasses.replace(CONFIG.unet, in_channels=9)}, "latent channels, got in_channels=9"),
+        ({"conditioner": None}, "context_dim must be the conditioner's width"),
+        ({"unet": dataclasses.replace(CONFIG.unet, in_channels=9)}, "4 in all, and give 4; got in_channels=9"),
         ({"schedule": ScheduleConfig(zero_terminal_snr=True)}, "use parameterization v or x0"),
         ({"loss": "l3"}, "loss must be l1 or l2, got 'l3'"),
     ],

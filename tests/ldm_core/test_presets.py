@@ -1,12 +1,14 @@
 """The presets are the published models: their parameters are counted to the last one, on the meta device."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
 from ldm_core import presets
 from ldm_core.autoencoder import build_first_stage
-from ldm_core.text_transformer import TextTransformer, TextTransformerConfig
+from ldm_core.latent_diffusion import LatentDiffusionConfig
 from ldm_core.unet import UNet
 
 # Measured on the published code: encoder and decoder, then everything.
@@ -58,23 +60,6 @@ def test_unet_has_the_published_number_of_parameters(name: str) -> None:
         assert parameters(UNet(presets.unet(name))) == UNET_PARAMETERS[name]
 
 
-@pytest.mark.parametrize(
-    ("width", "layers", "vocabulary_size", "max_length", "expected"),
-    [
-        (1280, 32, 30_522, 77, 581_994_042),
-        (640, 32, 30_522, 77, 186_154_682),
-        (512, 16, 8192, 92, 58_858_496),
-    ],
-    ids=["txt2img-1p4b", "txt2img-256-f4", "layout-openimages-256"],
-)
-def test_text_transformer_has_the_published_number_of_parameters(
-    width: int, layers: int, vocabulary_size: int, max_length: int, expected: int
-) -> None:
-    config = TextTransformerConfig(vocabulary_size=vocabulary_size, max_length=max_length, width=width, layers=layers)
-    with torch.device("meta"):
-        assert parameters(TextTransformer(config)) == expected
-
-
 def test_text_to_image_model_is_the_1_45b_of_the_paper() -> None:
     model = presets.get("txt2img-1p4b").build(device="meta")
     assert model.conditioner is not None
@@ -88,8 +73,42 @@ def test_every_model_preset_builds_and_keeps_sizes_consistent(name: str) -> None
     model = config.build(device="meta")
     size = config.unet.latent_size
     latent = torch.empty(1, config.first_stage.embed_dim, size, size, device="meta")
-    image_size = 64 if name.startswith("tiny") else 256
+    image_size = 64 if name.startswith("tiny") else 512 if name in ("sd-v1", "semantic-landscapes-512") else 256
     assert model.decode(latent).shape == (1, 3, image_size, image_size)
+
+
+def test_every_published_model_is_a_preset_and_has_a_tiny_sibling_of_its_kind() -> None:
+    published = {name for name in presets.names() if not name.startswith("tiny-")}
+    assert published == set(UNET_PARAMETERS)
+    tiny_kinds = {type(presets.get(name).conditioner) for name in presets.names() if name.startswith("tiny-")}
+    assert tiny_kinds == {type(presets.get(name).conditioner) for name in published}
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_every_model_preset_passes_through_json_unchanged(name: str) -> None:
+    config = presets.get(name)
+    assert LatentDiffusionConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters_of_conditioner"),
+    [
+        ("txt2img-1p4b", 581_994_042),
+        ("txt2img-256-f4", 186_154_682),
+        ("layout-openimages-256", 58_858_496),
+        ("class-imagenet-256-f4", 1001 * 512),
+        ("class-imagenet-256-f8", 1000 * 512),
+        ("semantic-landscapes-256", 182 * 3),
+        ("super-resolution-bsr", 0),
+        ("inpainting-big", 0),
+        # CLIP ViT-L/14's text transformer without its projection.
+        ("sd-v1", 123_060_480),
+    ],
+)
+def test_conditioners_have_the_published_number_of_parameters(name: str, parameters_of_conditioner: int) -> None:
+    model = presets.get(name).build(device="meta")
+    assert model.conditioner is not None
+    assert parameters(model.conditioner) == parameters_of_conditioner
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_a_model_is_trained_and_samples_pictures(
     assert model.scale_factor == 0.5
     tokens = torch.from_numpy(tokenizer.encode(["red circle"]).astype(np.int64))
     empty = torch.from_numpy(tokenizer.encode([""]).astype(np.int64))
-    images = model.sample(tokens, empty_tokens=empty, seeds=[0], num_steps=2, guidance_scale=3.0)
+    images = model.sample(tokens, unconditional=empty, seeds=[0], num_steps=2, guidance_scale=3.0)
     assert images.shape == (1, 3, 32, 32)
     assert images.isfinite().all()
 

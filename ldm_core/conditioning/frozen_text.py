@@ -1,0 +1,125 @@
+"""Captions through a pretrained text encoder that is never trained (Imagen and Stable Diffusion; cf. paper, Sec. 3.3).
+
+CLIP's text transformer is ours (`clip_text`); any other encoder of the transformers library is wrapped. The weights
+come with the model's own file, or from `pretrained`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ldm_core.clip_text import ClipTextConfig, ClipTextTransformer
+from ldm_core.conditioning.interface import Conditioner, Conditioning
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenTextConfig:
+    """A text encoder of the transformers library.
+
+    Args:
+        architecture: its config.json, with `model_type`.
+        width: D of the context, the encoder's hidden size.
+        max_length: longest token sequence.
+        pad_id: the token that fills captions up; it is not attended to. None where the encoder attends to padding.
+
+    Raises:
+        ValueError: no `model_type`, or a number is not positive.
+    """
+
+    architecture: Mapping[str, Any] = field(hash=False)
+    width: int
+    max_length: int
+    pad_id: int | None = 0
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        if "model_type" not in self.architecture:
+            raise ValueError("FrozenTextConfig.architecture must be the encoder's config.json, it has no 'model_type'")
+        for name in ("width", "max_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"FrozenTextConfig.{name} must be at least 1, got {getattr(self, name)}")
+
+
+class _Frozen(Conditioner):
+    """A conditioner without gradients that stays in evaluation mode whatever the model's mode."""
+
+    def freeze(self) -> None:
+        """Take gradients away and switch to evaluation."""
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> _Frozen:
+        super().train(False)
+        return self
+
+
+class FrozenClipConditioner(_Frozen):
+    """Token ids (B, L) of captions to CLIP's context (B, L, D)."""
+
+    def __init__(self, config: ClipTextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = ClipTextTransformer(config)
+        self.freeze()
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor) -> Conditioning:
+        """Ids (B, L) of any integer type -> context (B, L, D). Raises ValueError as the transformer does."""
+        return Conditioning(context=self.transformer(tokens))
+
+
+class FrozenTextConditioner(_Frozen):
+    """Token ids (B, L) of captions to the last hidden states (B, L, D) of an encoder of the transformers library.
+
+    Raises:
+        ValueError: the library does not know the architecture, or its hidden size is not the config's width.
+    """
+
+    def __init__(self, config: FrozenTextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = _build_encoder(config)
+        self.freeze()
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor) -> Conditioning:
+        """Ids (B, L) of any integer type -> context (B, L, D).
+
+        Raises:
+            ValueError: tokens are not integers of that shape, or more than `max_length` a caption.
+        """
+        config = self.config
+        if tokens.ndim != 2 or tokens.is_floating_point() or tokens.shape[1] > config.max_length:
+            raise ValueError(
+                f"tokens must be integers of shape (B, L) with L <= {config.max_length}, "
+                f"got {tokens.dtype} of shape {tuple(tokens.shape)}"
+            )
+        tokens = tokens.long()
+        attended = torch.ones_like(tokens) if config.pad_id is None else (tokens != config.pad_id).long()
+        # Where a caption is all padding the softmax would be over nothing.
+        attended[:, 0] = 1
+        return Conditioning(context=self.encoder(input_ids=tokens, attention_mask=attended).last_hidden_state)
+
+
+def _build_encoder(config: FrozenTextConfig) -> nn.Module:
+    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
+
+    settings = dict(config.architecture)
+    kind = settings.pop("model_type")
+    try:
+        architecture = AutoConfig.for_model(kind, **settings)
+    except ValueError as error:
+        raise ValueError(f"transformers must know the text encoder, it has no model_type {kind!r}") from error
+    hidden = getattr(architecture, "hidden_size", None) or getattr(architecture, "d_model", None)
+    if hidden != config.width:
+        raise ValueError(f"the text encoder's hidden size must be the context's width {config.width}, got {hidden}")
+    # Of encoder-decoder models (T5) the encoder alone.
+    auto = AutoModelForTextEncoding if getattr(architecture, "is_encoder_decoder", False) else AutoModel
+    encoder: nn.Module = auto.from_config(architecture)
+    return encoder

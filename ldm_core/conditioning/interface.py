@@ -1,0 +1,71 @@
+"""What conditioners have in common: what they give, and how samples lose their condition during training.
+
+Shapes: context: (B, L, D) for cross-attention; concat: (B, Cc, h, w) extra channels beside the latent's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Encode = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditioning:
+    """What a conditioner gives the UNet.
+
+    Args:
+        context: (B, L, D) for cross-attention, or None.
+        concat: (B, Cc, h, w) to concatenate with the latent's channels, or None.
+    """
+
+    context: Tensor | None = None
+    concat: Tensor | None = None
+
+
+class Conditioner(nn.Module):
+    """Called with what a batch is conditioned on; each kind says in its `forward` what that is."""
+
+    def unconditional(self) -> Tensor | None:
+        """The input (1, ...) that asks for nothing, for classifier-free guidance; None where the kind has none of its
+        own: captions' comes from their tokenizer, concatenated pictures have none."""
+        return None
+
+    def __call__(self, inputs: Any) -> Conditioning:
+        """The conditioning of a batch of inputs. Raises ValueError for inputs that are not of this kind."""
+        conditioning: Conditioning = super().__call__(inputs)
+        return conditioning
+
+
+def drop(inputs: Tensor, unconditional: Tensor, probability: float, uniform: Tensor) -> Tensor:
+    """Replace what some samples are conditioned on by nothing, to train the unconditional half of guidance.
+
+    Works on a conditioner's inputs (token ids, class labels) and on cached contexts of a frozen encoder alike. The
+    randomness is the caller's, so that training is reproducible from its own seed.
+
+    Args:
+        inputs: (B, ...) of any dtype.
+        unconditional: (...) or (1, ...): the empty caption's ids or context, the label of no class.
+        probability: share of samples to drop (Ho & Salimans 2021 use 0.1 to 0.2).
+        uniform: (B,) numbers drawn uniformly from [0, 1).
+
+    Returns:
+        (B, ...) of inputs' dtype; sample i is dropped where uniform[i] < probability.
+
+    Raises:
+        ValueError: for a probability outside [0, 1] or shapes that do not agree.
+    """
+    if not 0.0 <= probability <= 1.0:
+        raise ValueError(f"the dropout probability must be between 0 and 1, got {probability}")
+    if uniform.shape != inputs.shape[:1] or unconditional.numel() != inputs[:1].numel():
+        raise ValueError(
+            "drop needs one uniform number a sample and one unconditional sample of the inputs' shape, got "
+            f"inputs {tuple(inputs.shape)}, uniform {tuple(uniform.shape)}, unconditional {tuple(unconditional.shape)}"
+        )
+    dropped = (uniform < probability).view(-1, *[1] * (inputs.ndim - 1))
+    return torch.where(dropped, unconditional.to(inputs).view(1, *inputs.shape[1:]), inputs)

@@ -1,0 +1,57 @@
+"""Class labels, one learned embedding each (paper, Sec. 4.3.2 and Table 15: class-conditional ImageNet)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ldm_core.conditioning.interface import Conditioner, Conditioning
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassConfig:
+    """Shape of a class embedding.
+
+    Args:
+        classes: labels are 0 ... classes - 1.
+        width: D of the context.
+        unconditional_class: the last label stands for no class, as classifier-free guidance needs.
+
+    Raises:
+        ValueError: a number is not positive.
+    """
+
+    classes: int
+    width: int
+    unconditional_class: bool = False
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        for name in ("classes", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"ClassConfig.{name} must be at least 1, got {getattr(self, name)}")
+
+
+class ClassConditioner(Conditioner):
+    """Labels (B,) to a context (B, 1, D)."""
+
+    def __init__(self, config: ClassConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.classes, config.width)
+
+    def unconditional(self) -> Tensor | None:
+        """(1,) the label of no class, where there is one."""
+        return torch.tensor([self.config.classes - 1], device="cpu") if self.config.unconditional_class else None
+
+    def forward(self, labels: Tensor) -> Conditioning:
+        """Integer labels (B,) -> context (B, 1, D). Raises ValueError for anything else."""
+        if labels.ndim != 1 or labels.is_floating_point():
+            raise ValueError(
+                f"labels must be integers of shape (B,), got {labels.dtype} of shape {tuple(labels.shape)}"
+            )
+        return Conditioning(context=self.embedding(labels.long())[:, None])

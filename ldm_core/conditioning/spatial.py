@@ -1,0 +1,170 @@
+"""Conditions that are pictures themselves: channels beside the latent's (paper, Sec. 3.3, 4.3.1, 4.4 and 4.5).
+
+Shapes: H, W: size of the image; h, w: of its latent. Images are in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm_core.conditioning.interface import Conditioner, Conditioning, Encode
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemanticMapConfig:
+    """Shape of a rescaled semantic map (Sec. 4.3.1: semantic synthesis).
+
+    Args:
+        classes: labels are 0 ... classes - 1.
+        halvings: how often the map is halved, log2 of the first stage's downsampling factor.
+        out_channels: channels that a learned 1x1 convolution maps the classes to.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    classes: int
+    halvings: int
+    out_channels: int = 3
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        for name, least in (("classes", 1), ("halvings", 0), ("out_channels", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"SemanticMapConfig.{name} must be at least {least}, got {getattr(self, name)}")
+
+
+class SemanticMapConditioner(Conditioner):
+    """Semantic maps to channels at the latent's size."""
+
+    def __init__(self, config: SemanticMapConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.channel_mapper = nn.Conv2d(config.classes, config.out_channels, 1, bias=False)
+
+    def forward(self, semantic_map: Tensor) -> Conditioning:
+        """Bilinear halvings, then the channel mapper.
+
+        Args:
+            semantic_map: (B, H, W) integer labels, or (B, classes, H, W) float weights of the classes; H and W are
+                multiples of 2**halvings.
+
+        Returns:
+            concat (B, out_channels, h, w).
+
+        Raises:
+            ValueError: the map has another shape.
+        """
+        classes, multiple = self.config.classes, 2**self.config.halvings
+        are_labels = semantic_map.ndim == 3 and not semantic_map.is_floating_point()
+        are_weights = semantic_map.ndim == 4 and semantic_map.shape[1] == classes
+        if not (are_labels or are_weights) or any(side % multiple for side in semantic_map.shape[-2:]):
+            raise ValueError(
+                f"a semantic map must be (B, H, W) integer labels or (B, {classes}, H, W), H and W multiples of "
+                f"{multiple}, got {semantic_map.dtype} of shape {tuple(semantic_map.shape)}"
+            )
+        if are_labels:
+            semantic_map = F.one_hot(semantic_map.long(), classes).movedim(-1, 1)
+        channels = semantic_map.to(self.channel_mapper.weight.dtype)
+        for _ in range(self.config.halvings):
+            channels = F.interpolate(channels, scale_factor=0.5, mode="bilinear")
+        return Conditioning(concat=self.channel_mapper(channels))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowResolutionConfig:
+    """Super-resolution: the small image has the latent's height and width (Sec. 4.4).
+
+    Args:
+        channels: of the small image.
+    """
+
+    channels: int = 3
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+
+class LowResolutionConditioner(Conditioner):
+    """Small images (B, 3, h, w), as they are, beside the latent."""
+
+    def __init__(self, config: LowResolutionConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, image: Tensor) -> Conditioning:
+        """(B, channels, h, w) in [-1, 1] -> concat, the same. Raises ValueError for another shape."""
+        if image.ndim != 4 or image.shape[1] != self.config.channels:
+            raise ValueError(
+                f"a low-resolution image must be (B, {self.config.channels}, h, w), got shape {tuple(image.shape)}"
+            )
+        return Conditioning(concat=image)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedImage:
+    """What inpainting is conditioned on.
+
+    Args:
+        image: (B, 3, H, W) in [-1, 1]; what lies under the mask is not looked at.
+        mask: (B, 1, H, W) or (1, 1, H, W); 1 where the image is to be filled in, 0 where it is kept.
+    """
+
+    image: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedImageConfig:
+    """Inpainting: the latent of the image without what is to be filled in, and the mask (Sec. 4.5)."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+
+class MaskedImageConditioner(Conditioner):
+    """Masked images to latents, with the mask as one more channel.
+
+    Args:
+        config: nothing to choose.
+        encode: images (B, 3, H, W) to scaled latents (B, C, h, w).
+    """
+
+    def __init__(self, config: MaskedImageConfig, *, encode: Encode | None) -> None:
+        super().__init__()
+        self.config = config
+        self.encode = encode
+
+    def forward(self, inputs: MaskedImage) -> Conditioning:
+        """Black out what is to be filled in, encode, and add the mask.
+
+        Returns:
+            concat (B, C + 1, h, w); the mask is 1 where the image is to be filled in and -1 elsewhere.
+
+        Raises:
+            ValueError: image and mask do not fit each other, or there is no first stage to encode with.
+        """
+        image, mask = inputs.image, inputs.mask
+        if (
+            mask.ndim != 4
+            or mask.shape[1] != 1
+            or mask.shape[2:] != image.shape[2:]
+            or len(mask) not in (1, len(image))
+        ):
+            raise ValueError(
+                "the mask must be (B, 1, H, W) or (1, 1, H, W) for images (B, 3, H, W), "
+                f"got mask {tuple(mask.shape)} and image {tuple(image.shape)}"
+            )
+        if self.encode is None:
+            raise ValueError(
+                "a masked image is encoded by the first stage: build the whole model, not its network alone"
+            )
+        fill = mask.expand(len(image), -1, -1, -1) > 0.5
+        with torch.no_grad():
+            latent = self.encode(torch.where(fill, -1.0, image))
+        small_mask = F.interpolate(fill.to(latent.dtype), size=latent.shape[2:], mode="nearest")
+        return Conditioning(concat=torch.cat([latent, 2 * small_mask - 1], dim=1))

@@ -1,0 +1,300 @@
+"""Frozen text encoders with their pretrained weights: CLIP, OpenCLIP, or any encoder of the transformers library.
+
+Weights come from a folder or file on disk, or by their hub name where there is a network. No pickle is executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm_core.clip_text import ClipTextConfig
+from ldm_core.conditioning import FrozenClipConditioner, FrozenTextConditioner, FrozenTextConfig
+from ldm_core.tokenizer_file import FileTokenizer, tokenizer_from_folder
+
+HUB_FILES = ("*.json", "*.txt", "*.safetensors", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A frozen text encoder, ready to use.
+
+    Attributes:
+        conditioner: token ids (B, L) to a context (B, L, D); in evaluation mode, without gradients.
+        tokenizer: captions to the ids that it was trained on; None where the source brings none.
+        digest: sha256 (hex) over its weights files: what a cache of its outputs is keyed by.
+    """
+
+    conditioner: FrozenClipConditioner | FrozenTextConditioner
+    tokenizer: FileTokenizer | None
+    digest: str
+
+
+def text_encoder(source: str | Path, *, max_length: int | None = None) -> TextEncoder:
+    """A text encoder in the layout of the transformers library.
+
+    Args:
+        source: a folder with config.json, weights (safetensors, or pytorch_model.bin read as tensors only) and a
+            tokenizer; or a hub name such as "openai/clip-vit-large-patch14". Of a whole CLIP the text half is taken.
+        max_length: tokens a caption is cut or padded to; None is the encoder's longest.
+
+    Raises:
+        FileNotFoundError: the folder, a file in it, or the hub's answer is missing.
+        ValueError: the weights are not those of the config; names the tensors.
+    """
+    folder = _folder(source)
+    settings = _read_json(folder / "config.json")
+    files = _weights_files(folder)
+    weights = dict(_tensors(files))
+    if settings.get("model_type") in ("clip", "clip_text_model"):
+        config = _clip_config(settings.get("text_config", {}) if settings["model_type"] == "clip" else settings)
+        conditioner: FrozenClipConditioner | FrozenTextConditioner = FrozenClipConditioner(config)
+        _load_clip(conditioner, weights, dict(_transformers_names(config)), origin=folder)
+    else:
+        conditioner = _wrapped(settings, folder, max_length)
+    length = max_length or conditioner.config.max_length
+    if length > conditioner.config.max_length:
+        raise ValueError(f"max_length must be at most the encoder's {conditioner.config.max_length}, got {length}")
+    tokenizer = tokenizer_from_folder(folder, max_length=length)
+    return TextEncoder(conditioner, tokenizer, _digest(files))
+
+
+def open_clip_text_encoder(architecture: str, weights: str | Path, *, unused_layers: int = 0) -> TextEncoder:
+    """The text half of an OpenCLIP model, from its weights file; the tokenizer is the one that open_clip ships.
+
+    Args:
+        architecture: open_clip's name of it, e.g. "ViT-H-14".
+        weights: a .safetensors or .pt file of the whole model.
+        unused_layers: layers at the end that are left out (1 for Stable Diffusion 2's use of ViT-H-14).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: open_clip has no such architecture or it is no plain CLIP, or the weights are not its weights.
+    """
+    import open_clip
+
+    settings = open_clip.get_model_config(architecture)
+    if settings is None:
+        raise ValueError(f"open_clip has no architecture {architecture!r}: see open_clip.list_models()")
+    text = settings["text_cfg"]
+    known = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
+    if text.keys() - known:
+        raise ValueError(
+            f"the text half of {architecture} must be CLIP's transformer, it also sets {sorted(text.keys() - known)}"
+        )
+    config = ClipTextConfig(
+        vocabulary_size=text.get("vocab_size", 49_408),
+        max_length=text.get("context_length", 77),
+        width=text["width"],
+        layers=text["layers"],
+        heads=text["heads"],
+        feed_forward_width=int(text["width"] * text.get("mlp_ratio", 4.0)),
+        activation="quick_gelu" if settings.get("quick_gelu") else "gelu",
+        unused_layers=unused_layers,
+    )
+    path = Path(weights)
+    if not path.is_file():
+        raise FileNotFoundError(f"no OpenCLIP weights at {path}: give the .safetensors or .pt file of {architecture}")
+    conditioner = FrozenClipConditioner(config)
+    found = {name.removeprefix("module.").removeprefix("text."): tensor for name, tensor in _tensors([path])}
+    _load_clip(conditioner, _split_projections(found), dict(_open_clip_names(config)), origin=path)
+    return TextEncoder(conditioner, open_clip_tokenizer(max_length=config.max_length), _digest([path]))
+
+
+def open_clip_tokenizer(*, max_length: int = 77) -> FileTokenizer:
+    """CLIP's tokenizer from the vocabulary that the open_clip package ships, padding with id 0 as OpenCLIP does."""
+    import gzip
+
+    from open_clip.tokenizer import SimpleTokenizer, default_bpe
+
+    original = SimpleTokenizer()
+    renamed = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {renamed.get(token, token): index for token, index in original.encoder.items()}
+    with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
+        lines = file.read().split("\n")
+    # After the header, as many merges as there are tokens beyond 2 x 256 bytes and the two special ones.
+    merges = lines[1 : len(vocabulary) - 2 * 256 - 2 + 1]
+    return FileTokenizer.clip(vocabulary, merges, max_length=max_length, pad_token="!")
+
+
+def _wrapped(settings: Mapping[str, Any], folder: Path, max_length: int | None) -> FrozenTextConditioner:
+    from transformers import AutoModel, AutoModelForTextEncoding
+
+    width = settings.get("hidden_size") or settings.get("d_model")
+    longest = settings.get("max_position_embeddings") or max_length or 77
+    if not isinstance(width, int):
+        raise ValueError(f"{folder}/config.json must be a text encoder's, it sets neither hidden_size nor d_model")
+    config = FrozenTextConfig(
+        architecture=dict(settings), width=width, max_length=longest, pad_id=settings.get("pad_token_id", 0)
+    )
+    auto = AutoModelForTextEncoding if settings.get("is_encoder_decoder") else AutoModel
+    with torch.device("meta"):
+        conditioner = FrozenTextConditioner(config)
+    try:
+        loaded, report = auto.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"the weights in {folder} must be those of its config.json: {_first_line(error)}") from error
+    missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
+    if missing or report["mismatched_keys"]:
+        raise ValueError(
+            f"the weights in {folder} must be those of its config.json, missing: {', '.join(missing[:8]) or 'none'}; "
+            f"misshapen: {', '.join(str(key) for key in list(report['mismatched_keys'])[:8]) or 'none'}"
+        )
+    conditioner.encoder = loaded.float()
+    conditioner.freeze()
+    return conditioner
+
+
+def _folder(source: str | Path) -> Path:
+    if (folder := Path(source)).is_dir():
+        return folder
+    # A hub name is NAME or OWNER/NAME; anything else was meant as a path.
+    if isinstance(source, Path) or source.count("/") > 1 or source.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"no folder at {source}: give a text encoder's folder or its hub name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(HUB_FILES)))
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{source} is neither a folder here nor to be had from the hub ({_first_line(error)}): "
+            "download it where there is a network, and give the folder"
+        ) from error
+
+
+def _weights_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = [folder / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
+    else:
+        names = ("model.safetensors", "pytorch_model.bin")
+        files = [folder / name for name in names if (folder / name).is_file()][:1]
+    missing = [path.name for path in files if not path.is_file()]
+    if missing or not files:
+        raise FileNotFoundError(f"{folder} lacks weights: no {', '.join(missing) or 'model.safetensors'}")
+    return files
+
+
+def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    for path in files:
+        try:
+            if path.suffix == ".safetensors":
+                from safetensors.torch import load_file
+
+                yield from load_file(path).items()
+            else:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                yield from state.get("state_dict", state).items()
+        except Exception as error:
+            raise ValueError(f"{path} must be a whole weights file of tensors: {_first_line(error)}") from error
+
+
+def _clip_config(settings: Mapping[str, Any]) -> ClipTextConfig:
+    activation = settings.get("hidden_act", "quick_gelu")
+    if activation not in ("quick_gelu", "gelu"):
+        raise ValueError(f"CLIP's activation must be quick_gelu or gelu, config.json sets {activation!r}")
+    return ClipTextConfig(
+        vocabulary_size=settings.get("vocab_size", 49_408),
+        max_length=settings.get("max_position_embeddings", 77),
+        width=settings.get("hidden_size", 512),
+        layers=settings.get("num_hidden_layers", 12),
+        heads=settings.get("num_attention_heads", 8),
+        feed_forward_width=settings.get("intermediate_size", 2048),
+        activation=activation,
+    )
+
+
+def _transformers_names(config: ClipTextConfig) -> Iterator[tuple[str, str]]:
+    """(our name, name in the files of the transformers library) of every tensor."""
+    yield "token_embedding.weight", "text_model.embeddings.token_embedding.weight"
+    yield "position_embedding.weight", "text_model.embeddings.position_embedding.weight"
+    parts = {"norm1": "layer_norm1", "norm2": "layer_norm2", "linear1": "mlp.fc1", "linear2": "mlp.fc2"}
+    parts |= {"query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj"}
+    parts |= {"output": "self_attn.out_proj"}
+    for layer in range(config.layers):
+        yield from _pairs(f"layers.{layer}", f"text_model.encoder.layers.{layer}", parts)
+    yield from _pairs("", "text_model", {"norm_out": "final_layer_norm"})
+
+
+def _open_clip_names(config: ClipTextConfig) -> Iterator[tuple[str, str]]:
+    """(our name, OpenCLIP's name) of every tensor, its fused projection split in three."""
+    yield "token_embedding.weight", "token_embedding.weight"
+    yield "position_embedding.weight", "positional_embedding"
+    parts = {"norm1": "ln_1", "norm2": "ln_2", "linear1": "mlp.c_fc", "linear2": "mlp.c_proj"}
+    parts |= {"query": "attn.query", "key": "attn.key", "value": "attn.value", "output": "attn.out_proj"}
+    for layer in range(config.layers):
+        yield from _pairs(f"layers.{layer}", f"transformer.resblocks.{layer}", parts)
+    yield from _pairs("", "", {"norm_out": "ln_final"})
+
+
+def _pairs(ours: str, theirs: str, parts: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    for mine, other in parts.items():
+        for kind in ("weight", "bias"):
+            yield f"{ours}.{mine}.{kind}".lstrip("."), f"{theirs}.{other}.{kind}".lstrip(".")
+
+
+def _split_projections(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`attn.in_proj_weight` (3D, D) and its bias as query, key and value."""
+    split = {}
+    for name, tensor in weights.items():
+        prefix, fused, kind = name.partition("in_proj_")
+        if not fused:
+            split[name] = tensor
+            continue
+        for part, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+            split[f"{prefix}{part}.{kind}"] = piece
+    return split
+
+
+def _load_clip(
+    conditioner: FrozenClipConditioner, weights: Mapping[str, Tensor], names: Mapping[str, str], *, origin: Path
+) -> None:
+    """Copy the text half; what else a whole CLIP holds is left alone."""
+    state, missing, misshapen = {}, [], []
+    for ours, tensor in conditioner.transformer.state_dict().items():
+        # The newest transformers writes its text model without the prefix.
+        found = weights.get(names[ours], weights.get(names[ours].removeprefix("text_model.")))
+        if found is None:
+            missing.append(names[ours])
+        elif found.shape != tensor.shape:
+            misshapen.append(f"{names[ours]} {tuple(found.shape)} instead of {tuple(tensor.shape)}")
+        else:
+            state[ours] = found.float()
+    if missing or misshapen:
+        raise ValueError(
+            f"the weights in {origin} must be those of its architecture, missing: {', '.join(missing[:8]) or 'none'}; "
+            f"misshapen: {', '.join(misshapen[:8]) or 'none'}"
+        )
+    conditioner.transformer.load_state_dict(state)
+    conditioner.freeze()
+
+
+def _digest(files: list[Path]) -> str:
+    """Of one file its sha256, of several the sha256 over theirs."""
+    digests = []
+    for path in files:
+        with open(path, "rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256"))
+    if len(digests) == 1:
+        return digests[0].hexdigest()
+    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} lacks {path.name}: give a folder of the transformers library")
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
+    return values
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
