@@ -38,6 +38,14 @@ REPORT = "report.html"
 # Which MLflow run an unfinished pipeline run, and an unfinished stage, go on in.
 UNFINISHED = "unfinished.json"
 TRACKING = "tracking.json"
+# What the pipeline's own MLflow run shows of its stages, so that runs can be compared in one table.
+HEADLINES = {
+    "pairs": ("samples",),
+    "autoencoder": ("final_loss", "psnr_db"),
+    "latents": ("scale_factor",),
+    "diffusion": ("final_loss", "images_per_s"),
+    "evaluate": ("alignment_accuracy",),
+}
 
 
 @dataclass(frozen=True)
@@ -322,6 +330,7 @@ class _Walk:
         if self.tracker:
             if status == "FINISHED":
                 root.remove(UNFINISHED)
+                self.tracker.pipeline.metrics(_headlines(self.artifacts))
             self.tracker.finish(status)
             self.tracker.close()
             result.run_id = self.tracker.run_id
@@ -338,6 +347,15 @@ class _Walk:
             with root.local_copy(REPORT) as path:
                 self.tracker.pipeline.artifact(path)
         return f"{root.url}/{REPORT}"
+
+
+def _headlines(artifacts: dict[str, Artifact]) -> dict[str, float]:
+    return {
+        f"{name}/{key}": float(artifacts[name].details[key])
+        for name, keys in HEADLINES.items()
+        for key in keys
+        if name in artifacts and artifacts[name].details.get(key) is not None
+    }
 
 
 @contextlib.contextmanager

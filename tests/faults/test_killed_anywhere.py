@@ -97,7 +97,10 @@ def _assert_one_mlflow_run_a_stage(root: Path) -> None:
 
     client = MlflowClient(f"sqlite:///{root}/mlflow.db")
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    stages = [run.data.tags.get("ldm.stage") for run in client.search_runs(experiments)]
+    runs = client.search_runs(experiments)
+    stages = [run.data.tags.get("ldm.stage") for run in runs]
     counted = {name: stages.count(name) for name in stages if name}
     assert counted == dict.fromkeys(("pairs", "autoencoder", "latents", "diffusion", "evaluate", "export"), 1)
     assert stages.count(None) == 1
+    pipeline = next(run for run in runs if not run.data.tags.get("ldm.stage"))
+    assert {"pairs/samples", "autoencoder/psnr_db", "diffusion/final_loss"} <= pipeline.data.metrics.keys()
