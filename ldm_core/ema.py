@@ -36,7 +36,13 @@ class EMA:
         self.num_updates = 0
         self._source = _floating_tensors(module)
         self.shadow: dict[str, Tensor] = {
-            name: tensor.to(torch.float32, copy=True) for name, tensor in self._source.items()
+            name: tensor.detach().to(torch.float32, copy=True) for name, tensor in self._source.items()
+        }
+        # The fused update wants one dtype: what is not float32 is widened here first, in one fused copy as well.
+        self._widened = {
+            name: torch.empty_like(self.shadow[name])
+            for name, tensor in self._source.items()
+            if tensor.dtype != torch.float32
         }
 
     @torch.no_grad()
@@ -46,13 +52,15 @@ class EMA:
         decay = self.decay
         if self.warmup:
             decay = min(decay, (1 + self.num_updates) / (10 + self.num_updates))
-        weights = [tensor.float() for tensor in self._source.values()]
+        if self._widened:
+            torch._foreach_copy_(list(self._widened.values()), [self._source[name] for name in self._widened])
+        weights = [self._widened.get(name, tensor) for name, tensor in self._source.items()]
         torch._foreach_lerp_(list(self.shadow.values()), weights, 1.0 - decay)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """Within the context the module computes with the average; afterwards its own weights are back."""
-        own = {name: tensor.clone() for name, tensor in self._source.items()}
+        own = {name: tensor.detach().clone() for name, tensor in self._source.items()}
         self._write(self.shadow)
         try:
             yield
@@ -84,10 +92,10 @@ class EMA:
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:
         # Copied into the module's own storage, so that compiled graphs and DDP keep seeing the same tensors.
-        for name, tensor in self._source.items():
-            tensor.copy_(values[name])
+        torch._foreach_copy_(list(self._source.values()), [values[name] for name in self._source])
 
 
 def _floating_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Detached views of the module's floating-point state, sharing its storage."""
-    return {name: tensor.detach() for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
+    """The module's floating-point parameters and buffers themselves, so that a later change of layout is followed."""
+    state = module.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}

@@ -1,15 +1,21 @@
-"""Classifier-free guidance around a conditional denoiser (Ho & Salimans 2021; Sec. 4.3.1 of the paper).
+"""Guidance: denoisers that pull samples towards a condition, by wrapping a plain one; works with every sampler.
+
+Classifier-free guidance (Ho & Salimans 2021; Sec. 4.3.1 of the paper) and the paper's post-hoc image guidance
+(Appendix C). Both take denoisers that answer with a tensor or with a `Prediction`, and answer alike.
 
 Shapes: x: (B, C, h, w); t: (B,) integers; context: (B, L, D); concat: (B, Cc, h, w).
 """
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ldm_core.objective import Prediction
 from ldm_core.samplers import Denoise
+from ldm_core.schedule import NoiseSchedule
 
 
 class ConditionalDenoise(Protocol):
@@ -17,72 +23,199 @@ class ConditionalDenoise(Protocol):
 
     def __call__(
         self, x: Tensor, t: Tensor, *, context: Tensor | None = None, concat: Tensor | None = None
-    ) -> Tensor: ...
+    ) -> Tensor | Prediction: ...
 
 
 def classifier_free(
     denoise_with_context: ConditionalDenoise,
-    context: Tensor,
-    unconditional_context: Tensor,
+    context: Tensor | None,
+    unconditional_context: Tensor | None,
     guidance_scale: float,
     concat: Tensor | None = None,
+    *,
+    unconditional_concat: Tensor | None = None,
+    interval: tuple[int, int] | None = None,
+    rescale: float = 0.0,
 ) -> Denoise:
     """A `denoise(x, t)` that answers eps_u + guidance_scale * (eps_c - eps_u).
 
     Both halves are computed in one batched call; a scale of 1 is the plain conditional model and skips the
-    unconditional half.
+    unconditional half. The formula is linear: a network's own output (eps, v or x0) may be guided as well and turned
+    into a prediction afterwards by `objective.to_prediction`.
 
     Args:
         denoise_with_context: conditional noise prediction.
-        context: (B, L, D) or (1, L, D) conditioning.
-        unconditional_context: (B, L, D) or (1, L, D) conditioning of the empty caption.
+        context: (B, L, D) or (1, L, D) conditioning; None for a model without cross-attention.
+        unconditional_context: (B, L, D) or (1, L, D) conditioning of the empty caption; None without context.
         guidance_scale: strength; 0 is unconditional, 1 conditional, more is guided.
         concat: (B, Cc, h, w) or (1, Cc, h, w) channels given to both halves.
+        unconditional_concat: channels of concat's shape given to the unconditional half instead.
+        interval: (t_low, t_high), both inclusive, the timesteps that are guided; outside of it the plain conditional
+            model answers at half the cost (Kynkaanniemi et al. 2024; reading t costs one device synchronisation a
+            step). None guides everywhere.
+        rescale: 0 ... 1, share of the guided prediction that is brought back to the conditional one's standard
+            deviation, against over-exposure (Lin et al. 2024, Sec. 3.4, there 0.7). It acts on the answer as it is,
+            in their work the network's own output.
 
     Raises:
-        ValueError: for a scale that is not finite, contexts that differ in length or width, or (on call) a
-            context whose batch is neither 1 nor x's.
+        ValueError: for a scale that is not finite, contexts that differ in length or width, guidance without
+            anything to tell its halves apart, an interval upside down, a rescale outside 0 ... 1; on call for
+            conditioning whose batch is neither 1 nor x's, or a rescale of a `Prediction`.
     """
     if not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale}")
-    if context.dim() != 3 or context.shape[1:] != unconditional_context.shape[1:]:
-        raise ValueError(
-            "context and unconditional_context must be (batch, length, width), alike in length and width, "
-            f"got {tuple(context.shape)} and {tuple(unconditional_context.shape)}: tokenize both alike"
-        )
+    if not 0.0 <= rescale <= 1.0:
+        raise ValueError(f"guidance rescale must be between 0 (none) and 1, got {rescale}")
+    if interval is not None and not interval[0] <= interval[1]:
+        raise ValueError(f"the guidance interval must be (t_low, t_high) with t_low <= t_high, got {interval}")
+    _check_halves(context, unconditional_context, concat, unconditional_concat, guided=guidance_scale != 1.0)
+    other_concat = concat if unconditional_concat is None else unconditional_concat
 
-    def conditional(x: Tensor, t: Tensor) -> Tensor:
+    def conditional(x: Tensor, t: Tensor) -> Tensor | Prediction:
         return denoise_with_context(
-            x, t, context=_for_batch(context, x, "context"), concat=_optional_for_batch(concat, x)
+            x, t, context=_for_batch(context, x, "context"), concat=_for_batch(concat, x, "concat")
         )
 
-    def guided(x: Tensor, t: Tensor) -> Tensor:
-        both = torch.cat(
-            [
-                _for_batch(unconditional_context, x, "unconditional_context"),
-                _for_batch(context, x, "context"),
-            ]
-        )
-        channels = _optional_for_batch(concat, x)
-        eps_unconditional, eps_conditional = denoise_with_context(
+    def guided(x: Tensor, t: Tensor) -> Tensor | Prediction:
+        halves = denoise_with_context(
             torch.cat([x, x]),
             torch.cat([t, t]),
-            context=both,
-            concat=None if channels is None else torch.cat([channels, channels]),
-        ).chunk(2)
-        return eps_unconditional + guidance_scale * (eps_conditional - eps_unconditional)
+            context=_both(
+                _for_batch(unconditional_context, x, "unconditional_context"), _for_batch(context, x, "context")
+            ),
+            concat=_both(_for_batch(other_concat, x, "unconditional_concat"), _for_batch(concat, x, "concat")),
+        )
+        unconditional, conditioned = (_map(lambda half, i=i: half.chunk(2)[i], halves) for i in (0, 1))
+        answer = _map(lambda u, c: u + guidance_scale * (c - u), unconditional, conditioned)
+        return _rescaled(answer, conditioned, rescale) if rescale else answer
 
-    return conditional if guidance_scale == 1.0 else guided
+    def guided_inside(x: Tensor, t: Tensor) -> Tensor | Prediction:
+        assert interval is not None
+        # Samplers give one timestep to the whole batch.
+        return guided(x, t) if interval[0] <= int(t[0]) <= interval[1] else conditional(x, t)
+
+    if guidance_scale == 1.0:
+        return conditional
+    return guided if interval is None else guided_inside
 
 
-def _for_batch(conditioning: Tensor, x: Tensor, name: str) -> Tensor:
+def image_guidance(
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    decode: Callable[[Tensor], Tensor],
+    loss: Callable[[Tensor], Tensor],
+    scale: float,
+) -> Denoise:
+    """Post-hoc image guidance (Appendix C): steer any model by a loss on the images it is about to make.
+
+        eps + scale * sqrt(1 - abar) * gradient of loss(decode(x0(x))) with respect to x
+
+    with -loss for log p(y | T(D(z_0(z_t)))): for a picture y known in low resolution, half of the summed squared
+    distance of the downsampled image to it. The gradient passes through decoder and network, and costs their
+    backward pass. Where x is all noise (zero terminal SNR) nothing can be steered yet.
+
+    Args:
+        denoise: predicts the noise, or noise and clean latent; differentiable.
+        schedule: forward process the network was trained on.
+        decode: (B, C, h, w) clean latents to images, differentiable; `LatentDiffusion.decode`.
+        loss: images to (B,) losses, one for each image on its own.
+        scale: strength; 1 is the paper's, for a guider of variance 1.
+
+    Raises:
+        ValueError: for a scale that is not finite; on call for a loss of another shape or without a gradient.
+    """
+    if not math.isfinite(scale):
+        raise ValueError(f"the scale of image guidance must be a finite number, got {scale}")
+
+    def guided(x: Tensor, t: Tensor) -> Tensor | Prediction:
+        signal, sigma = schedule.levels(t, like=x)
+        with torch.enable_grad():
+            z_t = x.detach().requires_grad_()
+            answer = denoise(z_t, t)
+            x0 = answer.x0 if isinstance(answer, Prediction) else (z_t - sigma * answer) / signal
+            losses = loss(decode(x0))
+            if losses.shape != x.shape[:1]:
+                raise ValueError(
+                    f"the loss of image guidance must be one number an image, ({len(x)},), got {tuple(losses.shape)}: "
+                    "sum over channels and pixels only"
+                )
+            if not losses.requires_grad:
+                raise ValueError(
+                    "the loss of image guidance must have a gradient, got one without: decode and predict without "
+                    "torch.no_grad or detach"
+                )
+            (gradient,) = torch.autograd.grad(losses.sum(), z_t)
+        answer = _map(torch.Tensor.detach, answer)
+        shift = scale * sigma * gradient
+        if not isinstance(answer, Prediction):
+            return answer + shift
+        # The same correction seen from the clean latent; without signal it says nothing about it.
+        moves = signal > 0
+        return Prediction(
+            answer.eps + torch.where(moves, shift, 0.0),
+            answer.x0 - torch.where(moves, sigma / signal * shift, 0.0),
+        )
+
+    return guided
+
+
+def _rescaled(answer: Tensor | Prediction, conditional: Tensor | Prediction, share: float) -> Tensor:
+    """The guided answer with part of its standard deviation taken back (Lin et al. 2024, Sec. 3.4)."""
+    if isinstance(answer, Prediction) or isinstance(conditional, Prediction):
+        raise ValueError(
+            "guidance rescale needs the network's own output, got a Prediction: guide the output, then apply "
+            "objective.to_prediction"
+        )
+    dims = list(range(1, answer.dim()))
+    ratio = conditional.std(dim=dims, keepdim=True) / answer.std(dim=dims, keepdim=True)
+    return share * (answer * ratio) + (1 - share) * answer
+
+
+def _check_halves(
+    context: Tensor | None,
+    unconditional_context: Tensor | None,
+    concat: Tensor | None,
+    unconditional_concat: Tensor | None,
+    *,
+    guided: bool,
+) -> None:
+    """Raise ValueError unless the conditional and the unconditional half fit each other, and differ."""
+    if context is not None and unconditional_context is not None:
+        if context.dim() != 3 or context.shape[1:] != unconditional_context.shape[1:]:
+            raise ValueError(
+                "context and unconditional_context must be (batch, length, width), alike in length and width, "
+                f"got {tuple(context.shape)} and {tuple(unconditional_context.shape)}: tokenize both alike"
+            )
+    elif guided and (context is not None or unconditional_context is not None):
+        missing = "unconditional_context" if unconditional_context is None else "context"
+        raise ValueError(f"guidance needs context and unconditional_context, or neither, got no {missing}")
+    elif guided and (concat is None or unconditional_concat is None):
+        raise ValueError("guidance without a context needs concat and unconditional_concat, got none of one or both")
+    if unconditional_concat is not None and (concat is None or concat.shape[1:] != unconditional_concat.shape[1:]):
+        raise ValueError(
+            "unconditional_concat must be alike concat in channels and size, "
+            f"got {tuple(unconditional_concat.shape)} for {None if concat is None else tuple(concat.shape)}"
+        )
+
+
+def _map(function: Callable[..., Tensor], *answers: Tensor | Prediction) -> Tensor | Prediction:
+    """A function of tensors, applied to plain answers or to both halves of predictions."""
+    if isinstance(answers[0], Prediction):
+        return Prediction(*(function(*parts) for parts in zip(*answers)))
+    return function(*answers)
+
+
+def _both(unconditional: Tensor | None, conditional: Tensor | None) -> Tensor | None:
+    """One batch of both halves."""
+    return None if unconditional is None or conditional is None else torch.cat([unconditional, conditional])
+
+
+def _for_batch(conditioning: Tensor | None, x: Tensor, name: str) -> Tensor | None:
     """Conditioning repeated to x's batch, where it is one for all."""
+    if conditioning is None:
+        return None
     if conditioning.shape[0] not in (1, x.shape[0]):
         raise ValueError(
             f"{name} must hold one entry, or one for each of the {x.shape[0]} samples, got {conditioning.shape[0]}"
         )
     return conditioning.expand(x.shape[0], *conditioning.shape[1:])
-
-
-def _optional_for_batch(concat: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if concat is None else _for_batch(concat, x, "concat")

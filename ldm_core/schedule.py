@@ -77,6 +77,7 @@ class NoiseSchedule:
         # 1 - abar is taken in float64: near t = 0 float32 would lose four digits of the noise level.
         self.signal_level = alphas_cumprod.sqrt().float().to(device)
         self.noise_level = (1.0 - alphas_cumprod).sqrt().float().to(device)
+        self._elsewhere: dict[torch.device, NoiseSchedule] = {}
 
     @property
     def timesteps(self) -> int:
@@ -116,13 +117,24 @@ class NoiseSchedule:
     def levels(self, t: Tensor, *, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(abar_t) and sqrt(1 - abar_t), (B, 1, ..., 1) of like's dtype, to scale `like` (B, ...) by."""
         shape = (-1,) + (1,) * (like.dim() - 1)
-        signal = self.signal_level.to(t.device)[t].to(like.dtype).view(shape)
-        sigma = self.noise_level.to(t.device)[t].to(like.dtype).view(shape)
-        return signal, sigma
+        tables = self._on(t.device)
+        return (
+            tables.signal_level[t].to(like.dtype).view(shape),
+            tables.noise_level[t].to(like.dtype).view(shape),
+        )
 
     def snr(self, t: Tensor) -> Tensor:
         """Signal-to-noise ratio abar_t / (1 - abar_t), (B,) float32 (appendix B)."""
-        return (self.signal_level.to(t.device)[t] / self.noise_level.to(t.device)[t]).square()
+        tables = self._on(t.device)
+        return (tables.signal_level[t] / tables.noise_level[t]).square()
+
+    def _on(self, device: torch.device) -> "NoiseSchedule":
+        """This schedule with its tables on a device; moved there once, not at every step."""
+        if device == self.betas.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = self.to(device)
+        return self._elsewhere[device]
 
 
 def _alphas_cumprod(config: ScheduleConfig) -> Tensor:

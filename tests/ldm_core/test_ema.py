@@ -58,11 +58,40 @@ def test_the_average_is_float32_whatever_the_network_is() -> None:
     module = nn.Linear(1, 1, bias=False).bfloat16()
     nn.init.ones_(module.weight)
     ema = EMA(module, decay=0.9999, warmup=False)
-    nn.init.zeros_(module.weight)
+    nn.init.constant_(module.weight, 3.0)
     for _ in range(10):
         ema.update()
-    # bfloat16 cannot tell 0.999 from 1.
-    assert ema.shadow["weight"].item() == pytest.approx(0.9999**10, abs=1e-6)
+    # bfloat16 cannot tell 1.002 from 1.
+    assert ema.shadow["weight"].item() == pytest.approx(3 - 2 * 0.9999**10, abs=1e-6)
+
+
+def test_an_update_is_one_fused_call_and_copies_no_float32_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = network()
+    ema = EMA(module, decay=0.9, warmup=False)
+    calls: list[list[int]] = []
+    fused = torch._foreach_lerp_
+
+    def watching(averages: list[torch.Tensor], weights: list[torch.Tensor], share: float) -> None:
+        calls.append([weight.data_ptr() for weight in weights])
+        fused(averages, weights, share)
+
+    monkeypatch.setattr(torch, "_foreach_lerp_", watching)
+    ema.update()
+    floating = [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
+    assert calls == [[tensor.data_ptr() for tensor in floating]]
+
+
+def test_weights_that_were_moved_to_another_layout_are_still_followed() -> None:
+    module = nn.Conv2d(3, 4, 3)
+    ema = EMA(module, decay=0.5, warmup=False)
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    before = module.weight.detach().clone()
+    shift(module, 1.0)
+    ema.update()
+    torch.testing.assert_close(ema.shadow["weight"], before + 0.5)
+    with ema.swapped():
+        torch.testing.assert_close(module.weight.detach(), before + 0.5)
+        assert module.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_the_network_computes_with_the_average_only_inside_swapped() -> None:

@@ -10,7 +10,9 @@ from ldm_core.objective import (
     Parameterization,
     target,
     to_eps,
+    to_prediction,
     to_x0,
+    vlb_weights,
 )
 from ldm_core.schedule import NoiseSchedule, ScheduleConfig
 
@@ -34,6 +36,21 @@ def test_the_perfect_prediction_gives_back_noise_and_latent(
     # At the ends of the chain a conversion divides by 0.03 and so magnifies float32's rounding.
     torch.testing.assert_close(to_eps(parameterization, SCHEDULE, prediction, z_t, t), noise, atol=2e-5, rtol=0)
     torch.testing.assert_close(to_x0(parameterization, SCHEDULE, prediction, z_t, t), z0, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("parameterization", ["v", "x0"])
+def test_without_signal_the_latent_is_still_predicted(
+    parameterization: Parameterization, batch: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    z0, noise, t = batch
+    schedule = NoiseSchedule(ScheduleConfig(zero_terminal_snr=True))
+    z_t = schedule.add_noise(z0, noise, t)
+    prediction = target(parameterization, schedule, z0, noise, t)
+    eps, x0 = to_prediction(parameterization, schedule, prediction, z_t, t)
+    torch.testing.assert_close(eps, noise, atol=2e-5, rtol=0)
+    torch.testing.assert_close(x0, z0, atol=2e-5, rtol=0)
+    with pytest.raises(ValueError, match="use parameterization v or x0"):
+        to_prediction("eps", schedule, noise, z_t, t)
 
 
 def test_v_is_the_angular_velocity_of_the_latent(batch: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -100,6 +117,58 @@ def test_min_snr_weights_express_the_same_loss_in_every_parameterization(
         torch.testing.assert_close(loss, expected, rtol=2e-3, atol=0)
 
 
+def test_vlb_weights_are_the_published_ones() -> None:
+    # Written out as in the code release: its float64 tables, its expression for eps, its copy into the first place.
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alphas = 1 - betas
+    alphas_cumprod = alphas.cumprod(dim=0)
+    previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+    posterior_variance = betas * (1 - previous) / (1 - alphas_cumprod)
+    published = betas**2 / (2 * posterior_variance * alphas * (1 - alphas_cumprod))
+    published[0] = published[1]
+    torch.testing.assert_close(vlb_weights("eps", SCHEDULE), published.float())
+
+
+def test_the_variational_bound_is_the_same_in_every_parameterization(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    z0, noise, _ = batch
+    t = torch.tensor([1, 3, 500, 999])
+    z_t = SCHEDULE.add_noise(z0, noise, t)
+    signal, sigma = SCHEDULE.levels(t, like=z0)
+    wrong_x0 = z0 + 0.1
+    implied_eps = (z_t - signal * wrong_x0) / sigma
+    answers = {"x0": wrong_x0, "eps": implied_eps, "v": signal * implied_eps - sigma * wrong_x0}
+    # Half of the squared distance of the posterior's means over its variance (Ho et al. 2020, Eq. 7 and 8).
+    abar = torch.tensor([SCHEDULE.alpha_bar(int(i)) for i in t], dtype=torch.float64)
+    before = torch.tensor([SCHEDULE.alpha_bar(int(i) - 1) for i in t], dtype=torch.float64)
+    beta = 1 - abar / before
+    of_mean = before.sqrt() * beta / (1 - abar)
+    expected = (of_mean * 0.1).square() / (2 * beta * (1 - before) / (1 - abar))
+    for parameterization in PARAMETERIZATIONS:
+        both = DiffusionObjective(SCHEDULE, parameterization=parameterization, vlb_weight=1.0)
+        simple = DiffusionObjective(SCHEDULE, parameterization=parameterization)
+        of_both, of_simple = (
+            objective.loss(lambda z_t, t: answers[parameterization], z0, t, noise)  # noqa: B023
+            for objective in (both, simple)
+        )
+        torch.testing.assert_close((of_both - of_simple).double(), expected, rtol=2e-2, atol=1e-6)
+
+
+def test_the_bound_is_added_by_its_weight(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    z0, noise, t = batch
+    weighted = DiffusionObjective(SCHEDULE, min_snr_gamma=5.0, vlb_weight=0.5)
+    plain = DiffusionObjective(SCHEDULE, min_snr_gamma=5.0)
+    unweighted = DiffusionObjective(SCHEDULE)
+    by_weight, by_snr, simple = (o.loss(lambda z_t, t: z_t, z0, t, noise) for o in (weighted, plain, unweighted))
+    torch.testing.assert_close(by_weight, by_snr + 0.5 * vlb_weights("eps", SCHEDULE)[t] * simple)
+
+
+@pytest.mark.parametrize("parameterization", ["v", "x0"])
+def test_the_bound_is_finite_without_terminal_signal(parameterization: Parameterization) -> None:
+    weights = vlb_weights(parameterization, NoiseSchedule(ScheduleConfig(zero_terminal_snr=True)))
+    assert weights.isfinite().all()
+    assert (weights > 0).all()
+
+
 def test_bf16_predictions_give_a_float32_loss(batch: tuple[Tensor, Tensor, Tensor]) -> None:
     z0, noise, t = batch
     loss = DiffusionObjective(SCHEDULE).loss(lambda z_t, t: z_t.bfloat16(), z0, t, noise)
@@ -113,6 +182,9 @@ def test_unusable_choices_are_refused() -> None:
         DiffusionObjective(SCHEDULE, loss="huber")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="min_snr_gamma must be positive"):
         DiffusionObjective(SCHEDULE, min_snr_gamma=0.0)
+    for weight in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"vlb_weight must be a finite number of at least 0, got {weight}"):
+            DiffusionObjective(SCHEDULE, vlb_weight=weight)
     without_terminal_signal = NoiseSchedule(ScheduleConfig(zero_terminal_snr=True))
     with pytest.raises(ValueError, match="use parameterization v or x0"):
         DiffusionObjective(without_terminal_signal)

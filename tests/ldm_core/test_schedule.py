@@ -78,6 +78,23 @@ def test_tables_stay_real_where_a_model_is_built_on_the_meta_device() -> None:
     assert schedule.to("meta").alphas_cumprod.device.type == "meta"
 
 
+def test_tables_are_moved_to_the_timesteps_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = NoiseSchedule(ScheduleConfig())
+    moves: list[str] = []
+    move = NoiseSchedule.to
+
+    def watching(self: NoiseSchedule, device: torch.device) -> NoiseSchedule:
+        moves.append(str(device))
+        return move(self, device)
+
+    monkeypatch.setattr(NoiseSchedule, "to", watching)
+    for device in ("cpu", "meta", "meta"):
+        signal, _ = schedule.levels(torch.zeros(2, dtype=torch.long, device=device), like=torch.zeros(2, 4, 8, 8))
+        assert signal.device.type == device
+        assert signal.shape == (2, 1, 1, 1)
+    assert moves == ["meta"]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

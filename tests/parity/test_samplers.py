@@ -5,10 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor
 
 from ldm_core import samplers
+from ldm_core.objective import to_prediction
+from ldm_core.samplers import Prediction, Spacing
 from ldm_core.schedule import NoiseSchedule, ScheduleConfig
 
 SCHEDULE = NoiseSchedule(ScheduleConfig())
@@ -56,6 +64,26 @@ def test_ddim(denoise: samplers.Denoise, x: Tensor, num_steps: int) -> None:
     assert_same_end(ours, run_scheduler(scheduler, denoise, x))
 
 
+@pytest.mark.parametrize("num_steps", [5, 20, 50])
+def test_ddim_with_v_from_pure_noise(denoise: samplers.Denoise, x: Tensor, num_steps: int) -> None:
+    schedule = NoiseSchedule(ScheduleConfig(zero_terminal_snr=True))
+    scheduler: Any = DDIMScheduler(
+        **BETAS,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        timestep_spacing="trailing",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+    )
+    scheduler.set_timesteps(num_steps)
+
+    def predict(x: Tensor, t: Tensor) -> Prediction:
+        return to_prediction("v", schedule, denoise(x, t), x, t)  # type: ignore[arg-type]
+
+    ours = samplers.ddim(predict, x, schedule, num_steps=num_steps, spacing="trailing")
+    assert_same_end(ours, run_scheduler(scheduler, denoise, x))
+
+
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 def test_ddim_with_noise(denoise: samplers.Denoise, x: Tensor, eta: float) -> None:
     scheduler: Any = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
@@ -94,6 +122,57 @@ def test_dpm_solver_pp_2m(denoise: samplers.Denoise, x: Tensor, num_steps: int) 
     scheduler.set_timesteps(timesteps=samplers.timestep_grid(SCHEDULE, num_steps))
     ours = samplers.dpm_solver_pp_2m(denoise, x, SCHEDULE, num_steps=num_steps)
     assert_same_end(ours, run_scheduler(scheduler, denoise, x))
+
+
+@pytest.mark.parametrize("num_steps", [8, 20])
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+def test_dpm_solver_pp_2m_on_its_own_grids(
+    denoise: samplers.Denoise, x: Tensor, num_steps: int, spacing: Spacing
+) -> None:
+    scheduler: Any = DPMSolverMultistepScheduler(**BETAS, final_sigmas_type="sigma_min", timestep_spacing=spacing)
+    scheduler.set_timesteps(num_steps)
+    assert scheduler.timesteps.tolist() == samplers.timestep_grid(SCHEDULE, num_steps, spacing)
+    ours = samplers.dpm_solver_pp_2m(denoise, x, SCHEDULE, num_steps=num_steps, spacing=spacing)
+    assert_same_end(ours, run_scheduler(scheduler, denoise, x))
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 8, 20, 50])
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_unipc(denoise: samplers.Denoise, x: Tensor, order: int, spacing: Spacing, num_steps: int) -> None:
+    scheduler: Any = UniPCMultistepScheduler(
+        **BETAS, solver_order=order, final_sigmas_type="sigma_min", timestep_spacing=spacing
+    )
+    scheduler.set_timesteps(num_steps)
+    assert scheduler.timesteps.tolist() == samplers.timestep_grid(SCHEDULE, num_steps, spacing)
+    ours = samplers.unipc(denoise, x, SCHEDULE, num_steps=num_steps, order=order, spacing=spacing)
+    assert_same_end(ours, run_scheduler(scheduler, denoise, x))
+
+
+@pytest.mark.parametrize("num_steps", [10, 25, 50])
+def test_unipc_on_the_published_grid(denoise: samplers.Denoise, x: Tensor, num_steps: int) -> None:
+    scheduler: Any = UniPCMultistepScheduler(
+        **BETAS, final_sigmas_type="sigma_min", timestep_spacing="leading", steps_offset=1
+    )
+    scheduler.set_timesteps(num_steps)
+    # It knows no such grid (its stride is T // (n + 1)), and takes none: it is put in.
+    grid = samplers.timestep_grid(SCHEDULE, num_steps)
+    scheduler.timesteps = torch.tensor(grid)
+    abar = SCHEDULE.alphas_cumprod[[*grid, 0]].double()
+    scheduler.sigmas = ((1 - abar) / abar).sqrt().float()
+    ours = samplers.unipc(denoise, x, SCHEDULE, num_steps=num_steps)
+    assert_same_end(ours, run_scheduler(scheduler, denoise, x))
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.75])
+def test_image_to_image(denoise: samplers.Denoise, x: Tensor, strength: float) -> None:
+    z0 = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    scheduler: Any = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    scheduler.set_timesteps(50)
+    scheduler.timesteps = scheduler.timesteps[50 - int(50 * strength) :]
+    start, timesteps = samplers.img2img_start(z0, x, SCHEDULE, strength=strength)
+    theirs = run_scheduler(scheduler, denoise, scheduler.add_noise(z0, x, scheduler.timesteps[:1]))
+    assert_same_end(samplers.ddim(denoise, start, SCHEDULE, timesteps=timesteps), theirs)
 
 
 @pytest.mark.parametrize("kind", ["scaled_linear", "linear", "squaredcos_cap_v2"])

@@ -1,0 +1,44 @@
+"""Samplers: from noise to latents with any function that predicts the noise.
+
+`denoise(x, t) -> eps` takes x (B, ...) and t (B,) integers and returns the predicted noise of x's shape, or
+`Prediction(eps, x0)` where the noise alone does not say what the clean latent is: at a timestep without signal.
+Samplers know neither networks nor conditioning. Whatever changes what is sampled wraps `denoise`, and so works with
+every sampler: `guidance.classifier_free`, `guidance.image_guidance`, and `masked` of this package.
+
+    noise                sample i depends on its own seed alone
+    grid                 which timesteps a few-step sampler visits
+    denoise              what samplers ask of a denoiser
+    singlestep           DDPM, DDIM
+    multistep            PLMS, DPM-Solver++(2M)
+    predictor_corrector  UniPC
+    editing              image-to-image, masked sampling
+
+All are convolutional (Sec. 4.3.2): the latent may have any height and width that the network takes.
+"""
+
+from ldm_core.objective import Prediction
+from ldm_core.samplers.denoise import Callback, Denoise
+from ldm_core.samplers.editing import img2img_start, masked
+from ldm_core.samplers.grid import Spacing, timestep_grid
+from ldm_core.samplers.multistep import dpm_solver_pp_2m, plms
+from ldm_core.samplers.noise import NoiseSource, initial_noise, seeded_noise
+from ldm_core.samplers.predictor_corrector import unipc
+from ldm_core.samplers.singlestep import ddim, ddpm
+
+__all__ = [
+    "Callback",
+    "Denoise",
+    "NoiseSource",
+    "Prediction",
+    "Spacing",
+    "ddim",
+    "ddpm",
+    "dpm_solver_pp_2m",
+    "img2img_start",
+    "initial_noise",
+    "masked",
+    "plms",
+    "seeded_noise",
+    "timestep_grid",
+    "unipc",
+]

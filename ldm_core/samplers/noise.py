@@ -1,0 +1,38 @@
+"""Normal noise in which every sample has its own seed."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+NoiseSource = Callable[[], Tensor]
+
+
+def seeded_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> NoiseSource:
+    """A source of (B, *shape) float32 normal noise in which sample i depends on seeds[i] alone.
+
+    Each sample has its own generator on the CPU, so an image is the same whatever the batch it is drawn in
+    and whatever the device. Each call of the source draws on.
+
+    Args:
+        seeds: B integers.
+        shape: shape of one sample, without the batch dimension.
+        device: where the noise is wanted.
+
+    Raises:
+        ValueError: without seeds.
+    """
+    if not seeds:
+        raise ValueError("sampling needs at least one seed, got none")
+    generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
+
+    def draw() -> Tensor:
+        drawn = [torch.randn(tuple(shape), generator=generator, device="cpu") for generator in generators]
+        return torch.stack(drawn).to(device)
+
+    return draw
+
+
+def initial_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """The (B, *shape) noise that sampling starts from: the first draw of `seeded_noise`."""
+    return seeded_noise(seeds, shape, device)()
