@@ -62,12 +62,7 @@ def classifier_free(
             anything to tell its halves apart, an interval upside down, a rescale outside 0 ... 1; on call for
             conditioning whose batch is neither 1 nor x's, or a rescale of a `Prediction`.
     """
-    if not math.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale}")
-    if not 0.0 <= rescale <= 1.0:
-        raise ValueError(f"guidance rescale must be between 0 (none) and 1, got {rescale}")
-    if interval is not None and not interval[0] <= interval[1]:
-        raise ValueError(f"the guidance interval must be (t_low, t_high) with t_low <= t_high, got {interval}")
+    check_settings(guidance_scale, interval, rescale)
     _check_halves(context, unconditional_context, concat, unconditional_concat, guided=guidance_scale != 1.0)
     other_concat = concat if unconditional_concat is None else unconditional_concat
 
@@ -86,8 +81,7 @@ def classifier_free(
             concat=_both(_for_batch(other_concat, x, "unconditional_concat"), _for_batch(concat, x, "concat")),
         )
         unconditional, conditioned = (_map(lambda half, i=i: half.chunk(2)[i], halves) for i in (0, 1))
-        answer = _map(lambda u, c: u + guidance_scale * (c - u), unconditional, conditioned)
-        return _rescaled(answer, conditioned, rescale) if rescale else answer
+        return combine(unconditional, conditioned, guidance_scale, rescale=rescale)
 
     def guided_inside(x: Tensor, t: Tensor) -> Tensor | Prediction:
         assert interval is not None
@@ -97,6 +91,31 @@ def classifier_free(
     if guidance_scale == 1.0:
         return conditional
     return guided if interval is None else guided_inside
+
+
+def check_settings(guidance_scale: float, interval: tuple[int, int] | None, rescale: float) -> None:
+    """Raise ValueError unless the settings of `classifier_free` are in range."""
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale}")
+    if not 0.0 <= rescale <= 1.0:
+        raise ValueError(f"guidance rescale must be between 0 (none) and 1, got {rescale}")
+    if interval is not None and not interval[0] <= interval[1]:
+        raise ValueError(f"the guidance interval must be (t_low, t_high) with t_low <= t_high, got {interval}")
+
+
+def combine(
+    unconditional: Tensor | Prediction, conditional: Tensor | Prediction, guidance_scale: float, *, rescale: float = 0.0
+) -> Tensor | Prediction:
+    """Guide one answer by the other: u + guidance_scale * (c - u), then `rescale` as for `classifier_free`.
+
+    Args:
+        unconditional, conditional: answers (B, ...) of a network or a denoiser, both of one kind.
+
+    Raises:
+        ValueError: a rescale of a `Prediction`.
+    """
+    answer = _map(lambda u, c: u + guidance_scale * (c - u), unconditional, conditional)
+    return _rescaled(answer, conditional, rescale) if rescale else answer
 
 
 def image_guidance(

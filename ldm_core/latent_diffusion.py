@@ -5,7 +5,6 @@ inputs: what the conditioner takes, e.g. token ids (B, L).
 """
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -25,8 +24,9 @@ from ldm_core.conditioning import (
     context_dim,
     kind_of,
 )
+from ldm_core.config_values import check_keys, component
 from ldm_core.schedule import NoiseSchedule, ScheduleConfig
-from ldm_core.unet import UNet, UNetConfig
+from ldm_core.unet import PreparedContext, UNet, UNetConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,13 +102,13 @@ class LatentDiffusionConfig:
             ValueError: for unknown or missing keys, or values that do not fit each other.
         """
         parts: dict[str, type] = {"first_stage": FirstStageConfig, "unet": UNetConfig, "schedule": ScheduleConfig}
-        _check_keys(cls, values, "model config")
+        check_keys(cls, values, "model config")
         arguments = dict(values)
         if arguments.get("conditioner") is not None:
             arguments["conditioner"], parts["conditioner"] = _kind(arguments["conditioner"])
         for name, kind in parts.items():
             if arguments.get(name) is not None:
-                arguments[name] = _component(kind, arguments[name], name)
+                arguments[name] = component(kind, arguments[name], name)
         return cls(**arguments)
 
 
@@ -164,13 +164,23 @@ class LatentDiffusion(nn.Module):
         return self.first_stage.decode(z / self.scale_factor)
 
     def denoiser(self) -> guidance.ConditionalDenoise:
-        """The function `(x, t, *, context, concat) -> eps` that samplers and guidance are built on."""
+        """The function `(x, t, *, context, concat)` that samplers and guidance are built on.
 
-        def denoise(x: Tensor, t: Tensor, *, context: Tensor | None = None, concat: Tensor | None = None) -> Tensor:
-            prediction = self.unet(x, t, context=context, concat=concat)
-            return objective.to_eps(self.config.parameterization, self.schedule, prediction, x, t)
+        It answers the noise, or for a network of v or x0 noise and clean latent, see `objective.Prediction`.
+        """
+
+        def denoise(
+            x: Tensor, t: Tensor, *, context: Tensor | None = None, concat: Tensor | None = None
+        ) -> Tensor | objective.Prediction:
+            return self._answer(self.unet(x, t, context=context, concat=concat), x, t)
 
         return denoise
+
+    def _answer(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor | objective.Prediction:
+        """What samplers take, from the network's own output at (x, t)."""
+        if self.config.parameterization == "eps":
+            return output
+        return objective.to_prediction(self.config.parameterization, self.schedule, output, x, t)
 
     @torch.no_grad()
     def sample(
@@ -182,21 +192,23 @@ class LatentDiffusion(nn.Module):
         num_steps: int = 50,
         guidance_scale: float = 1.0,
         eta: float = 0.0,
+        sampler: samplers.FewStepSampler = samplers.ddim,
         size: tuple[int, int] | None = None,
         callback: samplers.Callback | None = None,
     ) -> Tensor:
-        """Images by DDIM with classifier-free guidance; image i depends on its own input and seeds[i] alone.
+        """Images with classifier-free guidance; image i depends on its own input and seeds[i] alone.
 
-        Other samplers, image-to-image and masked sampling: see `samplers`, on `guided_denoiser()`.
+        For image-to-image and masked sampling see `samplers`, on `guided_denoiser()`.
 
         Args:
             inputs: a batch of what the conditioner takes, e.g. token ids (B, L); None for an unconditional model.
             seeds: B integers, one an image.
             unconditional: the input (1, ...) that asks for nothing, e.g. the empty caption's ids; needed where
                 guidance_scale is not 1, unless the conditioner knows it by itself.
-            num_steps: DDIM steps.
+            num_steps: timesteps visited; the last one first where the schedule leaves no signal there.
             guidance_scale: 1 is the plain conditional model.
-            eta: 0 deterministic ... 1 as random as DDPM.
+            eta: 0 deterministic ... 1 as random as DDPM; DDIM alone has it.
+            sampler: one of `samplers`.
             size: height and width of the latent; None is the size of training. Larger ones are sampled
                 convolutionally (Sec. 4.3.2), multiples of the UNet's downsampling factor.
             callback: see `samplers.Callback`.
@@ -214,26 +226,65 @@ class LatentDiffusion(nn.Module):
         height, width = size or (self.config.unet.latent_size,) * 2
         noise = samplers.seeded_noise(seeds, (self.config.first_stage.embed_dim, height, width), device)
         denoise = self.guided_denoiser(inputs, unconditional=unconditional, guidance_scale=guidance_scale)
-        z = samplers.ddim(denoise, noise(), self.schedule, num_steps=num_steps, eta=eta, noise=noise, callback=callback)
+        if eta and sampler is not samplers.ddim:
+            raise ValueError(f"only DDIM has an eta, got eta={eta}: leave it 0")
+        options: dict[str, Any] = {"eta": eta, "noise": noise} if sampler is samplers.ddim else {}
+        spacing: samplers.Spacing = "trailing" if self.config.schedule.zero_terminal_snr else "leading"
+        z = sampler(
+            denoise, noise(), self.schedule, num_steps=num_steps, spacing=spacing, callback=callback, **options
+        )
         return self.decode(z).float().clamp(-1.0, 1.0)
 
     def guided_denoiser(
-        self, inputs: Any = None, *, unconditional: Any = None, guidance_scale: float = 1.0
+        self,
+        inputs: Any = None,
+        *,
+        unconditional: Any = None,
+        guidance_scale: float = 1.0,
+        interval: tuple[int, int] | None = None,
+        rescale: float = 0.0,
     ) -> samplers.Denoise:
         """The denoiser with its condition bound and classifier-free guidance applied: what samplers take.
 
+        What does not change from step to step is computed once, and what both halves of guidance share, once a step.
+        The weights must not change between its first call and its last.
+
         Args:
             inputs, unconditional, guidance_scale: as for `sample`.
+            interval, rescale: as for `guidance.classifier_free`.
 
         Raises:
             ValueError: as `sample`.
         """
         device = next(self.unet.parameters()).device
         conditioning = _condition(self.conditioner, _to(inputs, device))
+        conditional = _Bound(self.unet, conditioning.context, conditioning.concat)
         if guidance_scale == 1.0:
-            return self._bound(conditioning)
+            return lambda x, t: self._answer(conditional(x, t), x, t)
         if conditioning.context is None:
             raise ValueError(f"only a model with a context can be guided: keep guidance_scale 1, got {guidance_scale}")
+        without = self._unconditional_context(unconditional, inputs, guidance_scale)
+        guidance.check_settings(guidance_scale, interval, rescale)
+        if without.shape[1:] != conditioning.context.shape[1:]:
+            raise ValueError(
+                "the unconditional input must be as long as the others, "
+                f"got contexts {tuple(without.shape)} and {tuple(conditioning.context.shape)}: tokenize both alike"
+            )
+        together = torch.cat([without.expand_as(conditioning.context), conditioning.context])
+        both = _Bound(self.unet, together, conditioning.concat, contexts_a_sample=2)
+
+        def guided(x: Tensor, t: Tensor) -> Tensor | objective.Prediction:
+            # Samplers give one timestep to the whole batch.
+            if interval is not None and not interval[0] <= int(t[0]) <= interval[1]:
+                return self._answer(conditional(x, t), x, t)
+            output = guidance.combine(*both(x, t).chunk(2), guidance_scale, rescale=rescale)
+            assert isinstance(output, Tensor)
+            return self._answer(output, x, t)
+
+        return guided
+
+    def _unconditional_context(self, unconditional: Any, inputs: Any, guidance_scale: float) -> Tensor:
+        """The context (1, L, D) that asks for nothing."""
         assert self.conditioner is not None
         nothing = self.conditioner.unconditional() if unconditional is None else unconditional
         if nothing is None:
@@ -243,15 +294,31 @@ class LatentDiffusion(nn.Module):
             )
         if isinstance(nothing, Tensor) and nothing.ndim < inputs.ndim:
             nothing = nothing[None]
-        without = self.conditioner(_to(nothing, device)).context
-        assert without is not None
-        return guidance.classifier_free(
-            self.denoiser(), conditioning.context, without, guidance_scale, concat=conditioning.concat
-        )
+        context = self.conditioner(_to(nothing, next(self.unet.parameters()).device)).context
+        assert context is not None
+        return context
 
-    def _bound(self, conditioning: Conditioning) -> samplers.Denoise:
-        denoise = self.denoiser()
-        return lambda x, t: denoise(x, t, context=conditioning.context, concat=conditioning.concat)
+
+class _Bound:
+    """A UNet with its conditioning bound; keys and values of the context are computed at the first call."""
+
+    def __init__(
+        self, unet: UNet, context: Tensor | None, concat: Tensor | None, *, contexts_a_sample: int = 1
+    ) -> None:
+        self.unet, self.context, self.concat, self.contexts_a_sample = unet, context, concat, contexts_a_sample
+        self._prepared: PreparedContext | None = None
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """(B, C, h, w), (B,) -> (contexts_a_sample * B, C, h, w), the network's own output."""
+        if self.context is not None and len(self.context) != self.contexts_a_sample * len(x):
+            raise ValueError(
+                f"the denoiser is bound to {len(self.context) // self.contexts_a_sample} inputs, got {len(x)} latents: "
+                "bind it anew"
+            )
+        if self.context is not None and self._prepared is None:
+            self._prepared = self.unet.prepare_context(self.context)
+        output: Tensor = self.unet(x, t, context=self._prepared, concat=self.concat)
+        return output
 
 
 def _condition(conditioner: Conditioner | None, inputs: Any) -> Conditioning:
@@ -281,27 +348,3 @@ def _kind(values: Any) -> tuple[Mapping[str, Any], type]:
         raise ValueError(f"conditioner.kind must be one of {', '.join(CONDITIONER_KINDS)}, got {found!r}")
     rest = {key: value for key, value in values.items() if key != "kind"}
     return rest, CONDITIONER_KINDS[values["kind"]]
-
-
-def _component(kind: type, values: Mapping[str, Any], path: str) -> Any:
-    """A component's config from plain values."""
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{path} must be a mapping of settings, got {values!r}")
-    _check_keys(kind, values, path)
-    # JSON has no tuples; configs are hashable and therefore hold no lists.
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
-
-
-def _check_keys(kind: type, values: Mapping[str, Any], path: str) -> None:
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    for key in values:
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else f": it has {', '.join(fields)}"
-            raise ValueError(f"{path} has no setting {key!r}{hint}")
-    unset = (dataclasses.MISSING, dataclasses.MISSING)
-    missing = [
-        name for name, field in fields.items() if name not in values and (field.default, field.default_factory) == unset
-    ]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}")

@@ -1,5 +1,7 @@
 """`ldm sample`: pictures for prompts."""
 
+from typing import Literal
+
 import click
 
 from jobs.console import console, emit_json, json_option
@@ -11,7 +13,14 @@ from jobs.console import console, emit_json, json_option
 @click.option("--out", default="samples", show_default=True, help="Folder for the pictures.")
 @click.option("--images", default=1, show_default=True, type=click.IntRange(1), help="Pictures a prompt.")
 @click.option("--seed", default=0, show_default=True, help="Of the first picture; the next ones count on.")
-@click.option("--steps", default=50, show_default=True, type=click.IntRange(1, 1000), help="DDIM steps.")
+@click.option("--steps", default=50, show_default=True, type=click.IntRange(1, 1000), help="Timesteps visited.")
+@click.option(
+    "--sampler",
+    type=click.Choice(["ddim", "plms", "dpm_solver_pp_2m", "unipc"]),
+    default="ddim",
+    show_default=True,
+    help="The last two need 10 to 20 steps.",
+)
 @click.option("--guidance", default=5.0, show_default=True, type=click.FloatRange(0), help="Guidance scale.")
 @click.option("--eta", default=0.0, show_default=True, type=click.FloatRange(0), help="DDIM's eta.")
 @click.option("--device", help="Torch device; the first GPU where there is one, else the CPU.")
@@ -23,6 +32,7 @@ def sample(
     images: int,
     seed: int,
     steps: int,
+    sampler: Literal["ddim", "plms", "dpm_solver_pp_2m", "unipc"],
     guidance: float,
     eta: float,
     device: str | None,
@@ -42,10 +52,12 @@ def sample(
 
     from pipelines.checkpoints import open_model
     from pipelines.diffusion.config import SamplingConfig
-    from pipelines.errors import UserError
+    from pipelines.errors import MisuseError, UserError
     from pipelines.evaluate.sampling import sample_prompts
     from pipelines.grids import grid
 
+    if eta and sampler != "ddim":
+        raise MisuseError(f"only ddim has an eta, got --eta {eta} with --sampler {sampler}: leave it out")
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +66,7 @@ def sample(
     model, tokenizer, place = open_model(checkpoint, device)
     captions = [prompt for prompt in prompts for _ in range(images)]
     seeds = [seed + i for i in range(len(captions))]
-    sampling = SamplingConfig(num_steps=steps, guidance_scale=guidance, eta=eta)
+    sampling = SamplingConfig(sampler=sampler, num_steps=steps, guidance_scale=guidance, eta=eta)
     pictures = sample_prompts(model, tokenizer, captions, seeds, sampling)
     files = [str(folder / f"{i:03d}.png") for i in range(len(captions))]
     for path, picture in zip(files, pictures):

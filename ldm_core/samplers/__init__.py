@@ -16,6 +16,10 @@ every sampler: `guidance.classifier_free`, `guidance.image_guidance`, and `maske
 All are convolutional (Sec. 4.3.2): the latent may have any height and width that the network takes.
 """
 
+from collections.abc import Callable
+
+from torch import Tensor
+
 from ldm_core.objective import Prediction
 from ldm_core.samplers.denoise import Callback, Denoise
 from ldm_core.samplers.editing import img2img_start, masked
@@ -25,9 +29,13 @@ from ldm_core.samplers.noise import NoiseSource, initial_noise, seeded_noise
 from ldm_core.samplers.predictor_corrector import unipc
 from ldm_core.samplers.singlestep import ddim, ddpm
 
+# ddim, plms, dpm_solver_pp_2m, unipc
+FewStepSampler = Callable[..., Tensor]
+
 __all__ = [
     "Callback",
     "Denoise",
+    "FewStepSampler",
     "NoiseSource",
     "Prediction",
     "Spacing",

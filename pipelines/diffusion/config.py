@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from ldm_core import presets
 from ldm_core.schedule import ScheduleConfig
@@ -31,12 +31,19 @@ class TextConfig(Config):
 
 
 class SamplingConfig(Config):
-    """How pictures are sampled: DDIM with classifier-free guidance."""
+    """How pictures are sampled, with classifier-free guidance; `eta` is DDIM's alone."""
 
+    sampler: Literal["ddim", "plms", "dpm_solver_pp_2m", "unipc"] = "ddim"
     num_steps: int = Field(50, ge=1)
     guidance_scale: float = Field(5.0, ge=0)
     eta: float = Field(0.0, ge=0)
     batch_size: int = Field(16, ge=1)
+
+    @model_validator(mode="after")
+    def _eta_is_ddims(self) -> "SamplingConfig":
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(f"only ddim has an eta, got eta={self.eta} with sampler={self.sampler}: leave it 0")
+        return self
 
 
 class DiffusionConfig(Config):
@@ -46,7 +53,7 @@ class DiffusionConfig(Config):
         unet: a preset's name (the UNet of that published model), or its fields, or both.
         text: the text transformer.
         schedule: of the noise.
-        parameterization, loss, min_snr_gamma: what the network predicts, and how it is scored.
+        parameterization, loss, min_snr_gamma, vlb_weight: what the network predicts, and how it is scored.
         caption_dropout: share of samples whose caption is replaced by the empty one, for classifier-free guidance.
         shuffle_window: shards whose samples are mixed with each other (DESIGN: order of samples).
         preview: how the grids during training are sampled, for `preview_prompts` captions.
@@ -58,6 +65,7 @@ class DiffusionConfig(Config):
     parameterization: Literal["eps", "v", "x0"] = "eps"
     loss: Literal["l1", "l2"] = "l2"
     min_snr_gamma: float | None = Field(None, gt=0)
+    vlb_weight: float = Field(0.0, ge=0)
     caption_dropout: float = Field(0.1, ge=0, le=1)
     shuffle_window: int = Field(16, ge=1)
     training: TrainingConfig

@@ -69,6 +69,7 @@ class DiffusionLearner:
             parameterization=task.model.parameterization,
             loss=task.model.loss,
             min_snr_gamma=task.config.min_snr_gamma,
+            vlb_weight=task.config.vlb_weight,
         )
         self.empty_tokens = torch.tensor(task.latents.details["empty_tokens"])
 

@@ -41,6 +41,8 @@ def sample_prompts(
     """
     import torch
 
+    from ldm_core import samplers
+
     if len(prompts) != len(seeds) or not prompts:
         raise ValueError(f"give one seed per prompt, at least one; got {len(prompts)} prompts and {len(seeds)} seeds")
     device = next(model.parameters()).device
@@ -56,6 +58,7 @@ def sample_prompts(
             num_steps=sampling.num_steps,
             guidance_scale=sampling.guidance_scale,
             eta=sampling.eta,
+            sampler=getattr(samplers, sampling.sampler),
         )
         # [-1, 1] to 0 … 255, to the nearest level.
         levels = images.float().add(1).mul(127.5).round().clamp(0, 255)

@@ -190,6 +190,12 @@ def test_sample_inspect_verify_and_export_refuse_what_is_not_there(ldm: Ldm, tmp
         assert "nowhere" in one_line(err)
 
 
+def test_an_eta_for_a_sampler_without_one_is_misuse(ldm: Ldm) -> None:
+    code, _, err = ldm("sample", "nowhere", "a cat", "--sampler", "unipc", "--eta", "0.5")
+    assert code == 2
+    assert "--eta 0.5 with --sampler unipc" in one_line(err)
+
+
 def test_plan_says_what_would_run_without_running_it(ldm: Ldm, recipe: Path, tmp_path: Path) -> None:
     code, out, _ = ldm("plan", recipe, "--root", tmp_path / "root", "--json")
     assert code == 0

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_core import presets
+from ldm_core import guidance, presets, samplers
 from ldm_core.latent_diffusion import LatentDiffusion, LatentDiffusionConfig
-from ldm_core.objective import DiffusionObjective
+from ldm_core.objective import DiffusionObjective, Prediction
 from ldm_core.schedule import ScheduleConfig
+from ldm_core.text_transformer import TextTransformerConfig
 
 CONFIG = presets.get("tiny-txt2img")
-assert CONFIG.conditioner is not None
+assert isinstance(CONFIG.conditioner, TextTransformerConfig)
 LENGTH = CONFIG.conditioner.max_length
 EMPTY = torch.tensor([2, 3] + [0] * (LENGTH - 2))
 
@@ -121,7 +122,36 @@ def test_the_denoiser_predicts_the_noise_whatever_the_network_predicts(model: La
         config = dataclasses.replace(model.config, parameterization=parameterization)  # type: ignore[arg-type]
         other = config.build()
         other.load_state_dict(model.state_dict())
-        torch.testing.assert_close(other.denoiser()(z, t, context=context), eps)
+        answer = other.denoiser()(z, t, context=context)
+        assert isinstance(answer, Tensor) == (parameterization == "eps")
+        torch.testing.assert_close(answer.eps if isinstance(answer, Prediction) else answer, eps)
+
+
+@torch.no_grad()
+def test_the_guided_denoiser_is_classifier_free_guidance_of_the_networks_output(model: LatentDiffusion) -> None:
+    z, t = torch.randn(2, *latent_shape(model)), torch.tensor([400, 400])
+    contexts = [model.conditioner(tokens).context for tokens in (captions(1, 2), EMPTY.view(1, -1))]  # type: ignore[misc]
+    for settings in ({}, {"rescale": 0.7}, {"interval": (0, 399)}, {"interval": (400, 999)}):
+        plain = guidance.classifier_free(model.denoiser(), contexts[0], contexts[1], 3.0, **settings)  # type: ignore[arg-type]
+        fast = model.guided_denoiser(captions(1, 2), unconditional=EMPTY, guidance_scale=3.0, **settings)  # type: ignore[arg-type]
+        for _ in range(2):  # the second call uses what the first one kept
+            torch.testing.assert_close(fast(z, t), plain(z, t), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="bound to 2 inputs, got 1 latents"):
+        fast(z[:1], t[:1])
+    with pytest.raises(ValueError, match="tokenize both alike"):
+        model.guided_denoiser(captions(1), unconditional=EMPTY[:5], guidance_scale=3.0)
+
+
+@torch.no_grad()
+def test_a_model_of_v_samples_from_pure_noise_under_zero_terminal_snr(model: LatentDiffusion) -> None:
+    schedule = dataclasses.replace(model.config.schedule, zero_terminal_snr=True)
+    config = dataclasses.replace(model.config, parameterization="v", schedule=schedule)
+    other = config.build().eval()
+    other.load_state_dict(model.state_dict())
+    denoise = other.guided_denoiser(captions(1), unconditional=EMPTY, guidance_scale=2.0, rescale=0.7)
+    noise = samplers.seeded_noise([0], latent_shape(other))
+    z = samplers.ddim(denoise, noise(), other.schedule, num_steps=3, spacing="trailing")
+    assert z.isfinite().all()
 
 
 def test_one_seed_a_caption(model: LatentDiffusion) -> None:
@@ -191,3 +221,13 @@ def test_parts_that_do_not_fit_are_refused(change: dict[str, Any], message: str)
 def latent_shape(model: LatentDiffusion) -> tuple[int, int, int]:
     size = model.config.unet.latent_size
     return model.config.first_stage.embed_dim, size, size
+
+
+@pytest.mark.parametrize("sampler", [samplers.plms, samplers.dpm_solver_pp_2m, samplers.unipc])
+def test_every_few_step_sampler_samples_and_only_ddim_takes_an_eta(
+    model: LatentDiffusion, sampler: samplers.FewStepSampler
+) -> None:
+    images = model.sample(captions(1), seeds=[0], num_steps=3, sampler=sampler)
+    assert images.isfinite().all()
+    with pytest.raises(ValueError, match=r"only DDIM has an eta, got eta=0\.5"):
+        model.sample(captions(1), seeds=[0], num_steps=3, sampler=sampler, eta=0.5)

@@ -199,7 +199,7 @@ def test_a_unet_of_another_size_is_refused(tmp_path: Path, upstream: dict[str, A
     unet = replace(config().unet, latent_size=8)
     with pytest.raises(MisuseError, match=r"diffusion.unet.latent_size is 8, but the latents are 4x4: set it to"):
         run_stage(STAGE, config(unet=unet), tmp_path, upstream)
-    with pytest.raises(MisuseError, match="context_dim must be the text transformer's width"):
+    with pytest.raises(MisuseError, match="context_dim must be the conditioner's width"):
         run_stage(STAGE, config(text={"width": 64, "layers": 1}), tmp_path, upstream)
 
 
