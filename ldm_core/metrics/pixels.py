@@ -1,4 +1,4 @@
-"""How close a reconstruction is to its image: PSNR and SSIM (Table 8 of the paper).
+"""How close a reconstruction is to its image, pixel by pixel: PSNR and SSIM (Table 8 of the paper).
 
 Shapes: x, y: (B, C, H, W) images in [-1, 1]; results: (B,).
 """
