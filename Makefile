@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format lock clean
+.PHONY: demo test lint format bench-core lock clean
 
 demo: .venv/ready
 	$(BIN)/ldm demo
@@ -19,6 +19,9 @@ lint: .venv/ready
 format: .venv/ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bench-core: .venv/ready
+	$(BIN)/python -m tests.benchmarks.bench_core $(BENCH_ARGS)
 
 lock: .venv/bin/uv
 	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --extra dev --no-header \
