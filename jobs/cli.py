@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed (one line says what, which value, what to do), 2 mi
 """
 
 import importlib
+import keyword
 import sys
 import traceback
 
@@ -17,6 +18,7 @@ COMMANDS = {
     "run": "jobs.commands.run",
     "plan": "jobs.commands.plan",
     "sample": "jobs.commands.sample",
+    "import": "jobs.commands.import_",
     "export": "jobs.commands.export",
     "inspect": "jobs.commands.inspect",
     "verify": "jobs.commands.verify",
@@ -32,6 +34,7 @@ SUMMARIES = {
     "run": "Run a recipe: every stage that is not cached yet.",
     "plan": "What `run` would do: keys, states, rows, bytes, time.",
     "sample": "Pictures for prompts, from a checkpoint.",
+    "import": "Read another program's checkpoint.",
     "export": "Write a trained model for other programs to load.",
     "inspect": "What is in an artifact, a shard or a root.",
     "verify": "Is an artifact or shard whole and true?",
@@ -53,7 +56,8 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = getattr(importlib.import_module(COMMANDS[cmd_name]), cmd_name.replace("-", "_"))
+        name = f"{cmd_name}_" if keyword.iskeyword(cmd_name) else cmd_name.replace("-", "_")
+        command: click.Command = getattr(importlib.import_module(COMMANDS[cmd_name]), name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -1,6 +1,9 @@
 """Finding a trained model from whatever a person points at: the root of a run, an artifact, a model folder."""
 
+import contextlib
+import fnmatch
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,10 +12,11 @@ from pipelines.ledger import MANIFEST, Ledger
 from pipelines.storage import Storage
 
 if TYPE_CHECKING:
+    from ldm_core.checkpoint import AnyTokenizer
     from ldm_core.latent_diffusion import LatentDiffusion
-    from ldm_core.tokenizer import Tokenizer
 
-MODEL_FILES = ("model.safetensors", "config.json", "vocab.txt")
+WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
+MODEL_FILES = ("model*.safetensors", "model.safetensors.index.json", "config.json", "vocab.txt", "tokenizer.json")
 
 
 def find_model(place: str) -> Storage:
@@ -27,8 +31,8 @@ def find_model(place: str) -> Storage:
     storage = Storage(place)
     if not storage.exists():
         raise UserError(f"no checkpoint at {storage.url}: the folder does not exist")
-    for candidate in (storage, storage / "model"):
-        if candidate.exists("model.safetensors"):
+    for candidate in (storage, storage / "model", storage / "first_stage"):
+        if any(candidate.exists(name) for name in WEIGHTS_FILES):
             return candidate
     finished = [key for key in (storage / "diffusion").names() if (storage / "diffusion" / key).exists(MANIFEST)]
     if finished:
@@ -40,7 +44,7 @@ def find_model(place: str) -> Storage:
     )
 
 
-def open_model(place: str, device: str | None = None) -> "tuple[LatentDiffusion, Tokenizer, str]":
+def open_model(place: str, device: str | None = None) -> "tuple[LatentDiffusion, AnyTokenizer, str]":
     """Load the model and its tokenizer from anywhere `find_model` looks.
 
     Returns:
@@ -56,8 +60,7 @@ def open_model(place: str, device: str | None = None) -> "tuple[LatentDiffusion,
     folder = find_model(place)
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        with tempfile.TemporaryDirectory(prefix="ldm-") as scratch:
-            local = _local_folder(folder, Path(scratch))
+        with local_folder(folder) as local:
             model = checkpoint.load(local, device=torch.device(chosen))
             tokenizer = checkpoint.load_tokenizer(local)
     except (ValueError, FileNotFoundError, RuntimeError) as error:
@@ -65,13 +68,17 @@ def open_model(place: str, device: str | None = None) -> "tuple[LatentDiffusion,
     return model, tokenizer, folder.url
 
 
-def _local_folder(folder: Storage, scratch: Path) -> Path:
+@contextlib.contextmanager
+def local_folder(folder: Storage) -> Iterator[Path]:
+    """A model's files in a folder of this machine: in place, or fetched for as long as the block runs."""
     if folder.is_local:
-        return Path(folder.path())
-    for name in MODEL_FILES:
-        if folder.exists(name):
-            folder.filesystem.get_file(folder.path(name), str(scratch / name))
-    return scratch
+        yield Path(folder.path())
+        return
+    with tempfile.TemporaryDirectory(prefix="ldm-") as scratch:
+        for name in folder.names():
+            if any(fnmatch.fnmatch(name, pattern) for pattern in MODEL_FILES):
+                folder.filesystem.get_file(folder.path(name), str(Path(scratch) / name))
+        yield Path(scratch)
 
 
 def _modified(storage: Storage) -> float:

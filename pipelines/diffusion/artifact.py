@@ -9,8 +9,8 @@ from pipelines.errors import UserError
 from pipelines.ledger import Artifact
 
 if TYPE_CHECKING:
+    from ldm_core.checkpoint import AnyTokenizer
     from ldm_core.latent_diffusion import LatentDiffusion
-    from ldm_core.tokenizer import Tokenizer
 
 STAGE_NAME = "diffusion"
 FORMAT_VERSION = 1
@@ -18,7 +18,7 @@ FOLDER = "model"
 FILES = ("model.safetensors", "config.json", "vocab.txt")
 
 
-def load_model(artifact: Artifact, device: Any = "cpu") -> "tuple[LatentDiffusion, Tokenizer]":
+def load_model(artifact: Artifact, device: Any = "cpu") -> "tuple[LatentDiffusion, AnyTokenizer]":
     """The final model (EMA weights, first stage included) in evaluation mode, and its tokenizer.
 
     Raises:

@@ -30,7 +30,7 @@ def run(context: StageContext) -> dict[str, Any]:
         UserError: the diffusion artifact is damaged, or diffusers is insisted on and has no counterpart of the model.
     """
     from ldm_core import checkpoint
-    from ldm_core.diffusers_format import export_pipeline
+    from ldm_core.checkpoint_formats import diffusers
 
     artifact = context.upstream["diffusion"].require("diffusion", DIFFUSION_FORMAT)
     model, tokenizer = load_model(artifact)
@@ -40,7 +40,7 @@ def run(context: StageContext) -> dict[str, Any]:
     details: dict[str, Any] = {"layouts": ["ldm"], "parameters": _parameters(model)}
     if context.config.diffusers is not False:
         try:
-            export_pipeline(model, folder / checkpoint.VOCABULARY_FILE, folder / DIFFUSERS_FOLDER)
+            diffusers.export_folder(model, folder / DIFFUSERS_FOLDER, tokenizer=tokenizer)
             details["layouts"].append("diffusers")
         except ValueError as error:
             if context.config.diffusers:

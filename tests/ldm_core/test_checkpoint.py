@@ -1,5 +1,6 @@
 """A model as a folder: what is saved is loaded, and damage is named."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,19 @@ from safetensors.torch import load_file, save_file
 
 import ldm_core
 from ldm_core import presets
-from ldm_core.checkpoint import load, load_config, load_tokenizer, save
+from ldm_core.autoencoder import build_first_stage
+from ldm_core.checkpoint import (
+    find_tokenizer,
+    load,
+    load_config,
+    load_first_stage,
+    load_tokenizer,
+    new_folder,
+    save,
+    write,
+)
+from ldm_core.checkpoint_formats.named_tensors import NamedTensors
+from ldm_core.conditioning import FrozenTextConfig
 from ldm_core.latent_diffusion import LatentDiffusion
 from ldm_core.tokenizer import Tokenizer, build_vocabulary
 
@@ -114,3 +127,100 @@ def test_a_tokenizer_larger_than_the_text_transformer_is_refused(model: LatentDi
     vocabulary = build_vocabulary([f"word{i}" for i in range(3000)], size=2000)
     with pytest.raises(ValueError, match="the tokenizer's 2000 ids must fit the text transformer's 1024"):
         save(model, tmp_path, tokenizer=Tokenizer(vocabulary))
+
+
+def test_shards_are_read_as_one_model_and_damage_to_one_is_named(model: LatentDiffusion, folder: Path) -> None:
+    save(model, folder, max_shard_gib=0.01)
+    assert not (folder / "model.safetensors").exists()
+    loaded = load(folder).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+    (shard,) = folder.glob("model-00002-of-*.safetensors")
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=shard.name):
+        load(folder)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    broken = CONFIG.build()
+    with torch.no_grad():
+        broken.unet.conv_out.bias[0] = float("inf")
+    with pytest.raises(ValueError, match=r"NaN or infinity in unet\.conv_out\.bias"):
+        save(broken, tmp_path / "model")
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "model")
+
+
+def test_weights_of_another_model_are_not_written(model: LatentDiffusion, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"weights of the model must be those of the config, missing: conditioner\."):
+        write(CONFIG, NamedTensors.of_module(presets.get("tiny-uncond").build("meta")), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_tokenizer_of_another_kind_is_saved_as_its_own_file(folder: Path, tmp_path: Path) -> None:
+    from ldm_core.tokenizer_file import CLIP_END, CLIP_START, FileTokenizer
+
+    model = presets.get("tiny-sd").build()
+    tokens = {token: i for i, token in enumerate(["a", "a</w>", CLIP_START, CLIP_END])}
+    tokenizer = FileTokenizer.clip(tokens, [])
+    save(model, tmp_path / "clip", tokenizer=tokenizer)
+    assert sorted(path.name for path in (tmp_path / "clip").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+    assert (load_tokenizer(tmp_path / "clip").encode(["a aa"]) == tokenizer.encode(["a aa"])).all()
+    assert find_tokenizer(folder) is not None
+    save(model, tmp_path / "none")
+    assert find_tokenizer(tmp_path / "none") is None
+
+
+def test_an_encoder_of_the_transformers_library_is_saved_and_loaded_whole(tmp_path: Path) -> None:
+    """It keeps tables of positions outside of its state dict, which loading must not leave without values."""
+    pytest.importorskip("transformers")
+    architecture = {"model_type": "bert", "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1}
+    architecture |= {"num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 16}
+    text = FrozenTextConfig(architecture=architecture, width=32, max_length=16)
+    config = dataclasses.replace(CONFIG, conditioner=text, unet=dataclasses.replace(CONFIG.unet, context_dim=32))
+    model = config.build()
+    save(model, tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    assert loaded.config == config
+    tokens = torch.tensor([[1, 2, 3, 0]])
+    assert model.conditioner is not None
+    assert loaded.conditioner is not None
+    assert torch.equal(loaded.conditioner(tokens).context, model.eval().conditioner(tokens).context)
+    assert not any(tensor.is_meta for tensor in [*loaded.parameters(), *loaded.buffers()])
+
+
+def test_a_first_stage_alone_is_told_from_a_whole_model(folder: Path, tmp_path: Path) -> None:
+    first_stage = build_first_stage(CONFIG.first_stage)
+    write(CONFIG.first_stage, NamedTensors.of_module(first_stage), tmp_path / "first_stage")
+    loaded = load_first_stage(tmp_path / "first_stage")
+    assert loaded.config == CONFIG.first_stage
+    assert not loaded.training
+    with pytest.raises(ValueError, match=r"holds a first stage alone: give it as autoencoder\.weights"):
+        load(tmp_path / "first_stage")
+    with pytest.raises(ValueError, match="holds a whole model: use `load`"):
+        load_first_stage(folder)
+    (tmp_path / "first_stage" / "config.json").write_text('{"regularization": "kl", "depth": 3}')
+    with pytest.raises(ValueError, match="must be a first stage's configuration"):
+        load_first_stage(tmp_path / "first_stage")
+
+
+def test_a_new_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    def fail() -> None:
+        with new_folder(tmp_path / "a" / "new") as partial:
+            (partial / "file").write_text("half")
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        fail()
+    assert list((tmp_path / "a").iterdir()) == []
+    (tmp_path / "a" / "new").mkdir()
+    with new_folder(tmp_path / "a" / "new") as partial:
+        (partial / "file").write_text("whole")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["new"]
+    assert (tmp_path / "a" / "new" / "file").read_text() == "whole"
+    for taken in (tmp_path / "a" / "new", tmp_path / "a" / "new" / "file"):
+        with pytest.raises(FileExistsError, match="nothing is overwritten"), new_folder(taken):
+            pass

@@ -1,0 +1,156 @@
+"""Any checkpoint that we can read, as one of ours: what `ldm import` does.
+
+>>> from ldm_core import checkpoint
+>>> from ldm_core.checkpoint_formats.importing import open_checkpoint
+>>> found = open_checkpoint("model.ckpt", preset="txt2img-1p4b")
+>>> checkpoint.write(found.config, found.weights, "FOLDER", tokenizer=found.tokenizer)
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm_core import presets
+from ldm_core.checkpoint_formats import compvis, diffusers
+from ldm_core.checkpoint_formats.imported import Config, Imported
+from ldm_core.checkpoint_formats.weights_files import open_tensors, read_json
+from ldm_core.clip_text import ClipTextConfig
+from ldm_core.text_transformer import TextTransformerConfig
+
+if TYPE_CHECKING:
+    from ldm_core.checkpoint import AnyTokenizer
+    from ldm_core.tokenizer_file import FileTokenizer
+
+RELEASE_CHECKPOINTS = ("*.ckpt", "*.safetensors", "*.pt")
+OUR_FILES = ("model.safetensors", "model.safetensors.index.json")
+TOKENIZER_FILES = ("vocab.txt", "tokenizer.json")
+RELEASE_CONFIGS = ("*.yaml", "*.yml", "config.json")
+
+
+def open_checkpoint(
+    source: str | Path,
+    *,
+    preset: str | None = None,
+    config: str | Path | None = None,
+    weights: compvis.Weights | None = None,
+    tokenizer: str | Path | None = None,
+) -> Imported:
+    """Find out what a checkpoint is, and give its weights under our names; they are read when they are written.
+
+    Args:
+        source: a file of the code release (.ckpt, .safetensors), a folder with such a file and its configuration, or
+            a folder of diffusers.
+        preset: name of a model or first stage that a file of the release is; None infers it from names and shapes.
+        config: its configuration instead: a YAML file as the release has it, or a config.json of ours.
+        weights: of a file of the release, see `compvis.import_checkpoint`.
+        tokenizer: a vocab.txt, a tokenizer.json, or a folder with either, for a model of captions that brings none.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the checkpoint is damaged, unknown or not what it is said to be; one line, with the names.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise FileNotFoundError(f"no checkpoint at {source}")
+    if any((source / name).is_file() for name in OUR_FILES):
+        raise ValueError(f"{source} is a model folder of ours already: use it as it is")
+    if _is_diffusers(source):
+        if preset or config or weights:
+            raise ValueError(
+                f"{source} is a folder of diffusers, which says itself what it is: give no preset, config or weights"
+            )
+        found = diffusers.import_folder(source)
+    else:
+        found = _open_release(source, preset, config, weights)
+    return found.with_tokenizer(_tokenizer(found.config, tokenizer, source) or found.tokenizer)
+
+
+def _is_diffusers(source: Path) -> bool:
+    if not source.is_dir():
+        return False
+    if (source / diffusers.INDEX_FILE).is_file():
+        return True
+    return (source / "config.json").is_file() and "_class_name" in read_json(source / "config.json")
+
+
+def _open_release(
+    source: Path, preset: str | None, config_file: str | Path | None, weights: compvis.Weights | None
+) -> Imported:
+    if source.is_dir():
+        files = _matches(source, RELEASE_CHECKPOINTS)
+        configs = [config_file] if config_file else _matches(source, RELEASE_CONFIGS)
+        if len(files) != 1:
+            raise ValueError(
+                f"{source} must be a folder of diffusers, or hold one checkpoint of the code release, "
+                f"it holds {', '.join(file.name for file in files) or 'none'}"
+            )
+        source = files[0]
+        # Several configurations leave it open which is meant.
+        config_file = configs[0] if len(configs) == 1 and not preset else config_file
+    tensors = open_tensors(source)
+    if config_file and preset:
+        raise ValueError(f"a checkpoint is of one kind: give preset {preset!r} or config {config_file}, not both")
+    if config_file:
+        config, origin = compvis.load_configuration(config_file), str(config_file)
+    else:
+        name = preset or compvis.infer_preset(tensors)
+        config, origin = _preset(name, compvis.is_whole_model(tensors)), name
+    config, ours, averaged = compvis.import_checkpoint(tensors, config, weights=weights)
+    kind = "averaged" if averaged else "raw"
+    return Imported(f"{origin} ({kind} weights)", config, ours)
+
+
+def _preset(name: str, whole: bool) -> Config:
+    # A name of the other kind is left to fail where the two kinds are compared.
+    if name in presets.FIRST_STAGE_CONFIGS and (not whole or name not in presets.MODEL_CONFIGS):
+        return presets.first_stage(name)
+    return presets.get(name)
+
+
+def _matches(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+
+
+def _tokenizer(config: Config, path: str | Path | None, source: Path) -> AnyTokenizer | None:
+    from ldm_core.checkpoint import takes_captions
+    from ldm_core.tokenizer import Tokenizer
+    from ldm_core.tokenizer_file import FileTokenizer, tokenizer_from_folder
+
+    if not takes_captions(config):
+        if path:
+            raise ValueError(f"only a model of captions has a tokenizer, this one takes none: leave out {path}")
+        return None
+    text = config.conditioner  # type: ignore[union-attr]
+    max_length: int = text.max_length  # type: ignore[union-attr]
+    beside = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if path is None and beside:
+        path = beside[0]
+    if path is None:
+        return _published_clip_tokenizer(text) if isinstance(text, ClipTextConfig) else None
+    path = Path(path)
+    if path.is_dir() and isinstance(text, TextTransformerConfig) and (path / "vocab.txt").is_file():
+        path = path / "vocab.txt"
+    if path.is_dir():
+        return tokenizer_from_folder(path, max_length=max_length)
+    if path.suffix == ".json":
+        return FileTokenizer.from_file(path, max_length=max_length)
+    return Tokenizer.from_vocabulary_file(path, max_length=max_length)
+
+
+def _published_clip_tokenizer(text: ClipTextConfig) -> FileTokenizer | None:
+    """OpenAI's, from the vocabulary that the open_clip package ships; None where it is not that one, or not there."""
+    try:
+        from ldm_core.pretrained import open_clip_tokenizer
+        from ldm_core.tokenizer_file import CLIP_END, FileTokenizer
+
+        theirs = open_clip_tokenizer(max_length=text.max_length)
+    except ImportError:
+        return None
+    if theirs.vocabulary_size != text.vocabulary_size:
+        return None
+    with tempfile.TemporaryDirectory(prefix="ldm-") as folder:
+        theirs.write(Path(folder) / "tokenizer.json")
+        # OpenCLIP pads with "!", OpenAI's model was trained with the end token.
+        return FileTokenizer.from_file(Path(folder) / "tokenizer.json", max_length=text.max_length, pad_token=CLIP_END)
