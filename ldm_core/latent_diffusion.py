@@ -277,7 +277,8 @@ class LatentDiffusion(nn.Module):
             # Samplers give one timestep to the whole batch.
             if interval is not None and not interval[0] <= int(t[0]) <= interval[1]:
                 return self._answer(conditional(x, t), x, t)
-            output = guidance.combine(*both(x, t).chunk(2), guidance_scale, rescale=rescale)
+            unguided, wanted = both(x, t).chunk(2)
+            output = guidance.combine(unguided, wanted, guidance_scale, rescale=rescale)
             assert isinstance(output, Tensor)
             return self._answer(output, x, t)
 

@@ -6,8 +6,7 @@ Weights come from a folder or file on disk, or by their hub name where there is 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_core.clip_text import ClipTextConfig
+from ldm_core.checkpoint_formats.diffusers_names import CLIP_TEXT_TABLE, current_clip_name
+from ldm_core.checkpoint_formats.name_mapping import Table, entries
+from ldm_core.checkpoint_formats.named_tensors import differences
+from ldm_core.checkpoint_formats.weights_files import open_foreign_weights, open_tensors, read_json
+from ldm_core.clip_text import ClipTextConfig, ClipTextLayer, ClipTextTransformer
 from ldm_core.conditioning import FrozenClipConditioner, FrozenTextConditioner, FrozenTextConfig
 from ldm_core.tokenizer_file import FileTokenizer, tokenizer_from_folder
 
@@ -50,13 +53,17 @@ def text_encoder(source: str | Path, *, max_length: int | None = None) -> TextEn
         ValueError: the weights are not those of the config; names the tensors.
     """
     folder = _folder(source)
-    settings = _read_json(folder / "config.json")
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} lacks config.json: give a folder of the transformers library")
+    settings = read_json(folder / "config.json")
     files = _weights_files(folder)
-    weights = dict(_tensors(files))
+    conditioner: FrozenClipConditioner | FrozenTextConditioner
     if settings.get("model_type") in ("clip", "clip_text_model"):
         config = _clip_config(settings.get("text_config", {}) if settings["model_type"] == "clip" else settings)
-        conditioner: FrozenClipConditioner | FrozenTextConditioner = FrozenClipConditioner(config)
-        _load_clip(conditioner, weights, dict(_transformers_names(config)), origin=folder)
+        conditioner = clip = FrozenClipConditioner(config)
+        weights = open_foreign_weights(folder, "model", "pytorch_model")
+        assert weights is not None, "there are weights files"
+        _load_clip(clip, weights.renamed(current_clip_name), _transformers_names(clip), origin=folder)
     else:
         conditioner = _wrapped(settings, folder, max_length)
     length = max_length or conditioner.config.max_length
@@ -103,8 +110,8 @@ def open_clip_text_encoder(architecture: str, weights: str | Path, *, unused_lay
     if not path.is_file():
         raise FileNotFoundError(f"no OpenCLIP weights at {path}: give the .safetensors or .pt file of {architecture}")
     conditioner = FrozenClipConditioner(config)
-    found = {name.removeprefix("module.").removeprefix("text."): tensor for name, tensor in _tensors([path])}
-    _load_clip(conditioner, _split_projections(found), dict(_open_clip_names(config)), origin=path)
+    names = {entry.ours: entry.theirs[0] for entry in entries(conditioner.transformer, _OPEN_CLIP_TABLE)}
+    _load_clip(conditioner, _open_clip_weights(path), names, origin=path)
     return TextEncoder(conditioner, open_clip_tokenizer(max_length=config.max_length), _digest([path]))
 
 
@@ -170,30 +177,10 @@ def _folder(source: str | Path) -> Path:
 
 
 def _weights_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = [folder / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
-    else:
-        names = ("model.safetensors", "pytorch_model.bin")
-        files = [folder / name for name in names if (folder / name).is_file()][:1]
-    missing = [path.name for path in files if not path.is_file()]
-    if missing or not files:
-        raise FileNotFoundError(f"{folder} lacks weights: no {', '.join(missing) or 'model.safetensors'}")
-    return files
-
-
-def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    for path in files:
-        try:
-            if path.suffix == ".safetensors":
-                from safetensors.torch import load_file
-
-                yield from load_file(path).items()
-            else:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-                yield from state.get("state_dict", state).items()
-        except Exception as error:
-            raise ValueError(f"{path} must be a whole weights file of tensors: {_first_line(error)}") from error
+    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
+        if files := sorted(folder.glob(pattern)):
+            return files
+    raise FileNotFoundError(f"{folder} lacks weights: no model.safetensors, nor shards of one")
 
 
 def _clip_config(settings: Mapping[str, Any]) -> ClipTextConfig:
@@ -211,68 +198,48 @@ def _clip_config(settings: Mapping[str, Any]) -> ClipTextConfig:
     )
 
 
-def _transformers_names(config: ClipTextConfig) -> Iterator[tuple[str, str]]:
-    """(our name, name in the files of the transformers library) of every tensor."""
-    yield "token_embedding.weight", "text_model.embeddings.token_embedding.weight"
-    yield "position_embedding.weight", "text_model.embeddings.position_embedding.weight"
-    parts = {"norm1": "layer_norm1", "norm2": "layer_norm2", "linear1": "mlp.fc1", "linear2": "mlp.fc2"}
-    parts |= {"query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj"}
-    parts |= {"output": "self_attn.out_proj"}
-    for layer in range(config.layers):
-        yield from _pairs(f"layers.{layer}", f"text_model.encoder.layers.{layer}", parts)
-    yield from _pairs("", "text_model", {"norm_out": "final_layer_norm"})
+def _transformers_names(conditioner: FrozenClipConditioner) -> dict[str, str]:
+    """Our name to the one in files of the transformers library, for every tensor."""
+    listed = entries(conditioner.transformer, CLIP_TEXT_TABLE, theirs="text_model.")
+    return {entry.ours: entry.theirs[0] for entry in listed}
 
 
-def _open_clip_names(config: ClipTextConfig) -> Iterator[tuple[str, str]]:
-    """(our name, OpenCLIP's name) of every tensor, its fused projection split in three."""
-    yield "token_embedding.weight", "token_embedding.weight"
-    yield "position_embedding.weight", "positional_embedding"
-    parts = {"norm1": "ln_1", "norm2": "ln_2", "linear1": "mlp.c_fc", "linear2": "mlp.c_proj"}
-    parts |= {"query": "attn.query", "key": "attn.key", "value": "attn.value", "output": "attn.out_proj"}
-    for layer in range(config.layers):
-        yield from _pairs(f"layers.{layer}", f"transformer.resblocks.{layer}", parts)
-    yield from _pairs("", "", {"norm_out": "ln_final"})
+# OpenCLIP's fused projection is split in three before it is looked up here.
+_OPEN_CLIP_TABLE: Table = {
+    ClipTextTransformer: {
+        "token_embedding": "token_embedding",
+        "layers": "transformer.resblocks",
+        "norm_out": "ln_final",
+    }
+    | {"position_embedding": "position_embedding"},
+    ClipTextLayer: {"norm1": "ln_1", "norm2": "ln_2", "linear1": "mlp.c_fc", "linear2": "mlp.c_proj"}
+    | {"query": "attn.query", "key": "attn.key", "value": "attn.value", "output": "attn.out_proj"},
+}
 
 
-def _pairs(ours: str, theirs: str, parts: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    for mine, other in parts.items():
-        for kind in ("weight", "bias"):
-            yield f"{ours}.{mine}.{kind}".lstrip("."), f"{theirs}.{other}.{kind}".lstrip(".")
-
-
-def _split_projections(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`attn.in_proj_weight` (3D, D) and its bias as query, key and value."""
-    split = {}
-    for name, tensor in weights.items():
+def _open_clip_weights(path: Path) -> dict[str, Tensor]:
+    """The text half of an OpenCLIP file, `attn.in_proj_*` (3D, ...) as query, key and value."""
+    weights: dict[str, Tensor] = {}
+    for stored, tensor in open_tensors(path).items():
+        name = stored.removeprefix("module.").removeprefix("text.")
         prefix, fused, kind = name.partition("in_proj_")
-        if not fused:
-            split[name] = tensor
-            continue
-        for part, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-            split[f"{prefix}{part}.{kind}"] = piece
-    return split
+        if fused:
+            parts = zip(("query", "key", "value"), tensor.chunk(3), strict=True)
+            weights |= {f"{prefix}{part}.{kind}": piece for part, piece in parts}
+        else:
+            weights["position_embedding.weight" if name == "positional_embedding" else name] = tensor
+    return weights
 
 
 def _load_clip(
     conditioner: FrozenClipConditioner, weights: Mapping[str, Tensor], names: Mapping[str, str], *, origin: Path
 ) -> None:
     """Copy the text half; what else a whole CLIP holds is left alone."""
-    state, missing, misshapen = {}, [], []
-    for ours, tensor in conditioner.transformer.state_dict().items():
-        # The newest transformers writes its text model without the prefix.
-        found = weights.get(names[ours], weights.get(names[ours].removeprefix("text_model.")))
-        if found is None:
-            missing.append(names[ours])
-        elif found.shape != tensor.shape:
-            misshapen.append(f"{names[ours]} {tuple(found.shape)} instead of {tuple(tensor.shape)}")
-        else:
-            state[ours] = found.float()
-    if missing or misshapen:
-        raise ValueError(
-            f"the weights in {origin} must be those of its architecture, missing: {', '.join(missing[:8]) or 'none'}; "
-            f"misshapen: {', '.join(misshapen[:8]) or 'none'}"
-        )
-    conditioner.transformer.load_state_dict(state)
+    expected = {names[ours]: tuple(tensor.shape) for ours, tensor in conditioner.transformer.state_dict().items()}
+    found = {name: tuple(weights[name].shape) for name in expected if name in weights}
+    if wrong := differences(expected, found):
+        raise ValueError(f"the weights in {origin} must be those of its architecture, {wrong}")
+    conditioner.transformer.load_state_dict({ours: weights[theirs].float() for ours, theirs in names.items()})
     conditioner.freeze()
 
 
@@ -285,15 +252,6 @@ def _digest(files: list[Path]) -> str:
     if len(digests) == 1:
         return digests[0].hexdigest()
     return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} lacks {path.name}: give a folder of the transformers library")
-    values = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
-    return values
 
 
 def _first_line(error: BaseException) -> str:

@@ -110,10 +110,10 @@ def test_missing_and_wrong_files_are_one_clear_error(tmp_path: Path, monkeypatch
     with pytest.raises(FileNotFoundError, match=r"lacks config\.json"):
         text_encoder(tmp_path)
     folder = clip_folder(tmp_path / "clip", intermediate_size=65)
-    with pytest.raises(ValueError, match=r"mlp\.fc1\.weight \(64, 32\) instead of \(65, 32\)"):
+    with pytest.raises(ValueError, match=r"misshapen: .*mlp\.fc1\.weight \(64, 32\) instead of \(65, 32\)"):
         text_encoder(folder)
     (folder / "model.safetensors").write_bytes(b"not weights")
-    with pytest.raises(ValueError, match=r"model\.safetensors must be a whole weights file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors must be a whole safetensors file"):
         text_encoder(folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks weights: no model\.safetensors"):
