@@ -5,10 +5,41 @@ Shapes: x: (B, N, D) sequence or (B, C, H, W) feature map; context: (B, L, D_con
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, cast
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_core.blocks import zero_init
+from ldm_core.blocks import repeat_to_batch, zero_init
+
+LARGEST_EXPLICIT_SCORES = 2**26  # 128 MiB in bf16; beyond, memory costs what the products save
+
+
+class KeysValues(NamedTuple):
+    """Keys and values of one attention layer, (B, heads, L, d) each: of a context they serve a whole sampling run."""
+
+    keys: Tensor
+    values: Tensor
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(Q K^T / sqrt(d)) V, by the fastest kernel that this device has for it.
+
+    Args:
+        query: (B, heads, N, d).
+        key, value: (B, heads, L, d).
+
+    Returns:
+        (B, heads, N, d) in the dtype of the arguments.
+    """
+    scores_numel = query.shape[:-1].numel() * key.shape[2]
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and scores_numel <= LARGEST_EXPLICIT_SCORES:
+        # torch's fused kernel for CPUs is up to eight times slower in bf16, above all in the backward pass.
+        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+        return scores.softmax(-1) @ value
+    return F.scaled_dot_product_attention(query, key, value)
 
 
 class Attention(nn.Module):
@@ -32,13 +63,28 @@ class Attention(nn.Module):
         self.value = nn.Linear(context_width, inner_width, bias=False)
         self.output = nn.Linear(inner_width, width)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """(B, N, D), (B, L, D_context) -> (B, N, D); attends to x itself without a context."""
-        source = x if context is None else context
-        query, key, value = self.query(x), self.key(source), self.value(source)
-        query, key, value = (each.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for each in (query, key, value))
-        attended = F.scaled_dot_product_attention(query, key, value)
-        return self.output(attended.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, context: Tensor | KeysValues | None = None) -> Tensor:
+        """(B, N, D), (B, L, D_context) or its `keys_values` -> (B, N, D); attends to x itself without a context."""
+        if context is None:
+            query, key, value = self._self_projections(x)
+        else:
+            query = self._split_heads(self.query(x))
+            key, value = context if isinstance(context, KeysValues) else self.keys_values(context)
+        return self.output(attend(query, key, value).transpose(1, 2).flatten(2))
+
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """(B, L, D_context) -> keys and values of its tokens."""
+        return KeysValues(self._split_heads(self.key(context)), self._split_heads(self.value(context)))
+
+    def _self_projections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of x in one matrix product."""
+        weights = torch.cat([self.query.weight, self.key.weight, self.value.weight])
+        query, key, value = F.linear(x, weights).unflatten(-1, (3, self.num_heads, -1)).transpose(1, 3).unbind(2)
+        return query, key, value
+
+    def _split_heads(self, projected: Tensor) -> Tensor:
+        """(B, N, heads * d) -> (B, heads, N, d)."""
+        return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -73,9 +119,10 @@ class CrossAttentionLayer(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.feed_forward = FeedForward(width, gated=True)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """(B, N, D), (B, L, D_context) -> (B, N, D)."""
+    def forward(self, x: Tensor, context: Tensor | KeysValues) -> Tensor:
+        """(B, N, D), (k * B, L, D_context) or its keys and values -> (k * B, N, D)."""
         x = x + self.self_attention(self.norm1(x))
+        x = repeat_to_batch(x, context[0].shape[0] if isinstance(context, KeysValues) else context.shape[0])
         x = x + self.cross_attention(self.norm2(x), context)
         return x + self.feed_forward(self.norm3(x))
 
@@ -100,14 +147,19 @@ class SpatialTransformer(nn.Module):
         )
         self.project_out = zero_init(nn.Conv2d(channels, channels, 1))
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """(B, C, H, W), (B, L, D_context) -> (B, C, H, W)."""
+    def forward(self, x: Tensor, context: Tensor | Sequence[KeysValues]) -> Tensor:
+        """(B, C, H, W), (k * B, L, D_context) or keys and values for every layer -> (k * B, C, H, W)."""
         size = x.shape[2:]
         # In channels_last memory both reshapes are views.
         h = self.project_in(self.norm(x)).flatten(2).transpose(1, 2)
-        for layer in self.layers:
-            h = layer(h, context)
-        return x + self.project_out(h.transpose(1, 2).unflatten(2, size))
+        for i, layer in enumerate(self.layers):
+            h = layer(h, context if isinstance(context, Tensor) else context[i])
+        return repeat_to_batch(x, h.shape[0]) + self.project_out(h.transpose(1, 2).unflatten(2, size))
+
+    def keys_values(self, context: Tensor) -> tuple[KeysValues, ...]:
+        """(B, L, D_context) -> what `forward` takes in its place, computed once."""
+        layers = cast("Iterable[CrossAttentionLayer]", self.layers)
+        return tuple(layer.cross_attention.keys_values(context) for layer in layers)
 
 
 class SelfAttentionBlock(nn.Module):
@@ -144,5 +196,5 @@ class SelfAttentionBlock(nn.Module):
         """(B, C, H, W) -> (B, C, H, W)."""
         fused = self.query_key_value(self.norm(x)).flatten(2)  # (B, 3C, N)
         query, key, value = fused.unflatten(1, (self.num_heads, 3, -1)).transpose(-1, -2).unbind(2)
-        attended = F.scaled_dot_product_attention(query, key, value)  # (B, heads, N, d)
+        attended = attend(query, key, value)  # (B, heads, N, d)
         return x + self.project_out(attended.transpose(-1, -2).reshape(x.shape))

@@ -8,11 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_core.attention import SelfAttentionBlock
-from ldm_core.blocks import Downsample, ResidualBlock, Upsample
+from ldm_core.blocks import Downsample, ResidualBlock, Upsample, activate
 from ldm_core.posterior import DiagonalGaussian, PointPosterior
 from ldm_core.vector_quantizer import Quantization, VectorQuantizer
 
@@ -171,10 +170,10 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, out_channels, h, w)."""
-        h = self.conv_in(x)
+        h = self.conv_in(x.to(self.conv_in.weight.dtype))
         for level in self.levels:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.middle(h))))
+        return self.conv_out(activate(self.norm_out(self.middle(h))))
 
 
 class Decoder(nn.Module):
@@ -202,7 +201,7 @@ class Decoder(nn.Module):
         h = self.middle(self.conv_in(z))
         for level in self.levels:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(activate(self.norm_out(h)))
 
 
 class AutoencoderKL(nn.Module):
@@ -236,7 +235,7 @@ class AutoencoderKL(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """(B, embed_dim, h, w) latent -> (B, 3, H, W) image, about [-1, 1]; ValueError on another shape."""
         _check_latent(self.config, z)
-        return self.decoder(self.post_quant_conv(z))
+        return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))
 
 
 class VQAutoencoder(nn.Module):
@@ -276,7 +275,7 @@ class VQAutoencoder(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """(B, embed_dim, h, w) latent, quantized here -> (B, 3, H, W) image; ValueError on another shape."""
-        return self.decoder(self.post_quant_conv(self.quantize(z).latent))
+        return self.decoder(self.post_quant_conv(self.quantize(z).latent.to(self.post_quant_conv.weight.dtype)))
 
 
 def build_first_stage(config: FirstStageConfig) -> AutoencoderKL | VQAutoencoder:

@@ -22,6 +22,16 @@ def zero_init(module: nn.Conv2d) -> nn.Conv2d:
     return module
 
 
+def activate(normalized: Tensor) -> Tensor:
+    """SiLU of a norm's fresh output; in its place where no gradient will ask for it, which saves a pass over memory."""
+    return F.silu(normalized, inplace=not torch.is_grad_enabled())
+
+
+def repeat_to_batch(x: Tensor, batch: int) -> Tensor:
+    """(B, ...) -> (batch, ...): x again and again, where several contexts share it; x itself where they do not."""
+    return x if x.shape[0] == batch else x.repeat(batch // x.shape[0], *[1] * (x.ndim - 1))
+
+
 def sinusoidal_embedding(t: Tensor, channels: int, *, max_period: float = 10_000.0) -> Tensor:
     """Sinusoidal embedding of timesteps, cosines first (Vaswani et al. 2017; Ho et al. 2020).
 
@@ -34,13 +44,14 @@ def sinusoidal_embedding(t: Tensor, channels: int, *, max_period: float = 10_000
         (B, channels) float32.
     """
     half = channels // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
-    phases = t.float()[:, None] * torch.exp(-math.log(max_period) * exponents)
+    # Multiplied, then divided, as published: the other order differs in the last bits of float32.
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    phases = t.float()[:, None] * frequencies
     return torch.cat([phases.cos(), phases.sin()], dim=1)
 
 
 class TimestepEmbedding(nn.Module):
-    """Sinusoids of t followed by a two-layer perceptron of four times the width."""
+    """Sinusoids of t, a two-layer perceptron of four times the width, and the SiLU all blocks begin with."""
 
     def __init__(self, model_channels: int) -> None:
         super().__init__()
@@ -51,7 +62,7 @@ class TimestepEmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """(B,) timesteps -> (B, 4 * model_channels) in the dtype of the weights."""
         waves = sinusoidal_embedding(t, self.model_channels).to(self.linear1.weight.dtype)
-        return self.linear2(F.silu(self.linear1(waves)))
+        return F.silu(self.linear2(F.silu(self.linear1(waves))))
 
 
 class Downsample(nn.Module):
@@ -127,15 +138,15 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """(B, C_in, H, W), (B, E) -> (B, C_out, H', W')."""
-        h = self._resample(F.silu(self.norm1(x)))
+        h = self._resample(activate(self.norm1(x)))
         h = self.conv1(h)
         if self.embedding is None:
             h = self.norm2(h)
         else:
             assert embedding is not None
-            h = self._modulate(h, self.embedding(F.silu(embedding))[:, :, None, None])
-        h = self.conv2(self.dropout(F.silu(h)))
-        return self.shortcut(self._resample(x)) + h
+            h = self._modulate(h, repeat_to_batch(self.embedding(embedding), x.shape[0])[:, :, None, None])
+        h = self.conv2(self.dropout(activate(h)))
+        return h.add_(self.shortcut(self._resample(x)))
 
     def _modulate(self, h: Tensor, modulation: Tensor) -> Tensor:
         if not self.scale_shift:

@@ -20,6 +20,7 @@ from ldm_core.checkpoint_formats.named_tensors import NamedTensors, differences
 from ldm_core.checkpoint_formats.weights_files import open_stem, read_json, write_json, write_weights
 from ldm_core.clip_text import ClipTextConfig
 from ldm_core.conditioning import FrozenTextConfig, build_conditioner
+from ldm_core.finite import check_finite
 from ldm_core.latent_diffusion import LatentDiffusion, LatentDiffusionConfig
 from ldm_core.text_transformer import TextTransformerConfig
 
@@ -239,6 +240,7 @@ def _fill(model: nn.Module, folder: Path, device: torch.device | str | None) -> 
     if wrong := differences(expected, weights.shapes):
         raise ValueError(f"the weights in {weights.source} must be those of its config.json, {wrong}")
     model.load_state_dict(dict(weights), assign=True)
+    check_finite(model)
     model.eval()
 
 

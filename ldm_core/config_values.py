@@ -24,6 +24,8 @@ def check_keys(kind: type, values: Mapping[str, Any], path: str) -> None:
             hint = f", did you mean {near[0]!r}?" if near else f": it has {', '.join(fields)}"
             raise ValueError(f"{path} has no setting {key!r}{hint}")
     unset = (dataclasses.MISSING, dataclasses.MISSING)
+    if empty := [name for name in values if values[name] is None and "None" not in str(fields[name].type)]:
+        raise ValueError(f"{path} must set {', '.join(empty)}, got null")
     missing = [
         name for name, field in fields.items() if name not in values and (field.default, field.default_factory) == unset
     ]

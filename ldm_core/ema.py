@@ -25,7 +25,7 @@ class EMA:
         num_updates: updates so far.
 
     Raises:
-        ValueError: unless 0 <= decay < 1.
+        ValueError: unless 0 <= decay < 1, or the module has nothing to average.
     """
 
     def __init__(self, module: nn.Module, *, decay: float = 0.9999, warmup: bool = True) -> None:
@@ -34,7 +34,10 @@ class EMA:
         self.decay = decay
         self.warmup = warmup
         self.num_updates = 0
+        self._module = module
         self._source = _floating_tensors(module)
+        if not self._source:
+            raise ValueError("EMA averages floating-point weights, this module has none")
         self.shadow: dict[str, Tensor] = {
             name: tensor.detach().to(torch.float32, copy=True) for name, tensor in self._source.items()
         }
@@ -47,7 +50,12 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average towards the module's present weights; call after each optimizer step."""
+        """Move the average towards the module's present weights; call after each optimizer step.
+
+        Raises:
+            ValueError: the module's weights have become other tensors (`load_state_dict(..., assign=True)`).
+        """
+        self._check_source()
         self.num_updates += 1
         decay = self.decay
         if self.warmup:
@@ -60,6 +68,7 @@ class EMA:
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """Within the context the module computes with the average; afterwards its own weights are back."""
+        self._check_source()
         own = {name: tensor.detach().clone() for name, tensor in self._source.items()}
         self._write(self.shadow)
         try:
@@ -88,6 +97,15 @@ class EMA:
         self.num_updates = int(state["num_updates"])
         for name, average in self.shadow.items():
             average.copy_(saved[name])
+
+    def _check_source(self) -> None:
+        # One lookup stands for all: weights are assigned anew together or not at all.
+        name, tensor = next(iter(self._source.items()))
+        path, _, last = name.rpartition(".")
+        if getattr(self._module.get_submodule(path), last) is not tensor:
+            raise ValueError(
+                f"the averaged module now holds other tensors ({name}): make a new EMA after assigning weights"
+            )
 
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:

@@ -186,7 +186,9 @@ def _rescaled(answer: Tensor | Prediction, conditional: Tensor | Prediction, sha
             "objective.to_prediction"
         )
     dims = list(range(1, answer.dim()))
-    ratio = conditional.std(dim=dims, keepdim=True) / answer.std(dim=dims, keepdim=True)
+    # A network that answers a constant, as one begins, has no deviation to bring back.
+    tiny = torch.finfo(answer.dtype).tiny
+    ratio = conditional.std(dim=dims, keepdim=True) / answer.std(dim=dims, keepdim=True).clamp_min(tiny)
     return share * (answer * ratio) + (1 - share) * answer
 
 

@@ -4,9 +4,10 @@ Shapes: x: (B, 3, H, W) images in [-1, 1]; z: (B, C, h, w) scaled latents; t: (B
 inputs: what the conditioner takes, e.g. token ids (B, L).
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -145,7 +146,9 @@ class LatentDiffusion(nn.Module):
         self.config = config
         self.first_stage = build_first_stage(config.first_stage)
         self.unet = UNet(config.unet)
-        self.conditioner = build_conditioner(config.conditioner, encode=self.encode) if config.conditioner else None
+        self.conditioner = (
+            build_conditioner(config.conditioner, encode=self._encode_mode) if config.conditioner else None
+        )
         self.schedule = NoiseSchedule(config.schedule)
         self.scale_factor = config.scale_factor
 
@@ -158,6 +161,10 @@ class LatentDiffusion(nn.Module):
         posterior = self.first_stage.encode(x)
         latent = posterior.mode() if noise is None else posterior.sample(noise=noise)
         return self.scale_factor * latent
+
+    def _encode_mode(self, x: Tensor) -> Tensor:
+        # Not scaled: a latent that is conditioned on enters the published networks as the first stage gives it.
+        return self.first_stage.encode(x).mode()
 
     def decode(self, z: Tensor) -> Tensor:
         """Scaled latents to images, (B, 3, H, W) around [-1, 1] (not clipped)."""
@@ -208,7 +215,7 @@ class LatentDiffusion(nn.Module):
             num_steps: timesteps visited; the last one first where the schedule leaves no signal there.
             guidance_scale: 1 is the plain conditional model.
             eta: 0 deterministic ... 1 as random as DDPM; DDIM alone has it.
-            sampler: one of `samplers`.
+            sampler: one of `samplers.FEW_STEP_SAMPLERS`.
             size: height and width of the latent; None is the size of training. Larger ones are sampled
                 convolutionally (Sec. 4.3.2), multiples of the UNet's downsampling factor.
             callback: see `samplers.Callback`.
@@ -224,16 +231,25 @@ class LatentDiffusion(nn.Module):
             raise ValueError(f"sample needs one seed an input, got {len(seeds)} seeds for {len(inputs)} inputs")
         device = next(self.unet.parameters()).device
         height, width = size or (self.config.unet.latent_size,) * 2
+        factor = self.config.unet.downsampling_factor
+        if min(height, width) < factor or height % factor or width % factor:
+            raise ValueError(f"size must be positive multiples of {factor}, in latent pixels, got {(height, width)}")
         noise = samplers.seeded_noise(seeds, (self.config.first_stage.embed_dim, height, width), device)
         denoise = self.guided_denoiser(inputs, unconditional=unconditional, guidance_scale=guidance_scale)
+        if sampler not in samplers.FEW_STEP_SAMPLERS:
+            known = ", ".join(each.__name__ for each in samplers.FEW_STEP_SAMPLERS)
+            raise ValueError(f"sampler must be one of {known}, got {getattr(sampler, '__name__', sampler)}")
         if eta and sampler is not samplers.ddim:
             raise ValueError(f"only DDIM has an eta, got eta={eta}: leave it 0")
         options: dict[str, Any] = {"eta": eta, "noise": noise} if sampler is samplers.ddim else {}
         spacing: samplers.Spacing = "trailing" if self.config.schedule.zero_terminal_snr else "leading"
-        z = sampler(
-            denoise, noise(), self.schedule, num_steps=num_steps, spacing=spacing, callback=callback, **options
-        )
-        return self.decode(z).float().clamp(-1.0, 1.0)
+        with _evaluating(self):
+            z = sampler(
+                denoise, noise(), self.schedule, num_steps=num_steps, spacing=spacing, callback=callback, **options
+            )
+            if not z.isfinite().all():
+                raise ValueError("sampling gave NaN or infinity: look at the weights with finite.check_finite(model)")
+            return self.decode(z).float().clamp(-1.0, 1.0)
 
     def guided_denoiser(
         self,
@@ -259,15 +275,15 @@ class LatentDiffusion(nn.Module):
         device = next(self.unet.parameters()).device
         conditioning = _condition(self.conditioner, _to(inputs, device))
         conditional = _Bound(self.unet, conditioning.context, conditioning.concat)
+        guidance.check_settings(guidance_scale, interval, rescale)
         if guidance_scale == 1.0:
             return lambda x, t: self._answer(conditional(x, t), x, t)
         if conditioning.context is None:
             raise ValueError(f"only a model with a context can be guided: keep guidance_scale 1, got {guidance_scale}")
         without = self._unconditional_context(unconditional, inputs, guidance_scale)
-        guidance.check_settings(guidance_scale, interval, rescale)
-        if without.shape[1:] != conditioning.context.shape[1:]:
+        if without.shape[1:] != conditioning.context.shape[1:] or len(without) not in (1, len(conditioning.context)):
             raise ValueError(
-                "the unconditional input must be as long as the others, "
+                "the unconditional input must be one, or one an input, and as long as these, "
                 f"got contexts {tuple(without.shape)} and {tuple(conditioning.context.shape)}: tokenize both alike"
             )
         together = torch.cat([without.expand_as(conditioning.context), conditioning.context])
@@ -298,6 +314,18 @@ class LatentDiffusion(nn.Module):
         context = self.conditioner(_to(nothing, next(self.unet.parameters()).device)).context
         assert context is not None
         return context
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Within the context dropout is off, so that a seed gives one image; afterwards every part has its mode back."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 class _Bound:

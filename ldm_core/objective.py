@@ -31,7 +31,11 @@ def target(parameterization: Parameterization, schedule: NoiseSchedule, z0: Tens
 
     Returns:
         noise for "eps", z0 for "x0", sqrt(abar) noise - sqrt(1 - abar) z0 for "v"; of z0's shape.
+
+    Raises:
+        ValueError: for an unknown parameterization.
     """
+    _check_known(parameterization)
     if parameterization == "eps":
         return noise
     if parameterization == "x0":
@@ -43,7 +47,8 @@ def target(parameterization: Parameterization, schedule: NoiseSchedule, z0: Tens
 def to_eps(
     parameterization: Parameterization, schedule: NoiseSchedule, prediction: Tensor, z_t: Tensor, t: Tensor
 ) -> Tensor:
-    """The noise that a prediction at (z_t, t) implies, of z_t's shape."""
+    """The noise that a prediction at (z_t, t) implies, of z_t's shape. Raises ValueError as `target`."""
+    _check_known(parameterization)
     if parameterization == "eps":
         return prediction
     signal, sigma = schedule.levels(t, like=z_t)
@@ -55,7 +60,8 @@ def to_eps(
 def to_x0(
     parameterization: Parameterization, schedule: NoiseSchedule, prediction: Tensor, z_t: Tensor, t: Tensor
 ) -> Tensor:
-    """The clean latent that a prediction at (z_t, t) implies, of z_t's shape."""
+    """The clean latent that a prediction at (z_t, t) implies, of z_t's shape. Raises ValueError as `target`."""
+    _check_known(parameterization)
     if parameterization == "x0":
         return prediction
     signal, sigma = schedule.levels(t, like=z_t)
@@ -105,12 +111,16 @@ def vlb_weights(parameterization: Parameterization, schedule: NoiseSchedule) -> 
 
 def check_parameterization(parameterization: str, loss: str, *, zero_terminal_snr: bool) -> None:
     """Raise ValueError for an unknown choice, or one that cannot learn at the schedule's last timestep."""
-    if parameterization not in PARAMETERIZATIONS:
-        raise ValueError(f"parameterization must be eps, v or x0, got {parameterization!r}")
+    _check_known(parameterization)
     if loss not in ("l1", "l2"):
         raise ValueError(f"loss must be l1 or l2, got {loss!r}")
     if parameterization == "eps" and zero_terminal_snr:
         raise ValueError("with zero_terminal_snr the last timestep teaches eps nothing: use parameterization v or x0")
+
+
+def _check_known(parameterization: str) -> None:
+    if parameterization not in PARAMETERIZATIONS:
+        raise ValueError(f"parameterization must be eps, v or x0, got {parameterization!r}")
 
 
 class DiffusionObjective:
@@ -140,7 +150,7 @@ class DiffusionObjective:
         vlb_weight: float = 0.0,
     ) -> None:
         check_parameterization(parameterization, loss, zero_terminal_snr=schedule.config.zero_terminal_snr)
-        if min_snr_gamma is not None and min_snr_gamma <= 0:
+        if min_snr_gamma is not None and not min_snr_gamma > 0:
             raise ValueError(f"min_snr_gamma must be positive or None, got {min_snr_gamma}")
         if not 0.0 <= vlb_weight < math.inf:
             raise ValueError(f"vlb_weight must be a finite number of at least 0, got {vlb_weight}")

@@ -20,7 +20,9 @@ class DiagonalGaussian:
 
     @classmethod
     def from_moments(cls, moments: Tensor) -> DiagonalGaussian:
-        """Rebuild from `moments`, (B, 2, C, h, w) as the latent cache stores them."""
+        """Rebuild from `moments`, (B, 2, C, h, w) as the latent cache stores them; ValueError for another shape."""
+        if moments.ndim != 5 or moments.shape[1] != 2:
+            raise ValueError(f"moments must be (B, 2, C, h, w), mean and logvar, got shape {tuple(moments.shape)}")
         return cls(*moments.unbind(1))
 
     @property
@@ -33,7 +35,13 @@ class DiagonalGaussian:
         return self.mean
 
     def sample(self, *, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
-        """(B, C, h, w) mean + std * noise; noise of that shape is drawn from the generator unless given."""
+        """(B, C, h, w) mean + std * noise; noise of that shape is drawn from the generator unless given.
+
+        Raises:
+            ValueError: noise of another shape.
+        """
+        if noise is not None and noise.shape != self.mean.shape:
+            raise ValueError(f"noise must have the latent's shape {tuple(self.mean.shape)}, got {tuple(noise.shape)}")
         if noise is None:
             device = self.mean.device if generator is None else generator.device
             noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)

@@ -104,8 +104,10 @@ class NoiseSchedule:
             z_t of z0's shape and dtype.
 
         Raises:
-            ValueError: when the shapes do not agree.
+            ValueError: when the shapes do not agree, z0 is not floating point, or timesteps are not on the chain.
         """
+        if not z0.is_floating_point():
+            raise ValueError(f"latents must be floating point, got {z0.dtype}: noise would be rounded away")
         if noise.shape != z0.shape or t.shape != z0.shape[:1]:
             raise ValueError(
                 "noise must have z0's shape and t one timestep a sample, "
@@ -115,7 +117,13 @@ class NoiseSchedule:
         return signal * z0 + sigma * noise
 
     def levels(self, t: Tensor, *, like: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(abar_t) and sqrt(1 - abar_t), (B, 1, ..., 1) of like's dtype, to scale `like` (B, ...) by."""
+        """sqrt(abar_t) and sqrt(1 - abar_t), (B, 1, ..., 1) of like's dtype, to scale `like` (B, ...) by.
+
+        Raises:
+            ValueError: timesteps are not integers, or (seen on the CPU only, a GPU would have to be waited for) not in
+                [0, T).
+        """
+        self._check(t)
         shape = (-1,) + (1,) * (like.dim() - 1)
         tables = self._on(t.device)
         return (
@@ -124,9 +132,17 @@ class NoiseSchedule:
         )
 
     def snr(self, t: Tensor) -> Tensor:
-        """Signal-to-noise ratio abar_t / (1 - abar_t), (B,) float32 (appendix B)."""
+        """Signal-to-noise ratio abar_t / (1 - abar_t), (B,) float32 (appendix B). Raises ValueError as `levels`."""
+        self._check(t)
         tables = self._on(t.device)
         return (tables.signal_level[t] / tables.noise_level[t]).square()
+
+    def _check(self, t: Tensor) -> None:
+        if t.is_floating_point():
+            raise ValueError(f"timesteps must be integers, got {t.dtype}")
+        looks = t.device.type == "cpu" and t.numel() > 0 and not torch.compiler.is_compiling()
+        if looks and not 0 <= int(t.min()) <= int(t.max()) < self.timesteps:
+            raise ValueError(f"timesteps must be in 0 ... {self.timesteps - 1}, got {int(t.min())} ... {int(t.max())}")
 
     def _on(self, device: torch.device) -> "NoiseSchedule":
         """This schedule with its tables on a device; moved there once, not at every step."""

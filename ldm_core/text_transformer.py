@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_core.attention import Attention, FeedForward
+from ldm_core.ids import check_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,15 +93,17 @@ class TextTransformer(nn.Module):
             (B, L, width) context.
 
         Raises:
-            ValueError: tokens are not integers of that shape.
+            ValueError: tokens are not integers of that shape and range.
         """
         if tokens.ndim != 2 or tokens.is_floating_point() or tokens.shape[1] > self.config.max_length:
             raise ValueError(
                 f"tokens must be integers of shape (B, L) with L <= {self.config.max_length}, "
                 f"got {tokens.dtype} of shape {tuple(tokens.shape)}"
             )
+        tokens = tokens.long()
+        check_ids(tokens, self.config.vocabulary_size, "token ids")
         positions = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.token_embedding(tokens.long()) + self.position_embedding(positions)
+        x = self.token_embedding(tokens) + self.position_embedding(positions)
         for layer in self.layers:
             x = layer(x)
         return self.norm_out(x)

@@ -7,107 +7,35 @@ concat: (B, C_concat, h, w) joined to z along channels.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm_core.attention import SelfAttentionBlock, SpatialTransformer
-from ldm_core.blocks import Downsample, ResidualBlock, TimestepEmbedding, Upsample, zero_init
+from ldm_core.attention import KeysValues, SelfAttentionBlock, SpatialTransformer
+from ldm_core.blocks import Downsample, ResidualBlock, TimestepEmbedding, Upsample, activate, repeat_to_batch, zero_init
+from ldm_core.unet_config import GROUPS, UNetConfig
 
-GROUPS = 32
 
+@dataclass(frozen=True)
+class PreparedContext:
+    """Keys and values of a context in every cross-attention layer of one UNet; made by `UNet.prepare_context`.
 
-@dataclass(frozen=True, kw_only=True)
-class UNetConfig:
-    """Shape of a UNet, in the terms of the paper's hyperparameter tables (Tables 12-15).
+    They do not depend on z or t: a sampling run computes them once. They are stale as soon as weights change.
 
-    Args:
-        latent_size: height and width the model is trained at, in latent pixels; other sizes may be sampled.
-        in_channels: channels of z plus those of `concat`.
-        out_channels: channels of the prediction.
-        model_channels: channels of the first level, a multiple of 32.
-        num_res_blocks: residual blocks a level.
-        channel_mult: channels of each level, in multiples of `model_channels`.
-        attention_downsampling: downsampling factors of the levels with attention, in any order; the
-            middle always has it.
-        num_heads: attention heads everywhere; or
-        num_head_channels: channels of a head everywhere; exactly one of the two.
-        context_dim: D of the context; None builds self-attention blocks instead of spatial transformers.
-        transformer_depth: layers of each spatial transformer.
-        use_scale_shift_norm: modulate norms by the timestep embedding instead of adding it.
-        resblock_up_down: change resolution in residual blocks instead of single convolutions.
-        dropout: probability inside residual blocks.
-
-    Raises:
-        ValueError: a field is out of range or the channels do not divide into groups and heads.
+    Attributes:
+        batch: B of the context.
+        input_blocks, middle_blocks, output_blocks: one entry a block, empty where it has no cross-attention.
     """
 
-    latent_size: int
-    in_channels: int
-    out_channels: int
-    model_channels: int
-    num_res_blocks: int = 2
-    channel_mult: tuple[int, ...]
-    attention_downsampling: tuple[int, ...]
-    num_heads: int | None = None
-    num_head_channels: int | None = None
-    context_dim: int | None = None
-    transformer_depth: int = 1
-    use_scale_shift_norm: bool = False
-    resblock_up_down: bool = False
-    dropout: float = 0.0
+    batch: int
+    input_blocks: tuple[tuple[KeysValues, ...], ...]
+    middle_blocks: tuple[tuple[KeysValues, ...], ...]
+    output_blocks: tuple[tuple[KeysValues, ...], ...]
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
-    def __post_init__(self) -> None:
-        # JSON has no tuples: a config read back from a checkpoint must equal the one written.
-        object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
-        object.__setattr__(self, "attention_downsampling", tuple(sorted(self.attention_downsampling, reverse=True)))
-        counts = ("latent_size", "in_channels", "out_channels", "num_res_blocks", "transformer_depth")
-        for name in (*counts, "num_heads", "num_head_channels", "context_dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"UNetConfig.{name} must be at least 1, got {value}")
-        if not self.channel_mult or min(self.channel_mult) < 1:
-            raise ValueError(f"UNetConfig.channel_mult must list positive factors, got {self.channel_mult}")
-        if self.model_channels < 1 or self.model_channels % GROUPS:
-            raise ValueError(f"UNetConfig.model_channels must be a multiple of {GROUPS}, got {self.model_channels}")
-        if self.latent_size % self.downsampling_factor:
-            raise ValueError(
-                f"UNetConfig.latent_size must be a multiple of {self.downsampling_factor} "
-                f"(2 per level of channel_mult after the first), got {self.latent_size}"
-            )
-        if (self.num_heads is None) == (self.num_head_channels is None):
-            raise ValueError(
-                "UNetConfig needs exactly one of num_heads and num_head_channels, "
-                f"got num_heads={self.num_heads}, num_head_channels={self.num_head_channels}"
-            )
-        for channels in {self.model_channels * mult for mult in self.attention_mults}:
-            if channels % (self.num_heads or self.num_head_channels or 1):
-                raise ValueError(
-                    f"UNetConfig: {channels} channels at an attention block do not divide by "
-                    f"num_heads={self.num_heads} or num_head_channels={self.num_head_channels}"
-                )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"UNetConfig.dropout must be in [0, 1), got {self.dropout}")
-
-    @property
-    def downsampling_factor(self) -> int:
-        """Ratio of the first level's resolution to the last one's; h and w must be multiples of it."""
-        return 2 ** (len(self.channel_mult) - 1)
-
-    @property
-    def attention_mults(self) -> tuple[int, ...]:
-        """channel_mult of every place with attention, the middle last."""
-        levels = [mult for i, mult in enumerate(self.channel_mult) if 2**i in self.attention_downsampling]
-        return (*levels, self.channel_mult[-1])
-
-    def heads(self, channels: int) -> int:
-        """Number of attention heads at a feature map of so many channels."""
-        return self.num_heads or channels // (self.num_head_channels or channels)
+BlockContext = Tensor | tuple[KeysValues, ...] | None
 
 
 class UNetBlock(nn.Module):
@@ -125,8 +53,8 @@ class UNetBlock(nn.Module):
         self.attention = attention
         self.resample = resample
 
-    def forward(self, h: Tensor, embedding: Tensor, context: Tensor | None) -> Tensor:
-        """(B, C, H, W), (B, E), (B, L, D) -> (B, C', H', W')."""
+    def forward(self, h: Tensor, embedding: Tensor, context: BlockContext) -> Tensor:
+        """(B, C, H, W), (B, E), (k * B, L, D) or its keys and values -> (k * B, C', H', W')."""
         if self.residual is not None:
             h = self.residual(h, embedding)
         if isinstance(self.attention, SpatialTransformer):
@@ -227,42 +155,87 @@ class UNet(nn.Module):
             depth=self.config.transformer_depth,
         )
 
-    def forward(self, z: Tensor, t: Tensor, *, context: Tensor | None = None, concat: Tensor | None = None) -> Tensor:
+    def prepare_context(self, context: Tensor) -> PreparedContext:
+        """Compute what every step of a sampling run would compute again from its context.
+
+        Args:
+            context: (B, L, D) with D = `config.context_dim`.
+
+        Returns:
+            What `forward` takes as `context` in its place.
+
+        Raises:
+            ValueError: the context has another shape, or the UNet takes none.
+        """
+        if self.config.context_dim is None or context.ndim != 3 or context.shape[2] != self.config.context_dim:
+            raise ValueError(
+                f"context must be (B, L, D) with D = context_dim ({self.config.context_dim}), "
+                f"got {tuple(context.shape)}"
+            )
+
+        def keys_values(blocks: nn.ModuleList) -> tuple[tuple[KeysValues, ...], ...]:
+            attentions = [block.attention for block in blocks]
+            return tuple(
+                each.keys_values(context) if isinstance(each, SpatialTransformer) else () for each in attentions
+            )
+
+        return PreparedContext(
+            context.shape[0],
+            keys_values(self.input_blocks),
+            keys_values(self.middle_blocks),
+            keys_values(self.output_blocks),
+        )
+
+    def forward(
+        self,
+        z: Tensor,
+        t: Tensor,
+        *,
+        context: Tensor | PreparedContext | None = None,
+        concat: Tensor | None = None,
+    ) -> Tensor:
         """Run the network once.
+
+        Several contexts may share a latent: with k * B of them, context i goes with latent i modulo B. What comes
+        before the first cross-attention is then computed once for all k, as classifier-free guidance (k = 2) wants.
 
         Args:
             z: (B, C, h, w) noisy latent; h and w are multiples of `config.downsampling_factor`.
             t: (B,) timesteps in [0, T).
-            context: (B, L, D) with D = `config.context_dim`; required exactly where that is set.
+            context: (k * B, L, D) with D = `config.context_dim`, or what `prepare_context` made of it; required
+                exactly where that is set.
             concat: (B, C_concat, h, w) with C + C_concat = `config.in_channels`.
 
         Returns:
-            (B, out_channels, h, w) raw prediction.
+            (k * B, out_channels, h, w) raw prediction; k = 1 without a context.
 
         Raises:
             ValueError: a shape does not fit the configuration.
         """
         self._check(z, t, context, concat)
-        h = self.conv_in(z if concat is None else torch.cat([z, concat], dim=1))
+        h = self.conv_in((z if concat is None else torch.cat([z, concat], dim=1)).to(self.conv_in.weight.dtype))
         embedding = self.time_embedding(t)
+        prepared = context if isinstance(context, PreparedContext) else None
+        shared: BlockContext = None if isinstance(context, PreparedContext) else context
         skips = [h]
-        for block in self.input_blocks:
-            h = self._run(block, h, embedding, context)
+        for i, block in enumerate(self.input_blocks):
+            h = self._run(block, h, embedding, prepared.input_blocks[i] if prepared else shared)
             skips.append(h)
-        for block in self.middle_blocks:
-            h = self._run(block, h, embedding, context)
-        for block in self.output_blocks:
-            h = self._run(block, torch.cat([h, skips.pop()], dim=1), embedding, context)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        for i, block in enumerate(self.middle_blocks):
+            h = self._run(block, h, embedding, prepared.middle_blocks[i] if prepared else shared)
+        for i, block in enumerate(self.output_blocks):
+            h = torch.cat([h, repeat_to_batch(skips.pop(), h.shape[0])], dim=1)
+            h = self._run(block, h, embedding, prepared.output_blocks[i] if prepared else shared)
+        return self.conv_out(activate(self.norm_out(h)))
 
-    def _run(self, block: nn.Module, h: Tensor, embedding: Tensor, context: Tensor | None) -> Tensor:
+    def _run(self, block: nn.Module, h: Tensor, embedding: Tensor, context: BlockContext) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, h, embedding, context, use_reentrant=False)
         return block(h, embedding, context)
 
-    def _check(self, z: Tensor, t: Tensor, context: Tensor | None, concat: Tensor | None) -> None:
+    def _check(self, z: Tensor, t: Tensor, context: Tensor | PreparedContext | None, concat: Tensor | None) -> None:
         config = self.config
-        if z.ndim != 4:
+        if z.ndim != 4 or z.shape[0] == 0:
             raise ValueError(f"z must be (B, C, h, w), got shape {tuple(z.shape)}")
         if z.shape[2] % config.downsampling_factor or z.shape[3] % config.downsampling_factor:
             raise ValueError(
@@ -277,14 +250,22 @@ class UNet(nn.Module):
             raise ValueError(f"z and concat must have {config.in_channels} channels together, got {channels}")
         if t.shape != z.shape[:1]:
             raise ValueError(f"t must be (B,) = ({z.shape[0]},), got shape {tuple(t.shape)}")
+        if isinstance(context, PreparedContext):
+            if context.batch % z.shape[0] or config.context_dim is None:
+                raise ValueError(
+                    f"a prepared context must be of this UNet and for a multiple of {z.shape[0]} samples, "
+                    f"got one for {context.batch}; prepare it anew"
+                )
+            return
         if (context is None) != (config.context_dim is None):
             raise ValueError(
                 f"context must be given exactly where context_dim is set (here {config.context_dim}), "
                 f"got {'none' if context is None else tuple(context.shape)}"
             )
         if context is not None and (
-            context.ndim != 3 or context.shape[0] != z.shape[0] or context.shape[2] != config.context_dim
+            context.ndim != 3 or context.shape[0] % z.shape[0] or context.shape[2] != config.context_dim
         ):
             raise ValueError(
-                f"context must be (B, L, D) = ({z.shape[0]}, L, {config.context_dim}), got {tuple(context.shape)}"
+                f"context must be (B, L, D) with B = {z.shape[0]} or a multiple, here "
+                f"({z.shape[0]}, L, {config.context_dim}), got {tuple(context.shape)}"
             )

@@ -54,10 +54,7 @@ class VectorQuantizer(nn.Module):
         commitment = F.mse_loss(quantized.detach(), z)
         codebook = F.mse_loss(quantized, z.detach())
         loss = commitment + self.beta * codebook if self.legacy_loss else codebook + self.beta * commitment
-        ones = torch.ones(indices.numel(), device=z.device)
-        usage = torch.zeros(self.codebook.num_embeddings, device=z.device).index_add(0, indices.flatten(), ones)
-        usage = usage / indices.numel()
-        perplexity = torch.exp(-torch.special.xlogy(usage, usage).sum())
+        perplexity = _perplexity(_counts(indices, self.codebook.num_embeddings))
         return Quantization(z + (quantized - z).detach(), indices, loss, perplexity)
 
     @torch.no_grad()
@@ -71,6 +68,66 @@ class VectorQuantizer(nn.Module):
             # In slices: all distances of a large batch at once would take gigabytes.
             nearest = [(squared_norms - 2 * part @ codebook.T).argmin(1) for part in vectors.split(16_384)]
         return torch.cat(nearest).view(batch, height, width)
+
+
+class CodebookUsage:
+    """How often each entry was chosen, over as many batches as `update` saw: dead entries show only then.
+
+    Args:
+        codebook_size: number of entries.
+        device: where the counts are kept; that of the indices saves a copy a batch.
+
+    Attributes:
+        counts: (codebook_size,) int64; workers' counts add up.
+    """
+
+    def __init__(self, codebook_size: int, *, device: torch.device | str | None = None) -> None:
+        self.counts = torch.zeros(codebook_size, dtype=torch.int64, device=device)
+
+    def update(self, indices: Tensor) -> None:
+        """Count the `indices` of a `Quantization`, of any shape.
+
+        Raises:
+            ValueError: indices are not integers.
+        """
+        if indices.is_floating_point():
+            raise ValueError(f"codebook indices must be integers, got {indices.dtype}: pass Quantization.indices")
+        self.counts += _counts(indices.to(self.counts.device), len(self.counts))
+
+    def perplexity(self) -> float:
+        """exp of the entropy of the entries chosen: 1 where one entry does all, codebook_size at even use.
+
+        Raises:
+            ValueError: nothing was counted yet.
+        """
+        self._require_counts()
+        return float(_perplexity(self.counts))
+
+    def used_fraction(self) -> float:
+        """Share of entries chosen at least once, in (0, 1].
+
+        Raises:
+            ValueError: nothing was counted yet.
+        """
+        self._require_counts()
+        return float((self.counts > 0).double().mean())
+
+    def _require_counts(self) -> None:
+        if not self.counts.any():
+            raise ValueError("codebook usage needs at least one index, got none: call update first")
+
+
+def _counts(indices: Tensor, codebook_size: int) -> Tensor:
+    """(codebook_size,) int64; index_add of integers is deterministic on every device, bincount is not."""
+    flat = indices.flatten()
+    return torch.zeros(codebook_size, dtype=torch.int64, device=flat.device).index_add(
+        0, flat, torch.ones_like(flat, dtype=torch.int64)
+    )
+
+
+def _perplexity(counts: Tensor) -> Tensor:
+    usage = counts.float() / counts.sum()
+    return torch.exp(-torch.special.xlogy(usage, usage).sum())
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager[object]:

@@ -11,6 +11,7 @@ from typing import Any
 from ldm_core.autoencoder import FirstStageConfig
 from ldm_core.checkpoint_formats.compvis_conditioning import from_cond_stage, to_cond_stage
 from ldm_core.checkpoint_formats.settings import Settings, check, differing, needed, section
+from ldm_core.conditioning import kind_of
 from ldm_core.latent_diffusion import LatentDiffusionConfig
 from ldm_core.schedule import ScheduleConfig
 from ldm_core.unet import UNetConfig
@@ -32,6 +33,17 @@ UNET_FIXED = {
 CODER_FIXED = {"give_pre_end": False, "resamp_with_conv": True, "tanh_out": False, "use_linear_attn": False}
 AUTOENCODER_FIXED = {"colorize_nlabels": None, "remap": None, "sane_index_shape": False}
 MODEL_FIXED = {"cosine_s": 8e-3, "given_betas": None, "v_posterior": 0.0}
+
+# What the release's scripts give to each conditioner.
+COND_STAGE_KEYS = {
+    "text": "caption",
+    "frozen_clip": "txt",
+    "class": "class_label",
+    "layout": "coordinates_bbox",
+    "semantic_map": "segmentation",
+    "low_resolution": "LR_image",
+    "masked_image": "masked_image",
+}
 
 # Settings of training, logging and memory.
 UNET_IGNORED = ("legacy", "use_checkpoint", "use_fp16")
@@ -123,6 +135,8 @@ def _model_section(config: LatentDiffusionConfig) -> dict[str, Any]:
         "image_size": unet.latent_size,
         "channels": config.first_stage.embed_dim,
         "conditioning_key": conditioning_key,
+        # What their data sets call it; null would do for a model that is conditioned on nothing.
+        "cond_stage_key": None if config.conditioner is None else COND_STAGE_KEYS[kind_of(config.conditioner)],
         # With it the factor is a buffer, and so part of the checkpoint.
         "scale_by_std": True,
         "scale_factor": config.scale_factor,

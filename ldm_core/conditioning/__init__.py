@@ -58,7 +58,7 @@ def build_conditioner(config: ConditionerConfig, *, encode: Encode | None = None
 
     Args:
         config: one of the kinds above.
-        encode: images to scaled latents, `LatentDiffusion.encode`; a masked image is conditioned on in latent space.
+        encode: images to latents that are not scaled; a masked image is conditioned on in latent space.
     """
     match config:
         case TextTransformerConfig():

@@ -42,7 +42,7 @@ class Conditioner(nn.Module):
         return conditioning
 
 
-def drop(inputs: Tensor, unconditional: Tensor, probability: float, uniform: Tensor) -> Tensor:
+def drop(inputs: Tensor, unconditional: Tensor | None, probability: float, uniform: Tensor) -> Tensor:
     """Replace what some samples are conditioned on by nothing, to train the unconditional half of guidance.
 
     Works on a conditioner's inputs (token ids, class labels) and on cached contexts of a frozen encoder alike. The
@@ -50,7 +50,8 @@ def drop(inputs: Tensor, unconditional: Tensor, probability: float, uniform: Ten
 
     Args:
         inputs: (B, ...) of any dtype.
-        unconditional: (...) or (1, ...): the empty caption's ids or context, the label of no class.
+        unconditional: (...) or (1, ...): the empty caption's ids or context, the label of no class. Its values must fit
+            inputs' dtype.
         probability: share of samples to drop (Ho & Salimans 2021 use 0.1 to 0.2).
         uniform: (B,) numbers drawn uniformly from [0, 1).
 
@@ -62,7 +63,13 @@ def drop(inputs: Tensor, unconditional: Tensor, probability: float, uniform: Ten
     """
     if not 0.0 <= probability <= 1.0:
         raise ValueError(f"the dropout probability must be between 0 and 1, got {probability}")
-    if uniform.shape != inputs.shape[:1] or unconditional.numel() != inputs[:1].numel():
+    if unconditional is None:
+        raise ValueError(
+            "drop needs the unconditional input, and this conditioner has none of its own: "
+            "for captions give the ids of the empty one"
+        )
+    shapes = (inputs.shape[1:], (1, *inputs.shape[1:]))
+    if uniform.shape != inputs.shape[:1] or unconditional.shape not in shapes:
         raise ValueError(
             "drop needs one uniform number a sample and one unconditional sample of the inputs' shape, got "
             f"inputs {tuple(inputs.shape)}, uniform {tuple(uniform.shape)}, unconditional {tuple(unconditional.shape)}"

@@ -1,4 +1,4 @@
-"""Class labels, one learned embedding each (paper, Sec. 4.3.2 and Table 15: class-conditional ImageNet)."""
+"""Class labels, one learned embedding each (paper, Sec. 4.3.1 and Table 15: class-conditional ImageNet)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_core.conditioning.interface import Conditioner, Conditioning
+from ldm_core.ids import check_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +50,11 @@ class ClassConditioner(Conditioner):
         return torch.tensor([self.config.classes - 1], device="cpu") if self.config.unconditional_class else None
 
     def forward(self, labels: Tensor) -> Conditioning:
-        """Integer labels (B,) -> context (B, 1, D). Raises ValueError for anything else."""
+        """Integer labels (B,) in 0 ... classes - 1 -> context (B, 1, D). Raises ValueError for anything else."""
         if labels.ndim != 1 or labels.is_floating_point():
             raise ValueError(
                 f"labels must be integers of shape (B,), got {labels.dtype} of shape {tuple(labels.shape)}"
             )
-        return Conditioning(context=self.embedding(labels.long())[:, None])
+        labels = labels.long()
+        check_ids(labels, self.config.classes, "labels")
+        return Conditioning(context=self.embedding(labels)[:, None])

@@ -100,8 +100,10 @@ class LayoutConfig:
         """The tokens of one layout.
 
         Args:
-            objects: in the order they are to be written; their boxes are in units of the crop.
-            crop: the part of the original image that is wanted; its label is not used.
+            objects: in the order they are to be written. A label of the published model is the category,
+                plus the number of categories times the flags of Open Images (group, occluded, depiction, inside).
+            crop: the part of the image that is wanted, in units of the whole image as all boxes are; its label is not
+                used.
 
         Returns:
             (max_length,) int64.

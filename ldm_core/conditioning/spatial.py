@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_core.conditioning.interface import Conditioner, Conditioning, Encode
+from ldm_core.ids import check_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,7 @@ class SemanticMapConditioner(Conditioner):
                 f"{multiple}, got {semantic_map.dtype} of shape {tuple(semantic_map.shape)}"
             )
         if are_labels:
+            check_ids(semantic_map, classes, "labels of a semantic map")
             semantic_map = F.one_hot(semantic_map.long(), classes).movedim(-1, 1)
         channels = semantic_map.to(self.channel_mapper.weight.dtype)
         for _ in range(self.config.halvings):
@@ -83,11 +85,18 @@ class LowResolutionConfig:
 
     Args:
         channels: of the small image.
+
+    Raises:
+        ValueError: no channels.
     """
 
     channels: int = 3
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        if self.channels < 1:
+            raise ValueError(f"LowResolutionConfig.channels must be at least 1, got {self.channels}")
 
 
 class LowResolutionConditioner(Conditioner):
@@ -131,7 +140,7 @@ class MaskedImageConditioner(Conditioner):
 
     Args:
         config: nothing to choose.
-        encode: images (B, 3, H, W) to scaled latents (B, C, h, w).
+        encode: images (B, 3, H, W) to latents (B, C, h, w), not scaled.
     """
 
     def __init__(self, config: MaskedImageConfig, *, encode: Encode | None) -> None:
@@ -159,11 +168,16 @@ class MaskedImageConditioner(Conditioner):
                 "the mask must be (B, 1, H, W) or (1, 1, H, W) for images (B, 3, H, W), "
                 f"got mask {tuple(mask.shape)} and image {tuple(image.shape)}"
             )
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError(
+                "a mask must hold only 1 (to be filled in) and 0 (kept), got values between "
+                f"{mask.min().item():.3g} and {mask.max().item():.3g}: threshold it after resizing"
+            )
         if self.encode is None:
             raise ValueError(
                 "a masked image is encoded by the first stage: build the whole model, not its network alone"
             )
-        fill = mask.expand(len(image), -1, -1, -1) > 0.5
+        fill = mask.expand(len(image), -1, -1, -1).bool()
         with torch.no_grad():
             latent = self.encode(torch.where(fill, -1.0, image))
         small_mask = F.interpolate(fill.to(latent.dtype), size=latent.shape[2:], mode="nearest")

@@ -29,10 +29,12 @@ from ldm_core.samplers.noise import NoiseSource, initial_noise, seeded_noise
 from ldm_core.samplers.predictor_corrector import unipc
 from ldm_core.samplers.singlestep import ddim, ddpm
 
-# ddim, plms, dpm_solver_pp_2m, unipc
 FewStepSampler = Callable[..., Tensor]
+# They share their arguments; DDIM alone has eta and noise besides, DDPM visits every timestep.
+FEW_STEP_SAMPLERS: tuple[FewStepSampler, ...] = (ddim, plms, dpm_solver_pp_2m, unipc)
 
 __all__ = [
+    "FEW_STEP_SAMPLERS",
     "Callback",
     "Denoise",
     "FewStepSampler",

@@ -22,10 +22,16 @@ def predict(denoise: Denoise, x: Tensor, timestep: int, schedule: NoiseSchedule)
     """Noise and clean latent predicted at x (B, ...), in x's dtype whatever the network computes in.
 
     Raises:
-        ValueError: at a timestep without signal when only the noise is predicted.
+        ValueError: at a timestep without signal when only the noise is predicted; for integers, or an answer of another
+            shape.
     """
+    if not x.is_floating_point():
+        raise ValueError(f"latents must be floating point, got {x.dtype}")
     t = torch.full((x.shape[0],), timestep, dtype=torch.long, device=x.device)
     answer = denoise(x, t)
+    for part in answer if isinstance(answer, Prediction) else (answer,):
+        if part.shape != x.shape:
+            raise ValueError(f"denoise must answer in x's shape {tuple(x.shape)}, got {tuple(part.shape)}")
     if isinstance(answer, Prediction):
         return Prediction(answer.eps.to(x.dtype), answer.x0.to(x.dtype))
     abar = schedule.alpha_bar(timestep)

@@ -54,11 +54,11 @@ def img2img_start(
 def masked(denoise: Denoise, schedule: NoiseSchedule, known: Tensor, mask: Tensor) -> Denoise:
     """Masked sampling (inpainting) with any model, trained for it or not: fill the mask, keep the rest.
 
-    At every step the known region is the given latent, noised to that step's level, as in the code release. No
-    sampler needs to be told: the wrapped denoiser answers that the clean latent is `known` there, so that each of
-    them moves the region along its own exact trajectory, with the noise that x began with (and the noise that
-    DDPM and DDIM with eta > 0 add). Start from noise, or for the exact noise level at an early timestep from
-    `img2img_start(known, ...)`. The result keeps the noise level of timestep 0 in the known region too;
+    At every step the known region is the given latent at that step's noise level, as in the code release, which draws
+    its noise anew each time. No sampler needs to be told: the wrapped denoiser answers that the clean latent is
+    `known` there, so that each of them moves the region along its own exact trajectory, with the noise that x began
+    with (and the noise that DDPM and DDIM with eta > 0 add). Start from noise, or for the exact noise level at an early
+    timestep from `img2img_start(known, ...)`. The result keeps the noise level of timestep 0 in the known region too;
     `torch.where(mask, z, known)` removes it.
 
     Args:

@@ -20,15 +20,35 @@ def seeded_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.devic
         device: where the noise is wanted.
 
     Raises:
-        ValueError: without seeds.
+        ValueError: without seeds, or for seeds that are not integers of 64 bits.
     """
-    if not seeds:
+    if len(seeds) == 0:
         raise ValueError("sampling needs at least one seed, got none")
+    if wrong := [seed for seed in seeds if not -(2**63) <= int(seed) < 2**64 or int(seed) != seed]:
+        raise ValueError(f"seeds must be integers of 64 bits, got {wrong[0]}")
     generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
 
     def draw() -> Tensor:
         drawn = [torch.randn(tuple(shape), generator=generator, device="cpu") for generator in generators]
         return torch.stack(drawn).to(device)
+
+    return draw
+
+
+def noise_like(x: Tensor, noise: NoiseSource | None) -> NoiseSource:
+    """The source that a sampler at x draws from, torch's global generator where it is given none.
+
+    Raises:
+        ValueError: (on a draw) when the source gives another shape than x's.
+    """
+
+    def draw() -> Tensor:
+        if noise is None:
+            return torch.randn_like(x)
+        drawn = noise()
+        if drawn.shape != x.shape:
+            raise ValueError(f"the noise must have x's shape {tuple(x.shape)}, got {tuple(drawn.shape)}")
+        return drawn
 
     return draw
 

@@ -6,12 +6,11 @@ x, x0, eps: (B, ...) noisy latent, predicted clean latent, predicted noise; abar
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ldm_core.samplers.denoise import Callback, Denoise, predict
 from ldm_core.samplers.grid import Spacing, plan_steps
-from ldm_core.samplers.noise import NoiseSource
+from ldm_core.samplers.noise import NoiseSource, noise_like
 from ldm_core.schedule import NoiseSchedule
 
 
@@ -48,7 +47,7 @@ def ddim(
     """
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must be between 0 (deterministic) and 1 (as random as DDPM), got {eta}")
-    draw = noise or (lambda: torch.randn_like(x))
+    draw = noise_like(x, noise)
     for step, t, _, abar, abar_next in plan_steps(schedule, num_steps, spacing, timesteps):
         eps, x0 = predict(denoise, x, t, schedule)
         sigma = eta * math.sqrt((1 - abar_next) / (1 - abar) * (1 - abar / abar_next))
@@ -84,7 +83,7 @@ def ddpm(
     Raises:
         ValueError: for a start without any signal from which only the noise is predicted.
     """
-    draw = noise or (lambda: torch.randn_like(x))
+    draw = noise_like(x, noise)
     for step, t in enumerate(range(schedule.timesteps - 1, -1, -1)):
         abar, abar_next = schedule.alpha_bar(t), schedule.alpha_bar(t - 1)
         alpha = abar / abar_next

@@ -1,5 +1,6 @@
 """First stages: posteriors, the codebook, shapes and refusals."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -10,7 +11,7 @@ import torch
 
 from ldm_core.autoencoder import AutoencoderKL, FirstStageConfig, VQAutoencoder, build_first_stage
 from ldm_core.posterior import DiagonalGaussian
-from ldm_core.vector_quantizer import VectorQuantizer
+from ldm_core.vector_quantizer import CodebookUsage, VectorQuantizer
 
 
 def config(**changes: Any) -> FirstStageConfig:
@@ -116,12 +117,93 @@ def test_codebook_loss_weighs_terms_by_either_published_convention(
     assert quantizer.codebook.weight.grad[0].item() == pytest.approx(-to_codebook * 2 * 0.5)
 
 
+@pytest.mark.parametrize(
+    ("legacy", "loss", "gradient_z", "gradient_codebook"),
+    [
+        # VectorQuantizer2 of taming-transformers, worked out by hand: z = (0.5, -1), (2, 0.25) are 0.5, -1 and 1, -0.75
+        # off their entries (0, 0) and (1, 1), mean square 0.703125 over four numbers; legacy=True puts beta = 0.25 on
+        # mean((z_q - sg[z])^2), legacy=False on mean((sg[z_q] - z)^2).
+        (True, 0.87890625, [[0.25, 0.5], [-0.5, -0.375]], [[-0.0625, 0.125], [-0.125, 0.09375]]),
+        (False, 0.87890625, [[0.0625, 0.125], [-0.125, -0.09375]], [[-0.25, 0.5], [-0.5, 0.375]]),
+    ],
+    ids=["legacy", "corrected"],
+)
+def test_codebook_loss_has_the_golden_values_of_the_published_code(
+    legacy: bool, loss: float, gradient_z: list[list[float]], gradient_codebook: list[list[float]]
+) -> None:
+    quantizer = VectorQuantizer(3, 2, beta=0.25, legacy_loss=legacy)
+    with torch.no_grad():
+        quantizer.codebook.weight.copy_(torch.tensor([[0.0, 0.0], [1.0, 1.0], [-9.0, 9.0]]))
+    z = torch.tensor([[[[0.5, 2.0]], [[-1.0, 0.25]]]], requires_grad=True)
+    result = quantizer(z)
+    assert result.indices.tolist() == [[[0, 1]]]
+    assert result.loss.item() == pytest.approx(loss)
+    result.loss.backward()
+    assert z.grad is not None
+    assert quantizer.codebook.weight.grad is not None
+    torch.testing.assert_close(z.grad[0, :, 0], torch.tensor(gradient_z))
+    torch.testing.assert_close(quantizer.codebook.weight.grad[:2], torch.tensor(gradient_codebook))
+    assert not quantizer.codebook.weight.grad[2].any()
+
+
+def test_codebook_usage_accumulates_over_batches() -> None:
+    usage = CodebookUsage(4)
+    usage.update(torch.tensor([[0, 0], [1, 1]]))
+    assert (usage.perplexity(), usage.used_fraction()) == (pytest.approx(2.0), 0.5)
+    usage.update(torch.tensor([2, 2]))
+    assert usage.counts.tolist() == [2, 2, 2, 0]
+    assert (usage.perplexity(), usage.used_fraction()) == (pytest.approx(3.0), 0.75)
+
+
+def test_codebook_usage_of_a_batch_is_its_perplexity() -> None:
+    torch.manual_seed(0)
+    quantizer, usage = VectorQuantizer(64, 3), CodebookUsage(64)
+    result = quantizer(torch.randn(2, 3, 16, 16) / 64)
+    usage.update(result.indices)
+    assert usage.perplexity() == pytest.approx(result.perplexity.item())
+
+
+def test_codebook_usage_refuses_latents_and_has_no_answer_without_counts() -> None:
+    with pytest.raises(ValueError, match=r"must be integers, got torch\.float32: pass Quantization\.indices"):
+        CodebookUsage(4).update(torch.zeros(1, 4, 2, 2))
+    for statistic in (CodebookUsage(4).perplexity, CodebookUsage(4).used_fraction):
+        with pytest.raises(ValueError, match="at least one index, got none"):
+            statistic()
+
+
 def test_autocast_does_not_change_the_entries_picked() -> None:
     torch.manual_seed(0)
     quantizer, z = VectorQuantizer(512, 3), torch.randn(1, 3, 32, 32) / 512
     expected = quantizer(z).indices
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(quantizer(z).indices, expected)
+
+
+@pytest.mark.parametrize("changes", [{}, VQ], ids=["kl", "vq"])
+def test_half_precision_weights_take_full_precision_images_and_latents(changes: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    first_stage = build_first_stage(config(attention_resolutions=(8,), **changes)).eval()
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        z = first_stage.encode(x).mode()
+        image = first_stage.decode(z)
+        half = copy.deepcopy(first_stage).bfloat16()
+        assert (half.encode(x).mode().float() - z).norm() < 0.05 * z.norm()
+        decoded = half.decode(z)
+    assert decoded.dtype == torch.bfloat16
+    assert (decoded.float() - image).norm() < 0.05 * image.norm()
+
+
+@pytest.mark.parametrize("changes", [{}, VQ], ids=["kl", "vq"])
+def test_in_place_shortcuts_without_gradients_change_nothing(changes: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    first_stage = build_first_stage(config(**changes)).eval()
+    x = torch.randn(1, 3, 16, 16)
+    with torch.inference_mode():
+        z = first_stage.encode(x).mode()
+        image = first_stage.decode(z)
+    torch.testing.assert_close(first_stage.encode(x).mode(), z.clone())
+    torch.testing.assert_close(first_stage.decode(z.clone()), image.clone())
 
 
 def test_decoding_quantizes_first() -> None:

@@ -1,5 +1,6 @@
 """Conditioners of every kind: what they give the UNet, what they refuse, and dropping for classifier-free guidance."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -122,7 +123,7 @@ def test_a_semantic_map_is_halved_and_mapped_to_few_channels() -> None:
 
 
 def test_a_masked_image_becomes_a_latent_and_a_mask_and_hides_what_is_masked() -> None:
-    model = presets.get("tiny-inpainting").build().eval()
+    model = dataclasses.replace(presets.get("tiny-inpainting"), scale_factor=0.5).build().eval()
     assert model.conditioner is not None
     image, mask = torch.rand(1, 3, 64, 64) * 2 - 1, torch.zeros(1, 1, 64, 64)
     mask[:, :, :32] = 1
@@ -133,7 +134,11 @@ def test_a_masked_image_becomes_a_latent_and_a_mask_and_hides_what_is_masked() -
     assert concat[0, 3, -1, -1] == -1
     hidden = torch.where(mask > 0.5, 0.3, image)
     assert torch.equal(model.conditioner(MaskedImage(image=hidden, mask=mask)).concat, concat)
-    torch.testing.assert_close(concat[:, :3], model.encode(torch.where(mask > 0.5, -1.0, image)))
+    # As published: the first stage's latent, whatever the model's scale factor.
+    expected = model.first_stage.encode(torch.where(mask > 0.5, -1.0, image)).mode()
+    torch.testing.assert_close(concat[:, :3], expected)
+    with pytest.raises(ValueError, match=r"must hold only 1 .* got values between 0 and 0\.4"):
+        model.conditioner(MaskedImage(image=image, mask=0.4 * mask))
     with pytest.raises(ValueError, match=r"got mask \(1, 1, 32, 32\) and image \(1, 3, 64, 64\)"):
         model.conditioner(MaskedImage(image=image, mask=mask[:, :, :32, :32]))
 
@@ -203,3 +208,26 @@ def test_encoders_that_transformers_does_not_know_or_of_another_width_are_refuse
         build_conditioner(FrozenTextConfig(architecture={"model_type": "bert"}, width=16, max_length=8))
     with pytest.raises(ValueError, match="it has no 'model_type'"):
         FrozenTextConfig(architecture={}, width=16, max_length=8)
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "message"),
+    [
+        ("tiny-class", torch.tensor([11]), r"labels must be in 0 \.\.\. 10, got 11 \.\.\. 11"),
+        ("tiny-txt2img", torch.full((1, 77), 1024), r"token ids must be in 0 \.\.\. 1023"),
+        ("tiny-sd", torch.full((1, 77), -1), r"token ids must be in 0 \.\.\. 1023, got -1"),
+        ("tiny-semantic", torch.full((1, 64, 64), 255), r"labels of a semantic map must be in 0 \.\.\. 11"),
+    ],
+)
+def test_ids_that_are_in_no_table_are_named(name: str, inputs: torch.Tensor, message: str) -> None:
+    conditioner = presets.get(name).build().conditioner
+    assert conditioner is not None
+    with pytest.raises(ValueError, match=message):
+        conditioner(inputs)
+
+
+def test_there_is_nothing_to_drop_to_without_an_unconditional_input() -> None:
+    with pytest.raises(ValueError, match="for captions give the ids of the empty one"):
+        drop(TOKENS, None, 0.5, torch.zeros(3))
+    with pytest.raises(ValueError, match="one unconditional sample of the inputs' shape"):
+        drop(torch.zeros(2, 7, 4), torch.zeros(4, 7), 0.5, torch.zeros(2))

@@ -1,5 +1,6 @@
 """The whole model on a tiny preset: its parts fit, scaling is its own, and images depend on caption and seed alone."""
 
+import copy
 import dataclasses
 import json
 from typing import Any
@@ -231,3 +232,44 @@ def test_every_few_step_sampler_samples_and_only_ddim_takes_an_eta(
     assert images.isfinite().all()
     with pytest.raises(ValueError, match=r"only DDIM has an eta, got eta=0\.5"):
         model.sample(captions(1), seeds=[0], num_steps=3, sampler=sampler, eta=0.5)
+
+
+def test_what_cannot_be_sampled_is_refused(model: LatentDiffusion) -> None:
+    with pytest.raises(ValueError, match="sampler must be one of ddim, plms, dpm_solver_pp_2m, unipc, got ddpm"):
+        model.sample(captions(1), seeds=[0], sampler=samplers.ddpm)
+    with pytest.raises(ValueError, match=r"size must be positive multiples of 2, in latent pixels, got \(0, 16\)"):
+        model.sample(captions(1), seeds=[0], size=(0, 16))
+    with pytest.raises(ValueError, match="seeds must be integers of 64 bits, got 18446744073709551616"):
+        model.sample(captions(1), seeds=[2**64])
+    with pytest.raises(ValueError, match="the unconditional input must be one, or one an input"):
+        model.sample(captions(1, 2), seeds=[0, 1], unconditional=EMPTY.repeat(3, 1), guidance_scale=2.0)
+    with pytest.raises(ValueError, match="guidance rescale must be between"):
+        model.guided_denoiser(captions(1), rescale=3.0)
+
+
+def test_weights_that_are_not_numbers_give_no_picture(model: LatentDiffusion) -> None:
+    broken = copy.deepcopy(model)
+    torch.nn.init.constant_(broken.unet.conv_in.bias, torch.nan)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="sampling gave NaN or infinity"):
+        broken.sample(captions(1), seeds=[0], num_steps=2)
+
+
+def test_a_seed_gives_one_image_in_training_mode_too(model: LatentDiffusion) -> None:
+    unet = dataclasses.replace(CONFIG.unet, dropout=0.5)
+    other = dataclasses.replace(model.config, unet=unet).build()
+    other.load_state_dict(model.state_dict())
+    first, second = (other.sample(captions(1), seeds=[0], num_steps=2) for _ in range(2))
+    assert torch.equal(first, second)
+    assert other.unet.training
+
+
+def test_a_sampler_refuses_answers_and_noise_of_another_shape(model: LatentDiffusion) -> None:
+    x = torch.randn(2, 4, 8, 8)
+    with pytest.raises(ValueError, match=r"denoise must answer in x's shape \(2, 4, 8, 8\), got \(1, 4, 8, 8\)"):
+        samplers.ddim(lambda x, t: x[:1], x, model.schedule, num_steps=2)
+    with pytest.raises(ValueError, match=r"the noise must have x's shape"):
+        samplers.ddim(lambda x, t: x, x, model.schedule, num_steps=2, eta=1.0, noise=lambda: x[:1])
+    with pytest.raises(ValueError, match=r"latents must be floating point, got torch.int64"):
+        samplers.ddim(lambda x, t: x, x.long(), model.schedule, num_steps=2)
+    with pytest.raises(ValueError, match=r"noise must have the latent's shape"):
+        model.encode(torch.zeros(1, 3, 64, 64), noise=torch.zeros(5, 4, 8, 8))

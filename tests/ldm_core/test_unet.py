@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_core.attention import SelfAttentionBlock, SpatialTransformer
+from ldm_core.attention import SelfAttentionBlock, SpatialTransformer, attend
 from ldm_core.blocks import sinusoidal_embedding
 from ldm_core.unet import UNet, UNetConfig
 
@@ -51,6 +51,85 @@ def test_prediction_depends_on_timestep_and_context_of_its_own_sample_only() -> 
     for changed in (other_time, other_context):
         assert torch.allclose(changed[0], base[0], atol=1e-5)
         assert (changed[1] - base[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("changes", [{}, {"resblock_up_down": True, "transformer_depth": 2}])
+def test_prepared_context_gives_the_prediction_of_the_context_itself(changes: dict[str, Any]) -> None:
+    unet = randomized(UNet(config(context_dim=6, attention_downsampling=(1,), **changes)))
+    z, t, context = torch.randn(2, 4, 8, 8), torch.tensor([5, 700]), torch.randn(2, 3, 6)
+    with torch.no_grad():
+        expected = unet(z, t, context=context)
+        torch.testing.assert_close(unet(z, t, context=unet.prepare_context(context)), expected)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"attention_downsampling": (1, 2)}, {"resblock_up_down": True}])
+def test_several_contexts_may_share_a_latent(changes: dict[str, Any], prepared: bool) -> None:
+    unet = randomized(UNet(config(context_dim=6, in_channels=5, **changes)))
+    z, t, concat, contexts = (
+        torch.randn(2, 4, 8, 8),
+        torch.tensor([5, 700]),
+        torch.randn(2, 1, 8, 8),
+        torch.randn(6, 3, 6),
+    )
+    with torch.no_grad():
+        expected = unet(torch.cat([z] * 3), torch.cat([t] * 3), context=contexts, concat=torch.cat([concat] * 3))
+        shared = unet(z, t, context=unet.prepare_context(contexts) if prepared else contexts, concat=concat)
+    torch.testing.assert_close(shared, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_comes_before_the_first_context_is_computed_once_for_all() -> None:
+    unet = randomized(UNet(config(context_dim=6)))
+    batches: list[int] = []
+    for block in (unet.input_blocks[0], unet.output_blocks[-1]):
+        block.register_forward_pre_hook(lambda _, args: batches.append(args[0].shape[0]))
+    unet(torch.randn(1, 4, 8, 8), torch.tensor([5]), context=torch.randn(2, 3, 6))
+    assert batches == [1, 2]
+
+
+def test_gradients_reach_a_context_that_was_prepared() -> None:
+    unet = randomized(UNet(config(context_dim=6)))
+    z, t = torch.randn(1, 4, 8, 8), torch.tensor([5])
+    plain, prepared = (torch.ones(1, 3, 6, requires_grad=True) for _ in range(2))
+    unet(z, t, context=plain).sum().backward()
+    unet(z, t, context=unet.prepare_context(prepared)).sum().backward()
+    assert plain.grad is not None
+    assert plain.grad.any()
+    torch.testing.assert_close(prepared.grad, plain.grad)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_the_compiler_sees_one_graph(prepared: bool) -> None:
+    unet = randomized(UNet(config(context_dim=6)))
+    z, t, context = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(2, 3, 6)
+    compiled = torch.compile(unet, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        given = unet.prepare_context(context) if prepared else context
+        torch.testing.assert_close(compiled(z, t, context=given), unet(z, t, context=given))
+
+
+def test_half_precision_weights_take_full_precision_latents() -> None:
+    unet = randomized(UNet(config(context_dim=6)))
+    z, t, context = torch.randn(2, 4, 8, 8), torch.tensor([5, 700]), torch.randn(2, 3, 6)
+    with torch.no_grad():
+        expected = unet(z, t, context=context)
+        half = copy.deepcopy(unet).bfloat16()(z, t, context=context.bfloat16())
+        with torch.autocast("cpu", torch.bfloat16):
+            autocast = unet(z, t, context=context)
+    for prediction in (half, autocast):
+        assert prediction.dtype == torch.bfloat16
+        assert (prediction.float() - expected).norm() < 0.05 * expected.norm()
+
+
+def test_explicit_attention_of_cpus_in_half_precision_is_that_of_torch() -> None:
+    query, key, value = (torch.randn(2, 3, n, 16, dtype=torch.bfloat16, requires_grad=True) for n in (5, 7, 7))
+    exact = [each.detach().double().requires_grad_() for each in (query, key, value)]
+    attend(query, key, value).sum().backward()
+    torch.nn.functional.scaled_dot_product_attention(*exact).sum().backward()
+    for ours, reference in zip((query, key, value), exact, strict=True):
+        assert ours.grad is not None
+        assert reference.grad is not None
+        assert (ours.grad - reference.grad).norm() < 0.03 * value.grad.double().norm()  # type: ignore[union-attr]
 
 
 def test_concat_conditioning_is_joined_after_the_latent() -> None:
@@ -117,8 +196,10 @@ def test_self_attention_keeps_the_published_channel_order() -> None:
         ({"z": torch.zeros(1, 3, 8, 8)}, r"must have 4 channels together, got 3"),
         ({"concat": torch.zeros(1, 1, 4, 4)}, r"concat must be .* got \(1, 1, 4, 4\)"),
         ({"t": torch.zeros(2, dtype=torch.long)}, r"t must be \(B,\) = \(1,\), got shape \(2,\)"),
+        ({"z": torch.zeros(0, 4, 8, 8)}, r"z must be \(B, C, h, w\), got shape \(0, 4, 8, 8\)"),
+        ({"z": torch.zeros(2, 4, 8, 8), "t": torch.zeros(2)}, r"B = 2 or a multiple, .* got \(1, 3, 6\)"),
         ({"context": None}, r"context_dim is set \(here 6\), got none"),
-        ({"context": torch.zeros(1, 3, 5)}, r"= \(1, L, 6\), got \(1, 3, 5\)"),
+        ({"context": torch.zeros(1, 3, 5)}, r"here \(1, L, 6\), got \(1, 3, 5\)"),
     ],
 )
 def test_wrong_shapes_are_named(arguments: dict[str, Any], message: str) -> None:
@@ -130,6 +211,19 @@ def test_wrong_shapes_are_named(arguments: dict[str, Any], message: str) -> None
     inputs |= arguments
     with pytest.raises(ValueError, match=message):
         UNet(config(context_dim=6))(inputs.pop("z"), inputs.pop("t"), **inputs)
+
+
+def test_contexts_that_cannot_be_prepared_or_were_prepared_for_others_are_named() -> None:
+    unet, unconditional = UNet(config(context_dim=6)), UNet(config())
+    with pytest.raises(ValueError, match=r"D = context_dim \(6\), got \(1, 3, 5\)"):
+        unet.prepare_context(torch.zeros(1, 3, 5))
+    with pytest.raises(ValueError, match=r"D = context_dim \(None\), got \(1, 3, 6\)"):
+        unconditional.prepare_context(torch.zeros(1, 3, 6))
+    prepared = unet.prepare_context(torch.zeros(3, 3, 6))
+    z, t = torch.zeros(2, 4, 8, 8), torch.zeros(2)
+    for other in (unet, unconditional):
+        with pytest.raises(ValueError, match="for a multiple of 2 samples, got one for 3; prepare it anew"):
+            other(z, t, context=prepared)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm_core import diffusers_format as theirs
-from ldm_core import diffusers_weights as weights
 from ldm_core.autoencoder import FirstStageConfig, VQAutoencoder, build_first_stage
+from ldm_core.checkpoint_formats import diffusers_config as theirs
+from ldm_core.checkpoint_formats import diffusers_names as weights
 from ldm_core.posterior import DiagonalGaussian
 from ldm_core.text_transformer import TextTransformer, TextTransformerConfig
 from ldm_core.unet import UNet, UNetConfig

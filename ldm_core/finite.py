@@ -1,0 +1,36 @@
+"""Weights that hold NaN or infinity: found by name before they spoil a run."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+NAMED_AT_MOST = 5
+
+
+def check_finite(module: nn.Module) -> None:
+    """Refuse a module with a weight or buffer that is not finite; tensors on the meta device are passed over.
+
+    Args:
+        module: any module; its floating-point parameters and buffers are read once.
+
+    Raises:
+        ValueError: names the tensors that hold NaN or infinity, the first few of them.
+    """
+    tensors = {
+        name: tensor
+        for name, tensor in module.state_dict().items()
+        if tensor.is_floating_point() and not tensor.is_meta
+    }
+    with torch.no_grad():
+        # One scalar a tensor, read together: a GPU is waited for once.
+        finite = [tensor.isfinite().all() for tensor in tensors.values()]
+    wrong = (
+        [name for name, each in zip(tensors, torch.stack(finite).tolist(), strict=True) if not each] if finite else []
+    )
+    if wrong:
+        shown = ", ".join(wrong[:NAMED_AT_MOST]) + (", ..." if len(wrong) > NAMED_AT_MOST else "")
+        raise ValueError(
+            f"weights must be finite, {len(wrong)} of {len(tensors)} tensors hold NaN or infinity ({shown}): "
+            "the checkpoint is damaged or its training diverged; take an earlier one"
+        )

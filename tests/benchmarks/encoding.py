@@ -1,0 +1,42 @@
+"""Encoding images to latents, ours and diffusers': frozen kl-f8 at 256 px, as the latent cache is filled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ldm_core.autoencoder import AutoencoderKL, FirstStageConfig, build_first_stage
+from tests.benchmarks import peers
+from tests.benchmarks.shapes import OURS, THEIRS, Call, Shape
+
+
+def sides(config: FirstStageConfig, batch_size: int, device: torch.device) -> dict[str, Callable[[Shape], Call]]:
+    """Both sides' encoders with the same weights on the same images; ours alone without diffusers."""
+    torch.manual_seed(0)
+    x = torch.rand(batch_size, 3, config.trained_at_resolution, config.trained_at_resolution, device=device) * 2 - 1
+
+    def ours(shape: Shape) -> Call:
+        first_stage = initial_first_stage(config, device)
+        shape.for_inference(first_stage.encoder)
+        shape.for_inference(first_stage.quant_conv)
+        images = shape.input(x, cast=True)
+        return torch.inference_mode()(lambda: first_stage.encode(images).mode())
+
+    def theirs(shape: Shape) -> Call:
+        first_stage = peers.diffusers_first_stage(initial_first_stage(config, device))
+        shape.for_inference(first_stage.encoder)
+        shape.for_inference(first_stage.quant_conv)
+        images = shape.input(x, cast=True)
+        return torch.inference_mode()(lambda: first_stage.encode(images).latent_dist.mode())
+
+    return {OURS: ours, THEIRS: theirs} if peers.available() else {OURS: ours}
+
+
+def initial_first_stage(config: FirstStageConfig, device: torch.device) -> AutoencoderKL:
+    """The first stage with the same random weights at every call."""
+    torch.manual_seed(1)
+    with device:
+        first_stage = build_first_stage(config)
+    assert isinstance(first_stage, AutoencoderKL)
+    return first_stage

@@ -1,0 +1,104 @@
+"""Training the whole network, text transformer and UNet: images/s, FLOP/s and memory by batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ldm_core.ema import EMA
+from ldm_core.latent_diffusion import LatentDiffusionConfig
+from tests.benchmarks.shapes import Shape
+from tests.benchmarks.timing import Timing, count_flops, interleaved, release_memory
+from tests.benchmarks.train_step import random_batch, training_step
+
+
+@dataclass(frozen=True)
+class NetworkRun:
+    """One batch size of the sweep; `timing` is None where memory did not suffice."""
+
+    batch_size: int
+    activation_checkpointing: bool
+    timing: Timing | None
+
+
+def training_flops(config: LatentDiffusionConfig) -> dict[str, int]:
+    """FLOPs an image of each part's forward pass, and of both passes through both, counted on the meta device.
+
+    Recomputation by activation checkpointing is not counted: these are the model's FLOPs, not the hardware's.
+    """
+    network = config.build_network("meta")
+    size = config.unet.latent_size
+    z, t = torch.empty(1, config.unet.in_channels, size, size, device="meta"), torch.zeros(1, device="meta")
+    tokens = _tokens(config, 1, torch.device("meta"))
+    assert network.conditioner is not None
+    conditioner = network.conditioner
+
+    def text() -> Tensor:
+        context = conditioner(tokens).context
+        assert context is not None
+        return context
+
+    context = text().detach()
+    return {
+        "text_forward": count_flops(text),
+        "unet_forward": count_flops(lambda: network.unet(z, t, context=context)),
+        "train": count_flops(lambda: network(z, t, tokens).sum().backward()),
+    }
+
+
+def sweep(
+    config: LatentDiffusionConfig,
+    batch_sizes: Sequence[int],
+    shape: Shape,
+    device: torch.device,
+    *,
+    rounds: int,
+    report: Callable[[NetworkRun], None],
+) -> list[NetworkRun]:
+    """Time a training step at each batch size, with and without activation checkpointing, until memory is full."""
+    runs = []
+    for checkpointing in (False, True):
+        for batch_size in sorted(batch_sizes):
+            timing = _time_step(config, batch_size, shape, checkpointing, device, rounds)
+            release_memory()
+            runs.append(NetworkRun(batch_size, checkpointing, timing))
+            report(runs[-1])
+            if timing is None:
+                break
+    return runs
+
+
+def _time_step(
+    config: LatentDiffusionConfig, batch_size: int, shape: Shape, checkpointing: bool, device: torch.device, rounds: int
+) -> Timing | None:
+    """None where memory does not suffice; its own function, so that the network is gone when it returns."""
+    try:
+        step = _step(config, batch_size, shape, checkpointing, device)
+        return interleaved({"step": step}, device, rounds=rounds)["step"]
+    except torch.cuda.OutOfMemoryError:
+        return None
+
+
+def _step(
+    config: LatentDiffusionConfig, batch_size: int, shape: Shape, checkpointing: bool, device: torch.device
+) -> Callable[[], Tensor]:
+    torch.manual_seed(1)
+    network = config.build_network(device).train()
+    network.unet.activation_checkpointing = checkpointing
+    shape.for_training(network)
+    tokens = _tokens(config, batch_size, device)
+    return training_step(
+        network,
+        lambda z, t: network(z, t, tokens),
+        EMA(network).update,
+        random_batch(config.unet, batch_size, tokens.shape[1], device),
+        shape,
+    )
+
+
+def _tokens(config: LatentDiffusionConfig, batch_size: int, device: torch.device) -> Tensor:
+    text = config.conditioner
+    return torch.randint(0, text.vocabulary_size, (batch_size, text.max_length), device=device)  # type: ignore[union-attr]
