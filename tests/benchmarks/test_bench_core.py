@@ -1,4 +1,4 @@
-"""The benchmark measures what it says: fair turns, equal work on both sides, the JSON line. Speed is asserted nowhere."""
+"""The benchmark measures what it says: fair turns, equal work, the JSON line. Speed is asserted nowhere."""
 
 import json
 from collections.abc import Callable
