@@ -1,13 +1,7 @@
-"""Training with a real Ray and two workers, through every kind of death."""
+"""Training with a real Ray and two workers, through the death of one; that of all is in tests/faults."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
 import torch
@@ -62,26 +56,6 @@ def test_a_killed_worker_is_replaced_and_the_weights_come_out_the_same(uninterru
     details = run.fit(die_at=27)
     assert run.workers_started() == 4
     assert details["steps"] == 48
-    assert_same_training(run, uninterrupted)
-
-
-def test_a_killed_process_tree_goes_on_at_the_exact_sample(uninterrupted: toy.Run, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.pipelines.training.driver", str(tmp_path)]
-    driver = subprocess.Popen(command, cwd=Path(__file__).parents[3])
-    run = toy.Run(tmp_path)
-    try:
-        deadline = time.monotonic() + 200
-        while not list(tmp_path.glob("artifact/train/*/step_*/state.pt")):
-            assert time.monotonic() < deadline, "no checkpoint"
-            assert driver.poll() is None, "the driver ended by itself"
-            time.sleep(0.02)
-    finally:
-        for process in [*psutil.Process(driver.pid).children(recursive=True), driver]:
-            os.kill(process.pid, signal.SIGKILL)
-    driver.wait()
-    assert max(run.seen()) < 47, "killed too late to show anything"
-    run.fit()
-    assert run.progress[0][0] >= 8, "did not start from the checkpoint"
     assert_same_training(run, uninterrupted)
 
 
