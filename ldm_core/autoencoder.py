@@ -86,7 +86,12 @@ class FirstStageConfig:
             )
         if self.codebook_size is not None and self.codebook_size < 2:
             raise ValueError(f"FirstStageConfig.codebook_size must be at least 2, got {self.codebook_size}")
-        if self.trained_at_resolution % self.downsampling_factor:
+        sizes = [self.trained_at_resolution // 2**level for level in range(len(self.channel_mult))]
+        if unknown := sorted(set(self.attention_resolutions) - set(sizes)):
+            raise ValueError(
+                f"FirstStageConfig.attention_resolutions must be sizes of feature maps, {sizes}, got {unknown}"
+            )
+        if self.trained_at_resolution < 1 or self.trained_at_resolution % self.downsampling_factor:
             raise ValueError(
                 f"FirstStageConfig.trained_at_resolution must be a multiple of the downsampling factor "
                 f"{self.downsampling_factor}, got {self.trained_at_resolution}"

@@ -253,8 +253,8 @@ class UNet(nn.Module):
         if isinstance(context, PreparedContext):
             if context.batch % z.shape[0] or config.context_dim is None:
                 raise ValueError(
-                    f"a prepared context must be of this UNet and for a multiple of {z.shape[0]} samples, "
-                    f"got one for {context.batch}; prepare it anew"
+                    f"a prepared context must be for {z.shape[0]} samples or a multiple, got one for {context.batch}: "
+                    "prepare it anew"
                 )
             return
         if (context is None) != (config.context_dim is None):
@@ -263,7 +263,10 @@ class UNet(nn.Module):
                 f"got {'none' if context is None else tuple(context.shape)}"
             )
         if context is not None and (
-            context.ndim != 3 or context.shape[0] % z.shape[0] or context.shape[2] != config.context_dim
+            context.ndim != 3
+            or context.numel() == 0
+            or context.shape[0] % z.shape[0]
+            or context.shape[2] != config.context_dim
         ):
             raise ValueError(
                 f"context must be (B, L, D) with B = {z.shape[0]} or a multiple, here "

@@ -157,8 +157,13 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
     recomputing = copy.deepcopy(plain)
     recomputing.activation_checkpointing = True
     z, t, context = torch.randn(2, 4, 8, 8), torch.tensor([5, 700]), torch.randn(2, 3, 6)
+    calls = {}
     for unet in (plain, recomputing):
+        calls[unet] = 0
+        for block in unet.input_blocks:
+            block.register_forward_pre_hook(lambda *_, unet=unet: calls.update({unet: calls[unet] + 1}))
         unet(z, t, context=context).square().mean().backward()
+    assert calls[recomputing] == 2 * calls[plain], "each block is computed again in the backward pass"
     for (name, ours), other in zip(plain.named_parameters(), recomputing.parameters(), strict=True):
         assert ours.grad is not None
         assert other.grad is not None
@@ -222,7 +227,7 @@ def test_contexts_that_cannot_be_prepared_or_were_prepared_for_others_are_named(
     prepared = unet.prepare_context(torch.zeros(3, 3, 6))
     z, t = torch.zeros(2, 4, 8, 8), torch.zeros(2)
     for other in (unet, unconditional):
-        with pytest.raises(ValueError, match="for a multiple of 2 samples, got one for 3; prepare it anew"):
+        with pytest.raises(ValueError, match="for 2 samples or a multiple, got one for 3: prepare it anew"):
             other(z, t, context=prepared)
 
 
