@@ -111,10 +111,13 @@ def _message(error: Exception) -> str:
 
 
 def prepare_torch(device: str) -> None:
-    """Fix what the last bits of a result depend on; called once in each worker."""
+    """Fix what the last bits of a result depend on, and keep memory that was freed; called once in each worker."""
     import torch
 
+    from ldm_core.host_memory import keep_freed_memory
+
     torch.set_num_threads(CPU_THREADS_PER_WORKER)
+    keep_freed_memory()
     if device == "cuda":
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True

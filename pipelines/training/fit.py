@@ -8,6 +8,7 @@ import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ldm_core.host_memory import keep_freed_memory
 from pipelines.errors import UserError
 from pipelines.ledger import ArtifactWriter
 from pipelines.training.checkpoints import Checkpoints, discard_attempts, newest
@@ -103,6 +104,7 @@ def _work(job: _Job) -> None:
 
     worker = ray.train.get_context()
     use_cores(worker.get_local_world_size())
+    keep_freed_memory()
     place = Place(worker.get_world_rank(), worker.get_world_size(), ray.train.torch.get_device())
     TrainingLoop(job.task, job.config, job.seed, job.writer, job.relay, place).run(job.checkpoints)
 

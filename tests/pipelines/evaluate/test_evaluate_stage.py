@@ -112,9 +112,9 @@ def test_batches_are_cut_as_configured(upstream: dict[str, Artifact]) -> None:
     sizes = []
     model.unet.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     sample_prompts(model, tokenizer, ["red"] * 4, range(4), SAMPLING)
-    # Guidance doubles each batch; DDIM takes a step more where 1000 is not a multiple.
+    # Both halves of guidance share the latents; DDIM takes a step more where 1000 is not a multiple.
     steps = math.ceil(1000 / (1000 // SAMPLING.num_steps))
-    assert sizes == [6] * steps + [2] * steps
+    assert sizes == [3] * steps + [1] * steps
 
 
 def test_one_seed_a_prompt(upstream: dict[str, Artifact]) -> None:
