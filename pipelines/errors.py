@@ -2,6 +2,10 @@
 
 import errno
 
+# How libraries that write files themselves say it: safetensors, and torch.save, which never names its reason.
+DISK_FULL_WORDS = (("No space left on device",), ("inline_container.cc", "unexpected pos"))
+DISK_FULL_ADVICE = "free some space and run the same command again; what is committed is kept"
+
 
 class UserError(Exception):
     """The work cannot go on: a missing source, a full disk, a damaged shard. Exit code 1.
@@ -35,6 +39,8 @@ def explain(error: BaseException) -> UserError | None:
             return current
         if isinstance(current, OSError) and (known := _explain_os_error(current)):
             return known
+        if any(all(word in str(current) for word in words) for words in DISK_FULL_WORDS):
+            return UserError(f"disk full: {DISK_FULL_ADVICE}")
         current = _inner(current)
     return None
 
@@ -50,7 +56,7 @@ def _inner(error: BaseException) -> BaseException | None:
 def _explain_os_error(error: OSError) -> UserError | None:
     place = f" at {error.filename}" if error.filename else ""
     if error.errno == errno.ENOSPC:
-        return UserError(f"disk full{place}: free some space and run the same command again; what is committed is kept")
+        return UserError(f"disk full{place}: {DISK_FULL_ADVICE}")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(f"no permission to write{place}: choose another --root or change its permissions")
     return None

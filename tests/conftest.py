@@ -1,6 +1,8 @@
 """What tests share: one Ray for the whole session, and the shared data where it is there."""
 
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,3 +31,18 @@ def shared_data() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip("no ../shared/data beside the repository")
     return SHARED / "data"
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 300 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    if os.geteuid() != 0 or not mount:
+        pytest.skip("mounting a small file system needs root")
+    if subprocess.run([mount, "-t", "tmpfs", "-o", "size=300k", "tmpfs", folder], check=False).returncode:
+        pytest.skip("this machine does not allow mounting a small file system")
+    yield folder
+    # Lazily: a writer that failed may still hold its file.
+    subprocess.run(["umount", "--lazy", folder], check=True)

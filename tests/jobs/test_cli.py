@@ -1,12 +1,11 @@
 """The `ldm` command: what it refuses, in one line and with the right exit code, and what it leaves alone."""
 
 import json
-import os
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,22 +16,6 @@ from jobs import cli
 from tests.tiny import tiny_recipe, write_pictures, write_recipe
 
 Ldm = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def ldm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Ldm:
-    """Run the command in this process: exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["ldm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(exit_.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -215,20 +198,6 @@ def test_doctor_says_what_is_there_and_fails_where_nothing_can_be_written(ldm: L
     code, _, err = ldm("doctor", "--root", "/proc/nowhere")
     assert code == 1
     assert "cannot run ldm on /proc/nowhere" in err
-
-
-@pytest.fixture
-def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 300 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = shutil.which("mount")
-    if os.geteuid() != 0 or not mount:
-        pytest.skip("mounting a small file system needs root")
-    if subprocess.run([mount, "-t", "tmpfs", "-o", "size=300k", "tmpfs", folder], check=False).returncode:
-        pytest.skip("this machine does not allow mounting a small file system")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 import ldm_core
-from jobs import cli
 from ldm_core import checkpoint, presets
 from ldm_core.autoencoder import build_first_stage
 from ldm_core.checkpoint_formats import compvis
@@ -21,22 +20,6 @@ from ldm_core.latent_diffusion import LatentDiffusion
 from ldm_core.tokenizer import Tokenizer, build_vocabulary
 
 Ldm = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def ldm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Ldm:
-    """Run the command in this process: exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["ldm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(exit_.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -232,3 +215,17 @@ def test_an_interrupted_import_cleans_up(model: LatentDiffusion, tmp_path: Path)
     assert process.returncode == 130
     assert b"interrupted" in err
     assert [path.name for path in tmp_path.iterdir()] == ["model.ckpt"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(ldm: Ldm, full_disk: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    checkpoint.save(presets.get("tiny-uncond").build(), model)
+    for command in ("import", "export"):
+        source = model if command == "export" else tmp_path / "release"
+        if command == "import":
+            assert ldm("export", model, source, "--format", "compvis")[0] == 0
+        code, _, err = ldm(command, source, full_disk / "out", *(["--format", "compvis"] * (command == "export")))
+        assert code == 1
+        assert "disk full" in err
+        assert err.count("\n") == 1
+        assert not list(full_disk.iterdir())
