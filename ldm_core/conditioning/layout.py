@@ -1,4 +1,4 @@
-"""Layouts: labelled bounding boxes written as tokens (paper, Sec. 4.3.1, Appendix D.1: layout-to-image).
+"""Layouts: labelled bounding boxes written as tokens (paper, Sec. 4.3.1, Appendix D.3: layout-to-image).
 
 An object is three tokens: its class and two corners of its box; a corner's token is its cell in a grid over the
 image. Objects that are not there, and what a layout lacks, are the last token of the vocabulary. Two more tokens give

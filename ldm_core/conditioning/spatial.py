@@ -1,4 +1,4 @@
-"""Conditions that are pictures themselves: channels beside the latent's (paper, Sec. 3.3, 4.3.1, 4.4 and 4.5).
+"""Conditions that are pictures themselves: channels beside the latent's (paper, Sec. 3.3, 4.3.2, 4.4 and 4.5).
 
 Shapes: H, W: size of the image; h, w: of its latent. Images are in [-1, 1].
 """
@@ -18,7 +18,7 @@ from ldm_core.ids import check_ids
 
 @dataclass(frozen=True, kw_only=True)
 class SemanticMapConfig:
-    """Shape of a rescaled semantic map (Sec. 4.3.1: semantic synthesis).
+    """Shape of a rescaled semantic map (Sec. 4.3.2: semantic synthesis).
 
     Args:
         classes: labels are 0 ... classes - 1.
