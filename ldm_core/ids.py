@@ -19,3 +19,25 @@ def check_ids(ids: Tensor, size: int, what: str) -> None:
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= size:
             raise ValueError(f"{what} must be in 0 ... {size - 1}, got {low} ... {high}")
+
+
+def check_tokens(tokens: Tensor, *, max_length: int, vocabulary_size: int | None = None) -> Tensor:
+    """Token ids (B, L) of any integer type as int64.
+
+    Args:
+        tokens: integers in [0, vocabulary_size), L at most max_length.
+        max_length: longest sequence.
+        vocabulary_size: None where it is not known.
+
+    Raises:
+        ValueError: tokens are not integers of that shape and range.
+    """
+    if tokens.ndim != 2 or tokens.is_floating_point() or tokens.shape[1] > max_length:
+        raise ValueError(
+            f"tokens must be integers of shape (B, L) with L <= {max_length}, "
+            f"got {tokens.dtype} of shape {tuple(tokens.shape)}"
+        )
+    tokens = tokens.long()
+    if vocabulary_size is not None:
+        check_ids(tokens, vocabulary_size, "token ids")
+    return tokens

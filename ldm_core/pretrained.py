@@ -31,12 +31,12 @@ class TextEncoder:
 
     Attributes:
         conditioner: token ids (B, L) to a context (B, L, D); in evaluation mode, without gradients.
-        tokenizer: captions to the ids that it was trained on; None where the source brings none.
+        tokenizer: captions to the ids that it was trained on.
         digest: sha256 (hex) over its weights files: what a cache of its outputs is keyed by.
     """
 
     conditioner: FrozenClipConditioner | FrozenTextConditioner
-    tokenizer: FileTokenizer | None
+    tokenizer: FileTokenizer
     digest: str
 
 

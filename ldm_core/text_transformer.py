@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_core.attention import Attention, FeedForward
-from ldm_core.ids import check_ids
+from ldm_core.ids import check_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,13 +95,7 @@ class TextTransformer(nn.Module):
         Raises:
             ValueError: tokens are not integers of that shape and range.
         """
-        if tokens.ndim != 2 or tokens.is_floating_point() or tokens.shape[1] > self.config.max_length:
-            raise ValueError(
-                f"tokens must be integers of shape (B, L) with L <= {self.config.max_length}, "
-                f"got {tokens.dtype} of shape {tuple(tokens.shape)}"
-            )
-        tokens = tokens.long()
-        check_ids(tokens, self.config.vocabulary_size, "token ids")
+        tokens = check_tokens(tokens, max_length=self.config.max_length, vocabulary_size=self.config.vocabulary_size)
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.token_embedding(tokens) + self.position_embedding(positions)
         for layer in self.layers:

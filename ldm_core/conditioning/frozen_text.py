@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ldm_core.clip_text import ClipTextConfig, ClipTextTransformer
 from ldm_core.conditioning.interface import Conditioner, Conditioning
+from ldm_core.ids import check_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +96,7 @@ class FrozenTextConditioner(_Frozen):
             ValueError: tokens are not integers of that shape, or more than `max_length` a caption.
         """
         config = self.config
-        if tokens.ndim != 2 or tokens.is_floating_point() or tokens.shape[1] > config.max_length:
-            raise ValueError(
-                f"tokens must be integers of shape (B, L) with L <= {config.max_length}, "
-                f"got {tokens.dtype} of shape {tuple(tokens.shape)}"
-            )
-        tokens = tokens.long()
+        tokens = check_tokens(tokens, max_length=config.max_length)
         attended = torch.ones_like(tokens) if config.pad_id is None else (tokens != config.pad_id).long()
         # Where a caption is all padding the softmax would be over nothing.
         attended[:, 0] = 1

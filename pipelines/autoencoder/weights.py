@@ -62,42 +62,22 @@ def load_weights(config: "FirstStageConfig", file: Path, device: Any = "cpu") ->
         UserError: where the file cannot be read, or its tensors are not the configuration's; they are listed by name.
     """
     import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     from ldm_core.autoencoder import build_first_stage
+    from ldm_core.checkpoint_formats.named_tensors import differences
+    from ldm_core.checkpoint_formats.weights_files import open_safetensors
 
     try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
+        tensors = open_safetensors(file)
+    except (ValueError, OSError) as error:
         raise UserError(f"{file} is not a readable safetensors file ({error})") from error
     with torch.device("meta"):
         model = build_first_stage(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if problems := _differences(expected, found):
+    if problems := differences(expected, tensors.shapes):
         raise UserError(
             f"the weights in {file} are not those of autoencoder.model: {problems}; "
             "set autoencoder.model to the configuration that they were trained with"
         )
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     return model.to(device).eval().requires_grad_(False)
-
-
-def _differences(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> str:
-    misshapen = [
-        f"{name} {found[name]} instead of {expected[name]}"
-        for name in sorted(expected.keys() & found.keys())
-        if found[name] != expected[name]
-    ]
-    kinds = {
-        "missing": sorted(expected.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - expected.keys()),
-        "misshapen": misshapen,
-    }
-    return "; ".join(f"{kind} {_some(names)}" for kind, names in kinds.items() if names)
-
-
-def _some(names: list[str], limit: int = 6) -> str:
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -103,8 +103,8 @@ def test_weights_of_another_model_are_refused_by_name(tmp_path: Path, weights: P
     tensors["stranger"] = torch.zeros(1)
     save_file(tensors, weights / "model.safetensors")
     expected = (
-        "are not those of autoencoder.model: missing quant_conv.bias; unexpected stranger; "
-        "misshapen encoder.conv_in.weight (16, 1, 3, 3) instead of (16, 3, 3, 3); set autoencoder.model"
+        "are not those of autoencoder.model: missing: quant_conv.bias; unexpected: stranger; "
+        "misshapen: encoder.conv_in.weight (16, 1, 3, 3) instead of (16, 3, 3, 3); set autoencoder.model"
     )
     with pytest.raises(UserError, match=re.escape(expected)):
         run_stage(STAGE, config(weights=str(weights)), tmp_path, {"pairs": pairs_artifact(tmp_path)})
