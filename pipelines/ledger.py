@@ -10,6 +10,7 @@ to the new one.
 import hashlib
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,13 +18,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipelines.errors import UserError
-from pipelines.storage import Storage, sha256_file
+from pipelines.storage import Storage, encode_json, sha256_file
 
 MANIFEST = "manifest.json"
 SUPERSEDED = "superseded.json"
 COMMITS = "commits"
 # What a training stage writes last, before its manifest.
 DETAILS = "details.json"
+READERS = 32
 
 
 class FileRecord(BaseModel):
@@ -100,6 +102,12 @@ class Artifact:
     def details(self) -> dict[str, Any]:
         return self.manifest.details
 
+    @property
+    def reference(self) -> str:
+        """The key, and how often samples were added since: what the keys of later stages are made of."""
+        additions = self.details.get("additions", 0)
+        return f"{self.key}+{additions}" if additions else self.key
+
     def shards(self, suffix: str = ".tar") -> list[FileRecord]:
         """The committed shards, in order, whose names end with `suffix`."""
         return sorted((f for f in self.manifest.files if f.name.endswith(suffix)), key=lambda f: f.name)
@@ -162,28 +170,48 @@ class ArtifactWriter:
         Raises:
             UserError: a committed file has another size now; it is never redone silently.
         """
-        records = {}
-        for name in (self.storage / COMMITS).names("*.json"):
-            record = FileRecord.model_validate((self.storage / COMMITS).read_json(name))
-            if (size := self.storage.size(record.name)) != record.bytes:
+        folder = self.storage / COMMITS
+        names = folder.names("*.json")
+        with ThreadPoolExecutor(READERS) as readers:
+            # Object stores answer slowly, but many at once; on a local disk threads only cost.
+            read = map if folder.is_local else readers.map
+            records = [FileRecord.model_validate(record) for record in read(folder.read_json, names)]
+        sizes = self.storage.sizes() if records else {}
+        for name, record in zip(names, records, strict=True):
+            size = sizes[record.name] if record.name in sizes else self.storage.size(record.name)
+            if size != record.bytes:
                 raise UserError(
                     f"{self.storage.url}/{record.name} was committed with {record.bytes} bytes but has {max(size, 0)}: "
                     f"it was damaged afterwards; remove it and its record {COMMITS}/{name} there, then run the same "
                     "command again to rebuild it"
                 )
-            records[record.name] = record
-        return records
+        return {record.name: record for record in records}
 
-    def commit(self, name: str, *, rows: int = 0) -> FileRecord:
-        """Record a file that is already in place as committed; keeps the earlier record where there is one."""
+    def commit(self, name: str, *, rows: int = 0, sha256: str | None = None) -> FileRecord:
+        """Record a file that is already in place as committed; keeps the earlier record where there is one.
+
+        Args:
+            rows: samples in the file.
+            sha256: of its contents, where the caller has computed it; else the file is read once more.
+
+        Raises:
+            UserError: the file is missing.
+        """
         record_name = f"{COMMITS}/{name.replace('/', '__')}.json"
-        if self.storage.exists(record_name):
-            return FileRecord.model_validate(self.storage.read_json(record_name))
-        with self.storage.open(name) as file:
-            digest = sha256_file(file)
-        record = FileRecord(name=name, rows=rows, bytes=self.storage.size(name), sha256=digest)
-        self.storage.write_json(record_name, record.model_dump())
-        return record
+        if sha256 is None:
+            if self.storage.exists(record_name):
+                return self._earlier(record_name)
+            with self.storage.open(name) as file:
+                sha256 = sha256_file(file)
+        if (size := self.storage.size(name)) < 0:
+            raise UserError(f"{self.storage.url}/{name} is missing: it cannot be committed")
+        record = FileRecord(name=name, rows=rows, bytes=size, sha256=sha256)
+        if self.storage.create(record_name, encode_json(record.model_dump())):
+            return record
+        return self._earlier(record_name)
+
+    def _earlier(self, record_name: str) -> FileRecord:
+        return FileRecord.model_validate(self.storage.read_json(record_name))
 
     def finish(
         self,

@@ -4,12 +4,8 @@ pairs -> autoencoder -> latents -> diffusion -> evaluate -> export
 """
 
 import contextlib
-import fcntl
-import os
-import socket
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +20,7 @@ from pipelines.evaluate.stage import STAGE as EVALUATE
 from pipelines.export.stage import STAGE as EXPORT
 from pipelines.latents.stage import STAGE as LATENTS
 from pipelines.ledger import Artifact, ArtifactWriter, Ledger, artifact_key, digest_json
+from pipelines.lock import Hold, exclusive
 from pipelines.pairs.stage import STAGE as PAIRS
 from pipelines.recipe import Recipe
 from pipelines.stage import Progress, Stage, StageContext
@@ -32,7 +29,7 @@ from pipelines.tracking import StageTracker, Tracker, store
 
 STAGES: tuple[Stage, ...] = (PAIRS, AUTOENCODER, LATENTS, DIFFUSION, EVALUATE, EXPORT)
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
-State = Literal["cached", "resumed", "run", "skipped"]
+State = Literal["cached", "resumed", "retried", "run", "skipped"]
 
 REPORT = "report.html"
 # Which MLflow run an unfinished pipeline run, and an unfinished stage, go on in.
@@ -91,6 +88,11 @@ class PlannedStage:
     state: State
     artifact: Artifact | None
 
+    @property
+    def reference(self) -> str:
+        """What the keys of later stages are made of."""
+        return self.artifact.reference if self.artifact else self.key
+
 
 @dataclass
 class StageRow:
@@ -135,7 +137,7 @@ def plan(recipe: Recipe, selection: Selection | None = None) -> list[PlannedStag
     walk = []
     for stage in STAGES:
         planned = plan_stage(recipe, ledger, stage, keys, selection)
-        keys[stage.name] = planned.key
+        keys[stage.name] = planned.reference
         walk.append(planned)
     return walk
 
@@ -154,7 +156,8 @@ def plan_stage(
     state: State
     if artifact:
         artifact.require(stage.name, stage.format_version)
-        state = "cached"
+        grows = stage.name in selection.names and stage.may_grow is not None and stage.may_grow(config, artifact)
+        state = "retried" if grows else "cached"
     elif stage.name not in selection.names:
         state = "skipped"
     else:
@@ -196,7 +199,7 @@ class _Walk:
         # What is wrong with any stage's inputs is said before the first one runs.
         plan(self.recipe, self.selection)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_exclusive(root))
+            self.hold: Hold = stack.enter_context(exclusive(root))
             self.tracker: Tracker | None = None
             try:
                 self._walk(Ledger(root), root, stack)
@@ -213,8 +216,9 @@ class _Walk:
 
     def _walk(self, ledger: Ledger, root: Storage, stack: contextlib.ExitStack) -> None:
         for stage in STAGES:
+            self.hold.check()
             planned = plan_stage(self.recipe, ledger, stage, self.keys, self.selection)
-            self.keys[stage.name] = planned.key
+            self.keys[stage.name] = planned.reference
             if planned.state in ("cached", "skipped"):
                 self._record(planned, planned.artifact, 0.0)
                 continue
@@ -251,6 +255,7 @@ class _Walk:
                         tracker=stage_tracker,
                         progress=self._progress(stage.name),
                         scratch=Path(scratch),
+                        finished=planned.artifact,
                     )
                 )
         except BaseException as error:
@@ -259,6 +264,7 @@ class _Walk:
                 raise known from error
             raise
         seconds = time.monotonic() - started
+        self.hold.check()
         writer.finish(
             format_version=stage.format_version,
             config=planned.config.model_dump(mode="json"),
@@ -271,8 +277,9 @@ class _Walk:
         stage_tracker.finish("FINISHED")
         artifact = ledger.find(stage.name, planned.key)
         assert artifact is not None
-        artifact = self._settle(ledger, planned, artifact)
-        self.keys[stage.name] = artifact.key
+        if planned.state != "retried":
+            artifact = self._settle(ledger, planned, artifact)
+        self.keys[stage.name] = artifact.reference
         self._record(planned, artifact, seconds)
 
     def _settle(self, ledger: Ledger, planned: PlannedStage, artifact: Artifact) -> Artifact:
@@ -356,28 +363,3 @@ def _headlines(artifacts: dict[str, Artifact]) -> dict[str, float]:
         for key in keys
         if name in artifacts and artifacts[name].details.get(key) is not None
     }
-
-
-@contextlib.contextmanager
-def _exclusive(root: Storage) -> Iterator[None]:
-    """One run at a time on a local root. The kernel gives the lock back when its holder dies, however it dies."""
-    if not root.is_local:
-        yield
-        return
-    folder = Path(root.path())
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise UserError(f"cannot write to root {root.url}: {error.strerror}; choose another with --root") from error
-    with os.fdopen(descriptor, "r+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = file.read().strip() or "another process"
-            raise UserError(f"root {root.url} is in use by {holder}: wait for it, or choose another --root") from None
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
-        file.truncate(0)

@@ -33,6 +33,7 @@ class StageContext:
         tracker: metrics, images and tags of this stage's MLflow run; never blocks.
         progress: how far the stage is.
         scratch: a local folder that is gone after the run; for what may be lost.
+        finished: the artifact as it is, where it is finished and only grows.
     """
 
     config: Any
@@ -42,6 +43,7 @@ class StageContext:
     tracker: StageTracker
     progress: Progress
     scratch: Path
+    finished: Artifact | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Stage:
             config. Cheap: runs for every `plan`.
         run: does the work; skips what is committed, returns the manifest's `details`.
         uses_seed: whether the recipe's seed can change its output.
+        may_grow: whether this config asks to add to a finished artifact; None where that never happens.
     """
 
     name: str
@@ -64,6 +67,7 @@ class Stage:
     inputs: Callable[[Any], dict[str, str]]
     run: Callable[[StageContext], dict[str, Any]]
     uses_seed: bool = True
+    may_grow: Callable[[Any, Artifact], bool] | None = None
 
     def identity(self, config: Config, seed: int, upstream_keys: Mapping[str, str]) -> dict[str, Any]:
         """Everything that can change the output, as JSON values."""

@@ -3,12 +3,16 @@
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from pipelines.cluster import ClusterConfig, connect
+
+if TYPE_CHECKING:
+    from tests.pipelines.s3 import S3
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -46,3 +50,37 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
     yield folder
     # Lazily: a writer that failed may still hold its file.
     subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> "Iterator[S3]":
+    """One S3 server on loopback for all tests of the session; tests keep to a prefix of their own."""
+    from tests.pipelines.s3 import S3
+
+    server = S3()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def use_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Points s3fs at a server, by URL, for this test alone."""
+    import s3fs
+
+    from tests.pipelines.s3 import environment
+
+    def use(url: str) -> None:
+        for name, value in environment(url).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("AWS_PROFILE", raising=False)
+        s3fs.S3FileSystem.clear_instance_cache()
+
+    yield use
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def s3(s3_server: "S3", use_s3: Callable[[str], None]) -> "S3":
+    """The S3 server, reached directly."""
+    use_s3(s3_server.url)
+    return s3_server

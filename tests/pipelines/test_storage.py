@@ -1,8 +1,11 @@
 """Storage: whole files or none, on local disks and on any fsspec store."""
 
+import errno
+import os
 import pickle
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -64,6 +67,51 @@ def test_local_copy_holds_the_contents(storage: Storage) -> None:
     storage.write_bytes("a.tar", b"abc")
     with storage.local_copy("a.tar") as path:
         assert path.read_bytes() == b"abc"
+
+
+def test_of_many_that_create_one_file_one_is_told_so(storage: Storage) -> None:
+    with ThreadPoolExecutor(1 if not storage.is_local else 8) as threads:
+        told = list(threads.map(lambda i: storage.create("sub/a", f"{i}".encode()), range(8)))
+    assert sum(told) == 1
+    assert storage.read_bytes("sub/a") == f"{told.index(True)}".encode()
+    assert (storage / "sub").sizes() == {"a": 1}
+
+
+def test_a_copy_is_whole_and_does_not_follow_its_source(storage: Storage, tmp_path: Path) -> None:
+    other = Storage(str(tmp_path / "other"))
+    storage.write_bytes("a.tar", b"old")
+    for source, target in ((storage, storage / "sub"), (storage, other), (other, storage / "back")):
+        source.copy("a.tar", target)
+        source.copy("a.tar", target, "b.tar")
+        source.copy("a.tar", target, "b.tar")
+        assert target.names() == ["a.tar", "b.tar"]
+    storage.write_bytes("a.tar", b"new")
+    assert (storage / "sub").read_bytes("b.tar") == other.read_bytes("a.tar") == b"old"
+    for target in (storage, other):
+        with pytest.raises(UserError, match="none is missing"):
+            storage.copy("none", target)
+    assert other.sizes() == {"a.tar": 3, "b.tar": 3}
+
+
+def test_local_copies_share_their_bytes(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    storage.write_bytes("a.tar", b"data")
+    storage.copy("a.tar", storage / "sub")
+    assert (tmp_path / "a.tar").samefile(tmp_path / "sub" / "a.tar")
+
+
+def test_creating_and_copying_work_where_there_are_no_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    storage = Storage(str(tmp_path))
+    assert (storage.create("a", b"1"), storage.create("a", b"2")) == (True, False)
+    storage.copy("a", storage / "sub")
+    assert (storage / "sub").read_bytes("a") == b"1"
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["a"]
 
 
 def test_missing_and_damaged_files_are_user_errors(storage: Storage) -> None:
