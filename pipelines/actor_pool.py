@@ -12,6 +12,7 @@ from pipelines.errors import UserError, explain
 # Kernels may sum in another order with another number of threads: with one a worker, results do not depend on
 # the number of cores, and the pool keeps them all busy.
 CPU_THREADS_PER_WORKER = 1
+MOST_BLOCKS = 8192
 
 
 class Worker(Protocol):
@@ -56,11 +57,19 @@ def pool_size(items: int, *, workers: int | None = None, use_gpu: bool | None = 
 
 
 def map_on_actors(
-    items: Sequence[dict[str, Any]], worker: type[Worker], *, arguments: dict[str, Any], size: PoolSize
+    items: Sequence[dict[str, Any]],
+    worker: type[Worker],
+    *,
+    arguments: dict[str, Any],
+    size: PoolSize,
+    calls_at_once: int = 1,
 ) -> Iterator[dict[str, Any]]:
     """Call `worker(**arguments)(item)` for every item on a pool of actors; results come as they are ready.
 
-    A worker that dies is replaced and its item is done again. Results must be JSON values.
+    A worker that dies is replaced and its items are done again. Results must be JSON values.
+
+    Args:
+        calls_at_once: threads that call one worker; more than one for workers that wait more than they compute.
 
     Raises:
         UserError: as a worker raised it, or what `pipelines.errors.explain` makes of it; ends the work.
@@ -69,11 +78,17 @@ def map_on_actors(
 
     if not items:
         return
-    # One block an item: Ray Data would otherwise hand several to one actor while another idles.
-    dataset = ray.data.from_items(list(items), override_num_blocks=len(items)).map(
+    # One block an item: Ray Data would otherwise hand several to one actor while another idles. The driver keeps some
+    # thousand bytes a block, so that where there are very many items a block holds several.
+    dataset = ray.data.from_items(list(items), override_num_blocks=min(len(items), MOST_BLOCKS)).map(
         _Reporting,  # type: ignore[arg-type]
         fn_constructor_kwargs={"worker": worker, "arguments": arguments},
-        compute=ray.data.ActorPoolStrategy(size=size.workers),
+        compute=ray.data.ActorPoolStrategy(
+            size=size.workers,
+            max_concurrent_calls_per_actor=calls_at_once,
+            max_tasks_in_flight_per_actor=max(calls_at_once, 2),
+            enable_true_multi_threading=calls_at_once > 1,
+        ),
         num_cpus=0 if size.use_gpu else 1,
         num_gpus=1 if size.use_gpu else 0,
     )

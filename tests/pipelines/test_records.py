@@ -1,5 +1,6 @@
 """Shards: deterministic, plain WebDataset, and never half-read in silence."""
 
+import hashlib
 import io
 import json
 import tarfile
@@ -11,7 +12,7 @@ import webdataset
 from PIL import Image
 
 from pipelines.errors import UserError
-from pipelines.records import decode_image, decode_npy, encode_npy, image_of, read_shard, write_shard
+from pipelines.records import ShardWriter, decode_image, decode_npy, encode_npy, image_of, read_shard, write_shard
 
 SAMPLES = [
     ("000000000", {"txt": "naïve café 猫".encode(), "jpg": b"\x00\x01" * 700, "json": b"{}"}),
@@ -100,3 +101,23 @@ def test_stored_pictures_decode_to_rgb_arrays() -> None:
     assert (array == 200).all()
     with pytest.raises(UserError, match="sample 7 has no picture"):
         image_of({"__key__": "7", "txt": b""})
+
+
+def test_our_headers_are_those_of_tarfile(tmp_path: Path) -> None:
+    samples = [
+        ("a" * 60, {"jpg": bytes(1000)}),
+        ("ключ", {"txt": b""}),
+        ("b" * 120, {"json": b"{}", "txt": bytes(512)}),
+    ]
+    with ShardWriter(tmp_path / "ours.tar") as shard:
+        for key, files in samples:
+            shard.add(key, files)
+    with tarfile.open(tmp_path / "theirs.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for key, files in samples:
+            for extension, data in sorted(files.items()):
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size, member.mode = len(data), 0o644
+                tar.addfile(member, io.BytesIO(data))
+    ours = (tmp_path / "ours.tar").read_bytes()
+    assert ours == (tmp_path / "theirs.tar").read_bytes()
+    assert (shard.rows, shard.bytes, shard.sha256) == (3, len(ours), hashlib.sha256(ours).hexdigest())
