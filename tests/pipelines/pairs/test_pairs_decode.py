@@ -12,39 +12,18 @@ import pytest
 from PIL import Image
 
 from pipelines.pairs.config import PairsConfig
-from pipelines.pairs.decode import make_picture
-from pipelines.pairs.rows import RejectedError
+from pipelines.pairs.pictures.decode import make_picture
 from pipelines.records import decode_image
+from tests.pipelines.pairs.pictures import encoded, make, status_of
 from tests.pipelines.pairs.web import picture
-
-
-def make(data: bytes, **options: Any) -> np.ndarray:
-    """The stored pixels."""
-    made = make_picture(data, PairsConfig.model_validate({"source": "x", "image_size": 32, "encode": "png", **options}))
-    pixels = decode_image(made.data)
-    assert pixels.shape == (made.height, made.width, 3)
-    return pixels
-
-
-def status_of(data: bytes, **options: Any) -> str:
-    try:
-        make(data, **options)
-    except RejectedError as error:
-        return error.status
-    return "ok"
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def test_center_crop_gives_a_square_of_exactly_the_size_asked_for() -> None:
     wide = Image.new("RGB", (300, 100), "red")
     wide.paste("blue", (100, 0, 200, 100))
     assert np.abs(make(encoded(wide))[:, 2:-2].astype(int) - (0, 0, 255)).max() <= 2
-    assert make(encoded(Image.new("RGB", (7, 5)))).shape == (32, 32, 3)
+    assert status_of(encoded(Image.new("RGB", (7, 5)))) == "too_small"
+    assert make(encoded(Image.new("RGB", (7, 5))), upscale=True).shape == (32, 32, 3)
 
 
 def test_keep_ratio_shrinks_the_shorter_side_and_never_enlarges() -> None:
@@ -166,8 +145,9 @@ def test_what_is_not_kept_says_why(data: bytes, options: dict[str, Any], status:
 @pytest.mark.filterwarnings("ignore")
 def test_hostile_files_each_get_a_status(shared_data: Path) -> None:
     rows = [json.loads(line) for line in (shared_data / "hostile" / "manifest.jsonl").read_text().splitlines()]
-    found = {row["file"]: status_of((shared_data / "hostile" / row["file"]).read_bytes()) for row in rows}
+    found = {row["file"]: status_of((shared_data / "hostile" / row["file"]).read_bytes(), upscale=True) for row in rows}
     assert set(found.values()) <= {"ok", "not_an_image", "decode_error", "too_large", "too_small"}
+    assert {found[row["file"]] for row in rows if row["category"] == "bomb_or_dos"} <= {"too_large", "decode_error"}
     # What Pillow decodes whole and we take for a picture must come through, whatever its name says.
     readable = {row["file"] for row in rows if row["pillow_13_0_0"]["outcome"] == "ok"}
     named = {row["file"] for row in rows if row["category"] in ("wrong_extension", "orientation", "bit_depth", "alpha")}

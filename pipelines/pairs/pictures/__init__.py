@@ -1,0 +1,1 @@
+"""From the bytes of any picture to the bytes that are stored."""
