@@ -1,94 +1,159 @@
-"""Dropping pairs whose picture was there before: which stay depends on row numbers, not on the order of arrival."""
+"""Which rows show a picture that was there before: exactly, by source bytes or URL, or nearly, by perceptual hash.
+
+Every `ok` row gives a few *tokens*: digests of its bytes and of its URL, and, for near duplicates, bands of its hash.
+Rows can only be duplicates of each other if they share a token, so that tokens may be dealt out to any number of
+parts, each of which is looked through on its own. The answer depends on row numbers, not on the order of arrival.
+
+Hashes within a distance of d bits agree, by the pigeonhole principle, in at least one of d + 1 bands; those that do are
+compared bit by bit.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pipelines.pairs.shard import OK, shard_name, write_table
-from pipelines.records import read_shard, write_shard
+from pipelines.pairs.outcome import OK
+from pipelines.pairs.shard import read_table
 from pipelines.storage import Storage
 
+HASH_BITS = 64
+# `rank` orders rows: rows of an earlier round stay where a later round finds the same picture.
+_TOKEN = np.dtype([("high", "<u8"), ("low", "<u8"), ("rank", "<i8"), ("hash", "<u8")])
+_ROUND_SHIFT = 48
+# The low half of a band's token; the digest of a URL or a file is not this one by chance.
+_BAND = np.uint64(0xBA4D_BA4D_BA4D_BA4D)
+_VERDICT = np.dtype([("row", "<i8"), ("of", "<i8"), ("near", "?")])
+_ROW_MASK = (1 << _ROUND_SHIFT) - 1
+# Pairs of hashes compared at once.
+_COMPARED = 1 << 22
 
-def find_duplicates(work: Storage, shards: int) -> list[int]:
-    """Rows (numbers in the whole source) with an earlier `ok` row of the same source bytes or the same URL, sorted.
+Tokens = NDArray[np.void]
+Verdicts = NDArray[np.void]
+NO_VERDICTS: Verdicts = np.empty(0, _VERDICT)
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Shards of one round, whose tables lie in one folder."""
+
+    folder: Storage
+    numbers: Sequence[int]
+    round: int = 0
+
+
+def tokens_a_row(distance: int | None) -> int:
+    return 2 + (0 if distance is None else distance + 1)
+
+
+def read_tokens(shards: Shards, distance: int | None) -> Tokens:
+    """The tokens of all `ok` rows.
 
     Args:
-        work: the folder with `NNNNNN.parquet` of every shard, before deduplication.
-        shards: how many.
+        distance: bits in which near duplicates may differ; None where only exact ones count.
     """
-    rows, by_bytes, by_url = [], [], []
-    for shard in range(shards):
-        table = _read_table(work, shard, ["row", "status", "url", "sha256"])
-        for row in table.to_pylist():
-            if row["status"] == OK:
-                rows.append(row["row"])
-                by_bytes.append(bytes.fromhex(row["sha256"])[:16])
-                # A row without a URL is like no other.
-                url = f"url {row['url']}" if row["url"] is not None else f"row {row['row']}"
-                by_url.append(hashlib.sha256(url.encode()).digest()[:16])
-    numbers = np.array(rows, dtype=np.int64)
-    repeated = _repeated(by_bytes) | _repeated(by_url)
-    return [int(row) for row in numbers[repeated]]
+    columns = ["row", "status", "url", "sha256", *(["phash"] if distance is not None else [])]
+    parts = [np.empty(0, _TOKEN)]
+    for shard in shards.numbers:
+        table = read_table(shards.folder, shard, columns)
+        kept = table.filter([status == OK for status in table.column("status").to_pylist()])
+        ranks = kept.column("row").to_numpy() + (shards.round << _ROUND_SHIFT)
+        digests = [bytes.fromhex(value) for value in kept.column("sha256").to_pylist()]
+        parts.append(_exact(digests, ranks))
+        urls = [(url, rank) for url, rank in zip(kept.column("url").to_pylist(), ranks) if url is not None]
+        parts.append(_exact([hashlib.sha256(f"url {url}".encode()).digest() for url, _ in urls], [r for _, r in urls]))
+        if distance is not None:
+            known = kept.filter(kept.column("phash").is_valid())
+            hashes = known.column("phash").to_numpy().astype(np.int64).view(np.uint64)
+            ranks = known.column("row").to_numpy() + (shards.round << _ROUND_SHIFT)
+            parts += [_band(hashes, ranks, band, distance + 1) for band in range(distance + 1)]
+    return np.concatenate(parts)
 
 
-def _repeated(digests: list[bytes]) -> np.ndarray:
-    """Which of these 16-byte digests were there before."""
-    repeated = np.ones(len(digests), dtype=bool)
-    repeated[np.unique(np.array(digests, dtype="S16"), return_index=True)[1]] = False
-    return repeated
+def split(tokens: Tokens, parts: int) -> list[Tokens]:
+    """Deal tokens out, equal ones to the same part."""
+    place = (tokens["high"] * np.uint64(0x9E37_79B9_7F4A_7C15) >> np.uint64(32)) % np.uint64(parts)
+    return [tokens[place == part] for part in range(parts)]
 
 
-def finish_shard(work: Storage, shard: int, duplicates: list[int], target: Storage) -> None:
-    """Write a shard without its duplicates, whose status becomes `duplicate`.
+def find_duplicates(tokens: Tokens, distance: int | None) -> Verdicts:
+    """Rows (`row`) with an earlier row (`of`, the earliest) of the same bytes or URL, or `near`, of a similar hash.
 
-    Args:
-        work, target: folders to read from and to write to.
-        duplicates: rows to drop, of this shard.
+    Sorted by row; one line a row, and an exact match counts before a near one.
     """
-    import pyarrow as pa
-
-    name = shard_name(shard)
-    if not duplicates:
-        for suffix in (".tar", ".parquet"):
-            with work.local_copy(name + suffix) as path, target.writer(name + suffix) as new:
-                _link_or_copy(path, new)
-        return
-    table = _read_table(work, shard)
-    dropped = np.isin(table.column("row").to_numpy(), duplicates)
-    keys = set(table.column("key").filter(pa.array(dropped)).to_pylist())
-    status = pa.array(
-        ["duplicate" if gone else old for gone, old in zip(dropped, table.column("status").to_pylist())], pa.string()
+    tokens = tokens[np.lexsort((tokens["rank"], tokens["low"], tokens["high"]))]
+    starts = np.flatnonzero(
+        np.concatenate(
+            [[True], (tokens["high"][1:] != tokens["high"][:-1]) | (tokens["low"][1:] != tokens["low"][:-1])]
+        )
+        if len(tokens)
+        else np.empty(0, bool)
     )
-    with work.open(f"{name}.tar") as file, target.writer(f"{name}.tar") as new:
-        write_shard(new, _without(read_shard(file), keys))
-    with target.writer(f"{name}.parquet") as new:
-        write_table(new, table.set_column(table.column_names.index("status"), "status", status))
+    sizes = np.diff(np.append(starts, len(tokens)))
+    banded = tokens["low"][starts] == _BAND
+    found = [NO_VERDICTS]
+    groups = np.repeat(starts, sizes)
+    later = (np.arange(len(tokens)) != groups) & (np.repeat(~banded, sizes))
+    found.append(_verdicts(tokens["rank"][later], tokens["rank"][groups[later]], near=False))
+    if distance is not None:
+        for start, size in zip(starts[banded & (sizes > 1)], sizes[banded & (sizes > 1)]):
+            found.append(_near(tokens[start : start + size], distance))
+    return merge([np.concatenate(found)])
 
 
-def _without(samples: Iterable[dict[str, Any]], keys: set[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    for sample in samples:
-        key = sample.pop("__key__")
-        if key not in keys:
-            yield key, sample
+def merge(verdicts: Sequence[Verdicts]) -> Verdicts:
+    """Verdicts on the same rows, from several parts, made one."""
+    every = np.concatenate([NO_VERDICTS, *verdicts])
+    every = every[np.lexsort((every["of"], every["near"], every["row"]))]
+    first = np.concatenate([[True], every["row"][1:] != every["row"][:-1]]) if len(every) else np.empty(0, bool)
+    return every[first]
 
 
-def _link_or_copy(path: Path, new: Path) -> None:
-    # A second name for the same bytes costs nothing; both stay valid when the work folder is removed.
-    try:
-        os.link(path, new)
-    except OSError:
-        shutil.copyfile(path, new)
+def parts_for(rows: int, distance: int | None, tokens_a_part: int) -> int:
+    """How many parts keep each below a number of tokens."""
+    return max(1, math.ceil(rows * tokens_a_row(distance) / tokens_a_part))
 
 
-def _read_table(work: Storage, shard: int, columns: list[str] | None = None) -> Any:
-    import pyarrow.parquet as pq
+def _exact(digests: Sequence[bytes], ranks: Sequence[int] | NDArray[np.int64]) -> Tokens:
+    tokens = np.zeros(len(digests), _TOKEN)
+    halves = np.frombuffer(b"".join(digest[:16] for digest in digests), "<u8").reshape(-1, 2)
+    tokens["high"], tokens["low"], tokens["rank"] = halves[:, 0], halves[:, 1], ranks
+    return tokens
 
-    with work.open(f"{shard_name(shard)}.parquet") as file:
-        return pq.read_table(file, columns=columns)
+
+def _band(hashes: NDArray[np.uint64], ranks: NDArray[np.int64], band: int, bands: int) -> Tokens:
+    first, last = HASH_BITS * band // bands, HASH_BITS * (band + 1) // bands
+    tokens = np.zeros(len(hashes), _TOKEN)
+    bits = (hashes >> np.uint64(first)) & np.uint64((1 << (last - first)) - 1)
+    # Two bands of the same value are not the same token.
+    tokens["high"] = (bits << np.uint64(8)) ^ np.uint64(band)
+    tokens["low"], tokens["rank"], tokens["hash"] = _BAND, ranks, hashes
+    return tokens
+
+
+def _near(group: Tokens, distance: int) -> Verdicts:
+    """Verdicts among rows that share a band, in order of rank."""
+    # Rows of one hash (copies, mostly) are compared once.
+    hashes, firsts, places = np.unique(group["hash"], return_index=True, return_inverse=True)
+    earliest = group["rank"][firsts]
+    best = earliest.copy()
+    step = max(1, _COMPARED // len(hashes))
+    for start in range(0, len(hashes), step):
+        chunk = hashes[start : start + step, None] ^ hashes[None, :]
+        similar = np.bitwise_count(chunk) <= distance
+        ranks = np.where(similar, earliest[None, :], np.iinfo(np.int64).max)
+        best[start : start + step] = ranks.min(axis=1)
+    of = best[places]
+    later = of < group["rank"]
+    return _verdicts(group["rank"][later], of[later], near=True)
+
+
+def _verdicts(ranks: NDArray[np.int64], of: NDArray[np.int64], *, near: bool) -> Verdicts:
+    verdicts = np.zeros(len(ranks), _VERDICT)
+    verdicts["row"], verdicts["of"], verdicts["near"] = ranks & _ROW_MASK, of & _ROW_MASK, near
+    return verdicts

@@ -1,16 +1,13 @@
 """One input row, whatever it came from, and what can be said of it before its picture is read."""
 
-import datetime
-import decimal
+from __future__ import annotations
+
 import math
-import os
-import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    import fsspec
     import pyarrow as pa
 
 # Names that a shard's own columns and json fields have; a source's column of that name becomes `source_NAME`.
@@ -18,6 +15,8 @@ RESERVED = frozenset(
     {"row", "key", "status", "url", "caption", "captions", "sha256"}
     | {"width", "height", "original_width", "original_height"}
 )
+# Of lists and objects in a carried column; JSON writers give up far below what a hostile table can nest.
+_MAX_DEPTH = 32
 
 
 class RejectedError(Exception):
@@ -58,7 +57,7 @@ class Source(Protocol):
         ...
 
     @property
-    def extra_types(self) -> Mapping[str, "pa.DataType"]:
+    def extra_types(self) -> Mapping[str, pa.DataType]:
         """Arrow types of the columns of `Row.extra` that hold one plain value a row."""
         ...
 
@@ -77,10 +76,26 @@ class Source(Protocol):
 
 
 def captions_of(value: Any) -> tuple[str, ...]:
-    """The captions in a table's cell or JSON field: a string, or a list of strings; blank ones are left out."""
+    """The captions in a table's cell or JSON field: a string, or a list of strings; blank ones are left out.
+
+    Numbers count by their text, bytes as UTF-8; a missing number (NaN) and objects are no captions.
+    """
     values = value if isinstance(value, list | tuple) else [value]
-    texts = (plain(v if isinstance(v, str) else str(v)) for v in values if v is not None)
+    texts = (_text(v) for v in values)
     return tuple(text for text in texts if text.strip())
+
+
+def url_of(value: Any) -> str | None:
+    """The URL in a table's cell, without the white space around it; None where there is none."""
+    return _text(value).strip() or None
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if value is None or isinstance(value, dict | list | tuple) or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return str(plain(value if isinstance(value, str) else str(value)))
 
 
 def extra_names(columns: list[str]) -> dict[str, str]:
@@ -94,39 +109,62 @@ def extra_names(columns: list[str]) -> dict[str, str]:
     return names
 
 
-def plain(value: Any) -> Any:
-    """A value as JSON can hold it: NaN becomes null, dates and decimals their text, bytes are left out."""
+def plain(value: Any, depth: int = 0) -> Any:
+    """A value as JSON can hold it: NaN, bytes and deep nesting become null, dates and the like their text."""
+    if value is None or isinstance(value, bool | int):
+        return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, str):
         # Half of a surrogate pair cannot be written as UTF-8.
         return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, bytes) or depth > _MAX_DEPTH:
+        return None
     if isinstance(value, dict):
-        return {str(plain(str(k))): plain(v) for k, v in value.items() if not isinstance(v, bytes)}
+        return {plain(str(k)): plain(v, depth + 1) for k, v in value.items() if not isinstance(v, bytes)}
     if isinstance(value, list | tuple):
-        return [plain(v) for v in value if not isinstance(v, bytes)]
-    if isinstance(value, datetime.date | datetime.time | datetime.timedelta | decimal.Decimal):
-        return str(value)
-    return value
+        return [plain(v, depth + 1) for v in value if not isinstance(v, bytes)]
+    return plain(str(value))
 
 
-def infer_type(values: list[Any]) -> "pa.DataType | None":
-    """The Arrow type that holds all of these JSON values; None for nested ones, text where they differ."""
+class _Huge:
+    """Stands for integers that Arrow's int64 does not hold."""
+
+
+def kind_of(value: Any) -> type:
+    """What `type_of` needs to know of a value."""
+    kind = type(value)
+    return _Huge if kind is int and not -(2**63) <= value < 2**63 else kind
+
+
+def type_of(kinds: Iterable[type]) -> pa.DataType | None:
+    """The Arrow type that holds JSON values of all these kinds; None for nested ones, text where they differ."""
     import pyarrow as pa
 
-    kinds = {type(v) for v in values if v is not None}
-    if kinds & {list, dict, tuple, bytes}:
+    found = set(kinds) - {type(None)}
+    if found & {list, dict, tuple, bytes}:
         return None
-    if kinds == {bool}:
+    if found == {bool}:
         return pa.bool_()
-    if kinds == {int} and all(-(2**63) <= v < 2**63 for v in values if v is not None):
+    if found == {int}:
         return pa.int64()
-    if kinds and kinds <= {int, float}:
+    # An integer of any size alone stays text, so that none of its digits is lost.
+    if float in found and found <= {int, float, _Huge}:
         return pa.float64()
     return pa.string()
 
 
-def fit(value: Any, kind: "pa.DataType") -> Any:
+def widest(first: pa.DataType, second: pa.DataType) -> pa.DataType:
+    """The type of a column that has one type in one part of a table and another in the next."""
+    import pyarrow as pa
+
+    if first == second:
+        return first
+    numbers = all(pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in (first, second))
+    return pa.float64() if numbers else pa.string()
+
+
+def fit(value: Any, kind: pa.DataType) -> Any:
     """A JSON value for a column of that Arrow type; None where it does not fit."""
     import pyarrow as pa
 
@@ -141,29 +179,7 @@ def fit(value: Any, kind: "pa.DataType") -> Any:
     if pa.types.is_integer(kind):
         low, high = (0, 2**64) if pa.types.is_uint64(kind) else (-(2**63), 2**63)
         return value if isinstance(value, int) and low <= value < high else None
-    return float(value)
-
-
-def read_file(filesystem: "fsspec.AbstractFileSystem", path: str, max_bytes: int) -> bytes:
-    """The bytes of a picture's file, at most `max_bytes`.
-
-    Raises:
-        RejectedError: `missing_file`, `unreadable_file` or `too_large`.
-    """
     try:
-        if "file" in filesystem.protocol:
-            status = os.stat(path)
-            # A pipe or a device named as a picture would block the shard for ever.
-            if not stat.S_ISREG(status.st_mode):
-                raise RejectedError("missing_file")
-            size = status.st_size
-        else:
-            size = int(filesystem.size(path) or 0)
-        if size > max_bytes:
-            raise RejectedError("too_large")
-        with filesystem.open(path, "rb") as file:
-            return bytes(file.read(max_bytes))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        raise RejectedError("missing_file") from None
-    except OSError:
-        raise RejectedError("unreadable_file") from None
+        return float(value)
+    except OverflowError:
+        return None

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import UserError
-from pipelines.ledger import COMMITS, ArtifactWriter
+from pipelines.ledger import COMMITS, Artifact
 from pipelines.pairs.config import PairsConfig
-from pipelines.stage import RateMeter, Stage, StageContext
+from pipelines.pairs.outcome import OK, may_pass
+from pipelines.stage import Stage, StageContext
 
 if TYPE_CHECKING:
+    from pipelines.pairs.board import Board
     from pipelines.pairs.rows import Source
+    from pipelines.pairs.schedule import Schedule
 
-FORMAT_VERSION = 1
-# Shards before deduplication; removed when all are finished.
+FORMAT_VERSION = 2
+# Shards in the making; removed when all are published.
 WORK = "work"
-# Tasks a CPU, where pictures are downloaded: while the last slow hosts of one shard are waited for, another is decoded.
-_DOWNLOADS_PER_CPU = 2
+_SHOW_EVERY_S = 1.0
+# Publishing is mostly renaming: so many shards are one task.
+_PUBLISHED_AT_ONCE = 64
 
 
 def source_digests(config: PairsConfig) -> dict[str, str]:
-    """The source by content, as part of the artifact's key."""
-    from pipelines.pairs.sources import open_source
+    """The source by content, and the files of models, as part of the artifact's key."""
+    from pipelines.pairs.scoring import digests
+    from pipelines.pairs.sources.finding import open_source
 
-    return {"source": open_source(config).digest()}
+    return {"source": open_source(config).digest(), **digests(config.scoring)}
 
 
 def count_rows(config: PairsConfig) -> int | None:
     """Input rows, for estimates; None where counting them means reading the whole source over a network."""
-    from pipelines.pairs.sources import open_source
-    from pipelines.pairs.tars import TarSource
+    from pipelines.pairs.sources.finding import open_source
+    from pipelines.pairs.sources.tars import TarSource
 
     source = open_source(config)
     if isinstance(source, TarSource) and any("://" in url for url in source.urls):
@@ -39,46 +46,242 @@ def count_rows(config: PairsConfig) -> int | None:
     return _total(source, config)
 
 
+def may_grow(config: PairsConfig, finished: Artifact) -> bool:
+    """Whether a finished artifact has rows that are to be tried again."""
+    statuses = finished.details.get("statuses", {})
+    return config.retry == "failed" and any(count and may_pass(status) for status, count in statuses.items())
+
+
 def run(context: StageContext) -> dict[str, Any]:
     """Make every shard that is not committed yet, and say what came out.
 
-    With `deduplicate`, shards are first made under `work/`; when all are there, the duplicates among all rows are known
-    and the final shards are written without them. Both steps pass over what an earlier run has left finished.
+    Where nothing has to be known of other rows, shards are committed one by one as they are made. With deduplication
+    or scoring they are made under `work/` first, and published when what is to be left out is known. Every step passes
+    over what an earlier run has left finished.
 
     Raises:
         UserError: the source is missing, damaged, empty or lacks a column; or no row gave a sample.
     """
-    from pipelines.pairs.shard import shard_name
-    from pipelines.pairs.sources import open_source
-    from pipelines.pairs.summary import summarise
+    from pipelines.pairs.sources.finding import open_source
 
     config: PairsConfig = context.config
-    writer = context.writer
     source = open_source(config)
     total = _total(source, config)
     if total == 0:
         raise UserError(f"{config.source} has no rows: say `--set pairs.source=PATH` of a source with pairs in it")
-    _require_similarity(source, config)
-    shards = math.ceil(total / config.rows_per_shard)
-    committed = writer.committed()
-    parquets = [f"{shard_name(shard)}.parquet" for shard in range(shards)]
-    pending = [
-        shard for shard in range(shards) if not {parquets[shard], f"{shard_name(shard)}.tar"} <= committed.keys()
-    ]
-    if pending:
-        _make(context, source, pending, shards, total)
-    # Only now: until the last shard is committed, each of them may be needed to decide what is a duplicate.
-    writer.storage.remove(WORK)
-    details = summarise(writer.storage, parquets, image_size=config.image_size)
-    if not details["samples"]:
-        # Nothing is lost by it, and after a network failure the next run must try again.
-        for name in [COMMITS, *writer.storage.names("*.tar"), *writer.storage.names("*.parquet")]:
-            writer.storage.remove(name)
-        counts = ", ".join(f"{count} {status}" for status, count in details["statuses"].items())
-        raise UserError(f"no row of {config.source} gave a sample ({counts}): mend the source, or what refuses it")
-    for status, count in details["statuses"].items():
-        context.tracker.metric(f"pairs/{status.replace(':', '_')}", count)
-    return details
+    _require_columns(source, config)
+    rounds = _Rounds.of(context.finished)
+    work = _Work(context, source, rounds.schedule(context, total), rounds)
+    work.run()
+    return _summarise(context, rounds.with_round(work.schedule), total)
+
+
+@dataclass(frozen=True)
+class _Rounds:
+    """The shards of the first run, and of each retry after it: [first shard, …] and the number of all shards."""
+
+    first_shards: tuple[int, ...] = ()
+    end: int = 0
+
+    @classmethod
+    def of(cls, finished: Artifact | None) -> _Rounds:
+        if finished is None:
+            return cls()
+        return cls(tuple(finished.details["rounds"]), len(finished.shards(".parquet")))
+
+    def schedule(self, context: StageContext, total: int) -> Schedule:
+        """What is to be made now."""
+        from pipelines.pairs.rounds import failed_rows
+        from pipelines.pairs.schedule import Schedule
+
+        size = context.config.rows_per_shard
+        if not self.end:
+            return Schedule(size, total)
+        return Schedule(size, total, self.end, failed_rows(context.writer.storage, self.shards))
+
+    @property
+    def shards(self) -> list[range]:
+        """The shards of every round."""
+        return [range(first, stop) for first, stop in zip(self.first_shards, [*self.first_shards[1:], self.end])]
+
+    def with_round(self, schedule: Schedule) -> _Rounds:
+        return _Rounds((*self.first_shards, schedule.first_shard), schedule.shards.stop)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One round of the stage."""
+
+    context: StageContext
+    source: Source
+    schedule: Schedule
+    rounds: _Rounds
+
+    @property
+    def config(self) -> PairsConfig:
+        config: PairsConfig = self.context.config
+        return config
+
+    @property
+    def in_two_steps(self) -> bool:
+        return self.config.deduplicate or self.config.scoring is not None
+
+    def run(self) -> None:
+        from pipelines.pairs.shard import table_name
+
+        committed = self.context.writer.committed()
+        pending = [shard for shard in self.schedule.shards if table_name(shard) not in committed]
+        if not pending:
+            return
+        if self.in_two_steps:
+            self._make(self._not_made())
+            self._score()
+            self._publish(pending)
+        else:
+            self._make(pending)
+        # Only now: until the last shard is committed, each of them may be needed to decide what is a duplicate.
+        self.context.writer.storage.remove(WORK)
+
+    def _not_made(self) -> list[int]:
+        from pipelines.pairs.worker import record_name
+
+        found = set((self.context.writer.storage / WORK).names("*.json"))
+        return [shard for shard in self.schedule.shards if record_name(shard) not in found]
+
+    def _make(self, shards: Sequence[int]) -> None:
+        from pipelines.actor_pool import map_on_actors, pool_size
+        from pipelines.pairs.board import Board
+        from pipelines.pairs.worker import ShardMaker
+
+        if not shards:
+            return
+        context, writer = self.context, self.context.writer
+        board = Board()
+        arguments = {
+            "source": self.source,
+            "config": self.config,
+            "schedule": self.schedule,
+            "work": writer.storage / WORK,
+            "writer": None if self.in_two_steps else writer,
+            "board": board,
+        }
+        results = map_on_actors(
+            [{"shard": shard} for shard in shards],
+            ShardMaker,
+            arguments=arguments,
+            size=pool_size(len(shards), workers=self.config.workers, use_gpu=False),
+            calls_at_once=self.config.shards_in_flight if self.source.downloads else 1,
+        )
+        before = self.schedule.rows - sum(map(self.schedule.rows_of, shards))
+        with _Showing(context, board, before, self.schedule.rows) as showing:
+            for _ in results:
+                showing.track()
+        board.close()
+
+    def _score(self) -> None:
+        if self.config.scoring is not None:
+            from pipelines.pairs.scoring import score_shards
+
+            work = self.context.writer.storage / WORK
+            score_shards(self.config.scoring, work, self.schedule.shards, self.context.progress)
+
+    def _publish(self, pending: Sequence[int]) -> None:
+        from pipelines.pairs.deduplicate import Shards
+        from pipelines.pairs.duplicates import DuplicateSearch, chunks
+        from pipelines.pairs.publish import Publisher
+
+        storage = self.context.writer.storage
+        work = storage / WORK
+        earlier = [Shards(storage, shards, number) for number, shards in enumerate(self.rounds.shards)]
+        search = DuplicateSearch(
+            work,
+            (*earlier, Shards(work, self.schedule.shards, len(earlier))),
+            self.schedule.total,
+            self.config.near_duplicates,
+        )
+        if self.config.deduplicate:
+            search.run(_for_each)
+        publisher = Publisher(self.config, work, self.context.writer)
+        groups = list(chunks(pending, _PUBLISHED_AT_ONCE))
+        deduplicate = self.config.deduplicate
+
+        def publish(item: dict[str, Any]) -> dict[str, Any]:
+            publisher.publish_all(groups[int(item["item"])], search if deduplicate else None)
+            return {"item": item["item"]}
+
+        for _ in _for_each(publish, range(len(groups))):
+            pass
+
+
+class _Showing:
+    """Tells the display and the tracker how far the workers are, while they work."""
+
+    def __init__(self, context: StageContext, board: Board, before: int, total: int) -> None:
+        from pipelines.pairs.recent_rate import RecentRate
+
+        self._context, self._board, self._before, self._total = context, board, before, total
+        self._rates = {"rows": RecentRate(), "bytes": RecentRate()}
+        self._now = {"rows": 0.0, "bytes": 0.0}
+        self._rows = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="progress")
+
+    def __enter__(self) -> _Showing:
+        from pipelines.pairs.unfinished import write_plan
+
+        write_plan(self._context.writer.storage / WORK, self._total, self._context.config.rows_per_shard)
+        self._show()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._show()
+        self.track()
+
+    def track(self) -> None:
+        """Log the rates of this moment."""
+        step = self._before + self._rows
+        self._context.tracker.metric("throughput/rows_per_s", self._now["rows"], step=step)
+        self._context.tracker.metric("throughput/mb_per_s", self._now["bytes"] / 1e6, step=step)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(_SHOW_EVERY_S):
+            self._show()
+
+    def _show(self) -> None:
+        # Of this run alone: what an earlier one has done took none of this one's time.
+        counts = self._board.read()
+        if counts["rows"] < self._rows:
+            return
+        self._rows = counts["rows"]
+        self._now = {name: rate.update(counts[name]) for name, rate in self._rates.items()}
+        facts = {}
+        if self._rows:
+            facts = {
+                "rows/s": f"{self._now['rows']:,.0f}",
+                "MB/s": f"{self._now['bytes'] / 1e6:.1f}",
+                OK: f"{100 * counts[f'status:{OK}'] / self._rows:.1f} %",
+                **_most_frequent_failures(counts, self._rows),
+            }
+        self._context.progress(min(self._before + self._rows, self._total), self._total, **facts)
+
+
+def _most_frequent_failures(counts: Counter[str], rows: int, most: int = 3) -> dict[str, str]:
+    failures = Counter({name.removeprefix("status:"): n for name, n in counts.items() if name.startswith("status:")})
+    failures.pop(OK, None)
+    return {name: f"{100 * count / rows:.1f} %" for name, count in failures.most_common(most)}
+
+
+def _for_each(function: Callable[[dict[str, Any]], dict[str, Any]], items: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Call a function on every item: here where there is one, else as tasks of Ray Data."""
+    if len(items) <= 1:
+        yield from (function({"item": item}) for item in items)
+        return
+    import ray.data
+
+    yield from ray.data.from_items(list(items), override_num_blocks=len(items)).map(function, num_cpus=1).iter_rows()
 
 
 def _total(source: Source, config: PairsConfig) -> int:
@@ -86,104 +289,46 @@ def _total(source: Source, config: PairsConfig) -> int:
     return total if config.limit is None else min(total, config.limit)
 
 
-def _make(context: StageContext, source: Source, pending: list[int], shards: int, total: int) -> None:
-    from pipelines.pairs.deduplicate import find_duplicates
-    from pipelines.pairs.shard import shard_name
+def _require_columns(source: Source, config: PairsConfig) -> None:
+    from pipelines.pairs.filters import column_filters
+    from pipelines.pairs.sources.columns import find_column
+
+    names = list(source.extra_types)
+    for name in column_filters(config):
+        if find_column(names, name) is None:
+            raise UserError(
+                f"{config.source} has no column `{name}`, which pairs.filters.{name} needs: it has "
+                f"{', '.join(names) or 'none'}; take the filter out of the recipe or name a column"
+            )
+
+
+def _summarise(context: StageContext, rounds: _Rounds, total: int) -> dict[str, Any]:
+    from pipelines.pairs.summary import summarise
 
     config: PairsConfig = context.config
-    writer = context.writer
-    work = writer.storage / WORK
-    target = work if config.deduplicate else writer.storage
-    wanted = range(shards) if config.deduplicate else pending
-    # A shard's parquet is written after its tar: where it is, both are whole.
-    found = set(target.names())
-    missing = [s for s in wanted if not {f"{shard_name(s)}.tar", f"{shard_name(s)}.parquet"} <= found]
-
-    tasks = _tasks(config, source, len(missing))
-    meter, made, ok = RateMeter(), 0, 0
-    before = total - sum(_rows_of(shard, config, total) for shard in missing)
-    context.progress(before, total)
-
-    def build(item: dict[str, Any]) -> dict[str, Any]:
-        from pipelines.pairs.shard import build_shard
-
-        return build_shard(source, config, int(item["item"]), total, target, tasks=tasks)
-
-    for result in _map(build, missing, tasks=tasks, cpus=1 / _DOWNLOADS_PER_CPU if source.downloads else 1):
-        made, ok = made + result["rows"], ok + result["ok"]
-        rate = meter.rate(made)
-        context.progress(before + made, total, rows_per_s=f"{rate:.0f}", ok=f"{100 * ok / made:.1f} %")
-        context.tracker.metric("throughput/rows_per_s", rate, step=before + made)
-
-    if not config.deduplicate:
-        for shard in pending:
-            _commit(writer, shard)
-        return
-    duplicates: dict[int, list[int]] = {}
-    for row in find_duplicates(work, shards):
-        duplicates.setdefault(row // config.rows_per_shard, []).append(row)
-
-    def finish(item: dict[str, Any]) -> dict[str, Any]:
-        from pipelines.pairs.deduplicate import finish_shard
-
-        shard = int(item["item"])
-        if not all(writer.storage.exists(f"{shard_name(shard)}.{kind}") for kind in ("tar", "parquet")):
-            finish_shard(work, shard, duplicates.get(shard, []), writer.storage)
-        _commit(writer, shard)
-        return {"shard": shard}
-
-    for _ in _map(finish, pending, tasks=_tasks(config, source, len(pending)), cpus=1):
-        pass
+    storage = context.writer.storage
+    details = summarise(storage, rounds.shards, image_size=config.image_size, for_each=_for_each)
+    details["rounds"] = list(rounds.first_shards)
+    details["additions"] = _additions(context, rounds)
+    if not details["samples"]:
+        # Nothing is lost by it, and after a network failure the next run must try again.
+        for name in [COMMITS, *storage.names("*.tar"), *storage.names("*.parquet")]:
+            storage.remove(name)
+        counts = ", ".join(f"{count} {status}" for status, count in details["statuses"].items())
+        raise UserError(f"no row of {config.source} gave a sample ({counts}): mend the source, or what refuses it")
+    for status, count in details["statuses"].items():
+        context.tracker.metric(f"pairs/{status.replace(':', '_')}", count)
+    return details
 
 
-def _commit(writer: ArtifactWriter, shard: int) -> None:
-    import pyarrow.parquet as pq
+def _additions(context: StageContext, rounds: _Rounds) -> int:
+    """How many retries gave samples."""
+    from pipelines.pairs.shard import shard_name
 
-    from pipelines.pairs.shard import OK, shard_name
-
-    name = shard_name(shard)
-    with writer.storage.open(f"{name}.parquet") as file:
-        statuses = pq.read_table(file, columns=["status"]).column("status").to_pylist()
-    writer.commit(f"{name}.tar", rows=statuses.count(OK))
-    writer.commit(f"{name}.parquet")
-
-
-def _map(
-    function: Callable[[dict[str, Any]], dict[str, Any]], items: Iterable[int], *, tasks: int, cpus: float
-) -> Iterator[dict[str, Any]]:
-    """Call a function on every item through Ray Data; results come as they are ready."""
-    import ray.data
-
-    numbers = list(items)
-    if not numbers:
-        return
-    # One block an item, so that each shard is a task of its own: the unit of work and of retry.
-    dataset = ray.data.from_items(numbers, override_num_blocks=len(numbers)).map(
-        function, num_cpus=cpus, compute=ray.data.TaskPoolStrategy(size=tasks)
-    )
-    yield from dataset.iter_rows()
-
-
-def _tasks(config: PairsConfig, source: Source, items: int) -> int:
-    """How many shards are made at once."""
-    import ray
-
-    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    possible = cpus * (_DOWNLOADS_PER_CPU if source.downloads else 1)
-    return max(1, min(config.workers or possible, items))
-
-
-def _rows_of(shard: int, config: PairsConfig, total: int) -> int:
-    return min(config.rows_per_shard, total - shard * config.rows_per_shard)
-
-
-def _require_similarity(source: Source, config: PairsConfig) -> None:
-    names = list(source.extra_types)
-    if config.min_similarity is not None and "similarity" not in (name.lower() for name in names):
-        raise UserError(
-            f"{config.source} has no column `similarity`, which pairs.min_similarity needs: it has {', '.join(names)}; "
-            "say `--set pairs.min_similarity=null`"
-        )
+    rows = Counter[str]()
+    for name, record in context.writer.committed().items():
+        rows[name.partition(".")[0]] += record.rows
+    return sum(any(rows[shard_name(shard)] for shard in shards) for shards in rounds.shards[1:])
 
 
 STAGE = Stage(
@@ -193,4 +338,5 @@ STAGE = Stage(
     inputs=source_digests,
     run=run,
     uses_seed=False,
+    may_grow=may_grow,
 )

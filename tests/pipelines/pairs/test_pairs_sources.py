@@ -15,7 +15,7 @@ import pytest
 from pipelines.errors import UserError
 from pipelines.pairs.config import PairsConfig
 from pipelines.pairs.rows import Row, Source
-from pipelines.pairs.sources import open_source
+from pipelines.pairs.sources.finding import open_source
 from pipelines.records import write_shard
 from tests.pipelines.pairs.web import picture
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import functools
 import posixpath
-
-import fsspec
+import re
+from typing import TYPE_CHECKING
 
 from pipelines.errors import UserError
 from pipelines.pairs.config import PairsConfig
-from pipelines.pairs.folders import PICTURE_SUFFIXES, open_folder
 from pipelines.pairs.rows import Source
-from pipelines.pairs.tables import TABLE_SUFFIXES, TableSource
-from pipelines.pairs.tars import TarSource
+from pipelines.pairs.sources.files import filesystem_of, is_local, readable
+from pipelines.pairs.sources.folders import PICTURE_SUFFIXES, open_folder
+from pipelines.pairs.sources.tables import TABLE_SUFFIXES, TableSource
+from pipelines.pairs.sources.tars import TarSource
+
+if TYPE_CHECKING:
+    import fsspec
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _CHANGE = "say `--set pairs.source=PATH`"
@@ -25,16 +29,18 @@ def open_source(config: PairsConfig) -> Source:
         UserError: nothing is there, or nothing that this stage reads.
     """
     try:
-        filesystem, path = fsspec.core.url_to_fs(config.source)
+        filesystem, path = filesystem_of(config.source)
     except (ValueError, ImportError) as error:
         raise UserError(f"no file system for {config.source}: {error}; {_CHANGE}") from None
     full = functools.partial(_with_protocol, filesystem)
-    if filesystem.isdir(path):
-        return _open_folder(filesystem, path, config)
-    if filesystem.exists(path):
-        paths = [path]
-    else:
-        paths = sorted(filesystem.glob(path)) if set("*?[") & set(path) else []
+    with readable(config.source):
+        if filesystem.isdir(path):
+            return _open_folder(filesystem, path, config)
+        if filesystem.exists(path):
+            paths = [path]
+        else:
+            found = filesystem.glob(path) if set("*?[") & set(path) else []
+            paths = sorted(p for p in found if not _is_leftover(p[len(_fixed_part(path)) :]))
     if not paths:
         raise UserError(f"no file, folder or match at {config.source}: {_CHANGE}")
     tars, tables = _ending(paths, (".tar",)), _ending(paths, TABLE_SUFFIXES)
@@ -49,8 +55,7 @@ def open_source(config: PairsConfig) -> Source:
 
 
 def _open_folder(filesystem: fsspec.AbstractFileSystem, path: str, config: PairsConfig) -> Source:
-    # Hidden files are what file managers and unfinished copies leave behind.
-    paths = sorted(p for p in filesystem.find(path) if "/." not in p[len(path.rstrip("/")) :])
+    paths = sorted(p for p in filesystem.find(path) if not _is_leftover(p[len(path.rstrip("/")) :]))
     full = functools.partial(_with_protocol, filesystem)
     direct = [p for p in paths if posixpath.dirname(p) == path.rstrip("/")]
     metadata = [p for name in METADATA_NAMES for p in direct if posixpath.basename(p) == name]
@@ -76,9 +81,19 @@ def _table(urls: list[str], config: PairsConfig) -> TableSource:
     return TableSource(urls=tuple(urls), wanted=config.columns, pictures=urls[0].rsplit("/", 1)[0])
 
 
+def _fixed_part(pattern: str) -> str:
+    """The folders of a glob pattern that are written out."""
+    return re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")[0]
+
+
+def _is_leftover(path: str) -> bool:
+    """What file managers, unfinished copies and unfinished jobs of Spark leave behind in a data set's folder."""
+    return "/." in path or "/_temporary/" in path
+
+
 def _ending(paths: list[str], suffixes: tuple[str, ...]) -> list[str]:
     return [path for path in paths if path.lower().endswith(suffixes)]
 
 
 def _with_protocol(filesystem: fsspec.AbstractFileSystem, path: str) -> str:
-    return path if "file" in filesystem.protocol else str(filesystem.unstrip_protocol(path))
+    return path if is_local(filesystem) else str(filesystem.unstrip_protocol(path))
