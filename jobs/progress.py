@@ -1,6 +1,7 @@
 """The display of a run: a live table on a terminal, one line a while in a log."""
 
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +15,10 @@ from pipelines.formatting import format_bytes, format_seconds
 from pipelines.run import STAGE_NAMES, PlannedStage, RunObserver, RunResult, StageRow
 
 LOG_EVERY_S = 10.0
+ETA_WINDOW_S = 120.0
+REMEMBER_EVERY_S = 0.5
 SPARKS = "▁▂▃▄▅▆▇█"
-STYLES = {"cached": "dim", "run": "green", "resumed": "green", "skipped": "dim", "forced": "green"}
+STYLES = {"cached": "dim", "run": "green", "resumed": "green", "retried": "green", "skipped": "dim", "forced": "green"}
 
 
 @dataclass
@@ -25,14 +28,22 @@ class _Running:
     total: int = 0
     facts: dict[str, str] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
-    first: tuple[float, int] | None = None
+    recent: deque[tuple[float, int]] = field(default_factory=deque)
 
     def update(self, done: int, total: int, facts: dict[str, str]) -> None:
         self.done, self.total, self.facts = done, total, facts
-        # Starting up, and what an earlier run has done, say nothing about the time that is left.
-        self.first = self.first or (time.monotonic(), done)
+        self._remember(time.monotonic(), done)
         if "loss" in facts:
             self.losses.append(float(facts["loss"]))
+
+    def _remember(self, now: float, done: int) -> None:
+        recent = self.recent
+        if recent and now - recent[-1][0] < REMEMBER_EVERY_S:
+            return
+        recent.append((now, done))
+        # Starting up, and what an earlier run has done, say nothing about the time that is left.
+        while len(recent) > 2 and (now - recent[1][0] >= ETA_WINDOW_S or recent[0][1] == recent[1][1]):
+            recent.popleft()
 
     @property
     def elapsed_s(self) -> float:
@@ -40,10 +51,19 @@ class _Running:
 
     @property
     def eta_s(self) -> float | None:
-        if self.first is None or not self.first[1] < self.done < self.total:
+        """Seconds that are left at the pace of the last minutes; None where nothing is known of it."""
+        if not self.recent or not self.recent[0][1] < self.done < self.total:
             return None
-        since, done = self.first
-        return (time.monotonic() - since) / (self.done - done) * (self.total - self.done)
+        since, before = self.recent[0]
+        return (time.monotonic() - since) / (self.done - before) * (self.total - self.done)
+
+    @property
+    def facts_line(self) -> str:
+        return "  ".join(f"{key} {value}" for key, value in self.facts.items())
+
+    @property
+    def left(self) -> str:
+        return f"{format_seconds(self.eta_s)} left" if self.eta_s is not None else ""
 
 
 class Display(RunObserver):
@@ -70,10 +90,10 @@ class Display(RunObserver):
         self._log(f"{planned.stage.name}: {'goes on' if planned.state == 'resumed' else 'starts'} (key {planned.key})")
 
     def progress(self, name: str, done: int, total: int, **facts: str) -> None:
-        self.running[name].update(done, total, facts)
+        state = self.running[name]
+        state.update(done, total, facts)
         if time.monotonic() - self.logged > LOG_EVERY_S:
-            shown = "  ".join(f"{key} {value}" for key, value in facts.items())
-            self._log(f"{name}: {done:,} of {total:,}  {shown}")
+            self._log("  ".join(filter(None, (f"{name}: {done:,} of {total:,}", state.facts_line, state.left))))
 
     def end(self, row: StageRow) -> None:
         self.running.pop(row.name, None)
@@ -97,15 +117,21 @@ class Display(RunObserver):
                 table.add_row(Text("▶", "bold cyan"), Text(name, "bold"), *_bar(self.running[name]))
             else:
                 table.add_row(Text("·", "dim"), Text(name, "dim"))
-        return Group(table, *(Text(_sparkline(r.losses), "cyan") for r in self.running.values() if len(r.losses) > 1))
+        below = [_line(f"  {state.facts_line}") for state in self.running.values() if state.facts]
+        sparks = [_line(_sparkline(state.losses), "cyan") for state in self.running.values() if len(state.losses) > 1]
+        return Group(table, *below, *sparks)
+
+
+def _line(text: str, style: str = "") -> Text:
+    # What does not fit is cut off: a live display that wraps jumps.
+    return Text(text, style, no_wrap=True, overflow="ellipsis")
 
 
 def _bar(state: _Running) -> list[RenderableType]:
-    facts = "  ".join(f"{key} {value}" for key, value in state.facts.items())
-    eta = f"  {format_seconds(state.eta_s)} left" if state.eta_s is not None else ""
+    counts = f"{state.done:,}/{state.total:,}  {state.left}" if state.total else format_seconds(state.elapsed_s)
     return [
         ProgressBar(total=state.total or None, completed=state.done, width=30, pulse=not state.total),
-        Text(f"{state.done:,}/{state.total:,}  {facts}{eta}" if state.total else format_seconds(state.elapsed_s)),
+        _line(counts),
     ]
 
 

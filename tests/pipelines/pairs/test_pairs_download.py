@@ -1,35 +1,37 @@
 """Downloads: each accident becomes one status, in bounded time and memory, and no private address is met."""
 
-import asyncio
+import threading
 import time
 from typing import Any
 
 import pytest
 
-from pipelines.pairs.addresses import is_public
 from pipelines.pairs.config import Download
-from pipelines.pairs.download import GIVE_UP_AFTER_TIMEOUTS, Downloader
-from pipelines.pairs.rows import RejectedError
+from pipelines.pairs.web.addresses import is_public
+from pipelines.pairs.web.download import GIVE_UP_AFTER_FAILURES, Client
+from pipelines.pairs.web.opt_out import opts_out
 from tests.pipelines.pairs.web import HOST, Web, picture
 
 MAX_BYTES = 1_000_000
 
 
-def fetch(urls: list[str], **options: Any) -> list[bytes | str]:
+def fetch(urls: list[str], opt_out: tuple[str, ...] = (), **options: Any) -> list[bytes | str]:
     """Bodies, or the statuses of what was rejected."""
+    answers: dict[int, bytes | str] = {}
+    done = threading.Event()
+    with Client(Download(**options), max_bytes=MAX_BYTES, opt_out=opt_out) as client:
 
-    async def one(downloader: Downloader, url: str) -> bytes | str:
-        try:
-            async with downloader.fetched(url) as body:
-                return body
-        except RejectedError as error:
-            return error.status
+        def deliver(position: int, answer: bytes | str) -> None:
+            assert position not in answers
+            answers[position] = answer
+            if isinstance(answer, bytes):
+                client.give_back(len(answer))
+            if len(answers) == len(urls):
+                done.set()
 
-    async def all_of_them() -> list[bytes | str]:
-        async with Downloader(Download(**options), max_bytes=MAX_BYTES) as downloader:
-            return await asyncio.gather(*(one(downloader, url) for url in urls))
-
-    return asyncio.run(all_of_them())
+        client.fetch(urls, deliver)
+        assert done.wait(30)
+    return [answers[position] for position in range(len(urls))]
 
 
 @pytest.mark.parametrize(
@@ -41,10 +43,20 @@ def fetch(urls: list[str], **options: Any) -> list[bytes | str]:
         ("loop/0", "too_many_redirects"),
         ("endless", "too_large"),
         ("reset", "connection_error"),
+        ("short", "incomplete_body"),
+        ("trickle", "timeout"),
+        ("silent", "timeout"),
+        ("429", "http_429"),
+        ("noai", "opt_out"),
+        ("large", "too_large"),
+        ("garbage", "connection_error"),
     ],
 )
 def test_accidents_become_statuses(server: Web, path: str, status: str) -> None:
-    assert fetch([server.url(path)], connect_to=server.connect_to, retries=0) == [status]
+    limits = {"retries": 0, "timeout_s": 1.5, "read_timeout_s": 0.5}
+    began = time.monotonic()
+    assert fetch([server.url(path)], ("noai",), connect_to=server.connect_to, **limits) == [status]
+    assert time.monotonic() - began < 5
 
 
 def test_bodies_and_redirects_arrive(server: Web) -> None:
@@ -74,7 +86,73 @@ def test_slow_hosts_cost_no_more_than_their_time_limits(server: Web) -> None:
     assert got == ["timeout"] * 60 + [picture(1)]
     # Without giving up it would be 60 x 2 attempts x 0.5 s / 8 connections = 7.5 s.
     assert time.monotonic() - began < 5
-    assert sum(server.requests.values()) <= 3 * GIVE_UP_AFTER_TIMEOUTS + 1
+    assert sum(server.requests.values()) <= 3 * GIVE_UP_AFTER_FAILURES + 1
+
+
+def test_a_server_that_asks_for_patience_gets_it(server: Web) -> None:
+    server.files["a.jpg"] = picture(1)
+    began = time.monotonic()
+    assert fetch([server.url("busy")], connect_to=server.connect_to, retries=1) == [picture(3)]
+    assert time.monotonic() - began > 1
+    # It asks for an hour: nobody waits for that, and nobody asks again.
+    assert fetch([server.url("tomorrow")] * 2, connect_to=server.connect_to, connections_per_host=1) == ["http_429"] * 2
+    assert server.requests["tomorrow"] == 1
+
+
+def test_no_host_is_asked_more_than_allowed_at_once(server: Web) -> None:
+    server.files["a.jpg"] = picture(1)
+    server.delay_s = 0.05
+    assert fetch([server.url("a.jpg")] * 40, connect_to=server.connect_to, connections_per_host=4) == [picture(1)] * 40
+    assert server.most_at_once == 4
+
+
+def test_latency_is_hidden_by_connections(server: Web) -> None:
+    server.files["a.jpg"] = picture(1)
+    server.delay_s = 0.2
+    began = time.monotonic()
+    fetch([server.url("a.jpg")] * 300, connect_to=server.connect_to, connections_per_host=100, connections=100)
+    # One after the other it would be a minute.
+    assert time.monotonic() - began < 6
+
+
+def test_bodies_in_memory_are_bounded(server: Web) -> None:
+    server.files["a.jpg"] = bytes(100_000)
+    held, most, answered = 0, 0, 0
+    lock = threading.Lock()
+    with Client(Download(connect_to=server.connect_to), max_bytes=MAX_BYTES, room_bytes=500_000) as client:
+
+        def deliver(position: int, answer: bytes | str) -> None:
+            nonlocal held, most
+            with lock:
+                held += len(answer)
+                most = max(most, held)
+
+        client.fetch([server.url("a.jpg")] * 200, deliver)
+        while answered < 200:
+            time.sleep(0.005)
+            with lock:
+                done, held = held // 100_000, 0
+            answered += done
+            client.give_back(done * 100_000)
+    # Those that were on their way when the room was full still arrive.
+    assert most <= 500_000 + 32 * 100_000
+
+
+@pytest.mark.parametrize(
+    ("header", "found"),
+    [
+        ("noai", True),
+        ("noindex, NoAI", True),
+        ("nofollow", False),
+        ("otherbot: noai", False),
+        ("ldm-pipelines: noai", True),
+        ("otherbot: nofollow, noai", False),
+        ("unavailable_after: 25 Jun 2010 15:00:00 PST, noai", True),
+        ("", False),
+    ],
+)
+def test_opt_out_headers_are_read_as_robots_read_them(header: str, found: bool) -> None:
+    assert opts_out([header], {"noai", "noimageai"}, "ldm-pipelines/0.1") is found
 
 
 @pytest.mark.parametrize(
@@ -105,6 +183,9 @@ def test_a_redirect_to_a_private_address_is_refused(server: Web) -> None:
 
 def test_private_addresses_are_fetched_where_the_recipe_allows_it(server: Web) -> None:
     server.files["a.jpg"] = picture(1)
+    url = f"http://127.0.0.1:{server.port}/a.jpg"
+    assert fetch([url], allow_addresses=("127.0.0.0/8",)) == [picture(1)]
+    assert fetch([url], allow_addresses=("10.0.0.0/8",)) == ["refused_address"]
     assert fetch([f"http://127.0.0.1:{server.port}/a.jpg"], allow_private_addresses=True) == [picture(1)]
 
 

@@ -91,7 +91,7 @@ def laion(server: Web, tmp_path: Path) -> tuple[Path, dict[str, Any], list[str]]
         "source": str(tmp_path / "laion.parquet"),
         "rows_per_shard": 16,
         "min_size": 10,
-        "min_similarity": 0.3,
+        "filters": {"similarity": {"min": 0.3}},
         "max_image_bytes": 100_000,
         "download": {"connect_to": server.connect_to, "timeout_s": 1.0, "retries": 1},
     }
@@ -205,13 +205,17 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(
     assert details["samples"] == (52 if deduplicate else 60)
 
 
-def test_a_shard_that_was_written_but_not_committed_is_not_made_again(tmp_path: Path, run_pairs: RunPairs) -> None:
+def test_a_shard_that_was_made_but_not_committed_whole_is_not_made_again(tmp_path: Path, run_pairs: RunPairs) -> None:
     options = {"source": str(local_set(tmp_path / "set", 8)), "rows_per_shard": 4, "deduplicate": False}
-    _, storage = run_pairs(**options)
+    details, storage = run_pairs(**options)
+    # Killed between the commits of the tar and of the parquet.
     storage.remove("commits/000001.parquet.json")
+    files = [json.loads(storage.read_bytes(f"commits/000001.{kind}.json")) for kind in ("tar",)]
+    files.append({"name": "000001.parquet", "rows": 0, "bytes": storage.size("000001.parquet"), "sha256": "0" * 64})
+    storage.write_json("work/000001.json", {"files": files, "statuses": {"ok": 4}})
     before = os.stat(storage.path("000001.tar")).st_mtime_ns
-    run_pairs(**options)
-    assert storage.exists("commits/000001.parquet.json")
+    assert run_pairs(**options)[0] == details
+    assert storage.read_json("commits/000001.parquet.json")["sha256"] == "0" * 64
     assert os.stat(storage.path("000001.tar")).st_mtime_ns == before
 
 
@@ -229,8 +233,8 @@ def test_a_run_without_a_single_sample_fails_and_can_be_tried_again(
 
 def test_mistakes_are_explained_in_one_line(tmp_path: Path, run_pairs: RunPairs) -> None:
     table = local_set(tmp_path / "set", 2)
-    with pytest.raises(UserError, match=r"has no column `similarity`, which pairs\.min_similarity needs"):
-        run_pairs(source=str(table), min_similarity=0.3)
+    with pytest.raises(UserError, match=r"has no column `similarity`, which pairs\.filters\.similarity needs"):
+        run_pairs(source=str(table), filters={"similarity": {"min": 0.3}})
     pq.write_table(
         pa.table({"url": pa.array([], pa.string()), "text": pa.array([], pa.string())}), tmp_path / "e.parquet"
     )
@@ -281,6 +285,6 @@ def test_hostile_files_cross_the_whole_stage(shared_data: Path, tmp_path: Path, 
     files = [json.loads(line)["file"] for line in (folder / "manifest.jsonl").read_text().splitlines()]
     table = tmp_path / "t.jsonl"
     table.write_text("\n".join(json.dumps({"file": str(folder / name), "text": name}) for name in files))
-    details, storage = run_pairs(source=str(table), rows_per_shard=100, deduplicate=False)
+    details, storage = run_pairs(source=str(table), rows_per_shard=100, deduplicate=False, upscale=True)
     assert details["input_rows"] == len(files) == len(statuses(storage))
     assert details["statuses"]["ok"] >= 100

@@ -28,7 +28,9 @@ class Web:
     def __init__(self) -> None:
         self.requests: Counter[str] = Counter()
         self.files: dict[str, bytes] = {}
+        self.refused: dict[str, int] = {}
         self.delay_s = 0.0
+        self.most_at_once = self._at_once = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -53,7 +55,17 @@ class Web:
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         name = request.match_info["name"]
         self.requests[name] += 1
-        await asyncio.sleep(self.delay_s)
+        self._at_once += 1
+        self.most_at_once = max(self.most_at_once, self._at_once)
+        try:
+            await asyncio.sleep(self.delay_s)
+            return await self._respond(request, name)
+        finally:
+            self._at_once -= 1
+
+    async def _respond(self, request: web.Request, name: str) -> web.StreamResponse:
+        if name in self.refused:
+            return web.Response(status=self.refused[name])
         if name in self.files:
             return web.Response(body=self.files[name], content_type="image/jpeg")
         special: dict[str, Callable[[web.Request], Any]] = {
@@ -61,6 +73,11 @@ class Web:
             "endless": self._endless,
             "flaky": self._flaky,
             "reset": self._reset,
+            "short": self._short,
+            "trickle": self._trickle,
+            "silent": self._silent,
+            "garbage": self._garbage,
+            "busy": self._busy,
         }
         kind = name.split("/")[0]
         if kind in special:
@@ -72,6 +89,12 @@ class Web:
             raise web.HTTPMovedPermanently(name.removeprefix("moved/"))
         if kind == "inside":
             raise web.HTTPFound(f"http://127.0.0.1:{self.port}/a.jpg")
+        if kind == "noai":
+            return web.Response(body=picture(), headers={"X-Robots-Tag": "noai, noimageai"})
+        if kind == "tomorrow":
+            return web.Response(status=429, headers={"Retry-After": "3600"})
+        if kind == "large":
+            return web.Response(body=bytes(2_000_000))
         if kind == "page.jpg":
             return web.Response(text="<html>gone</html>", content_type="image/jpeg")
         if kind.isdigit():
@@ -97,6 +120,40 @@ class Web:
         assert request.transport is not None
         request.transport.abort()
         return web.Response()
+
+    async def _short(self, request: web.Request) -> web.StreamResponse:
+        """A body that ends before its Content-Length."""
+        self._raw(request, b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n" + picture())
+        return web.Response()
+
+    async def _garbage(self, request: web.Request) -> web.StreamResponse:
+        self._raw(request, b"\x00\xff not HTTP at all\r\n\r\n")
+        return web.Response()
+
+    async def _trickle(self, request: web.Request) -> web.StreamResponse:
+        """A byte at a time, never pausing for long: a slow loris."""
+        response = web.StreamResponse()
+        await response.prepare(request)
+        while True:
+            await response.write(b"x")
+            await asyncio.sleep(0.1)
+
+    async def _silent(self, request: web.Request) -> web.StreamResponse:
+        """Headers, and nothing more."""
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await asyncio.sleep(30)
+        return response
+
+    async def _busy(self, request: web.Request) -> web.StreamResponse:
+        if self.requests[request.match_info["name"]] == 1:
+            return web.Response(status=429, headers={"Retry-After": "1"})
+        return web.Response(body=picture(3))
+
+    def _raw(self, request: web.Request, data: bytes) -> None:
+        assert request.transport is not None
+        request.transport.write(data)
+        request.transport.close()
 
     def close(self) -> None:
         asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(10)

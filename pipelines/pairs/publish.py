@@ -1,0 +1,115 @@
+"""From shards in the making to the artifact's own: without duplicates and without what a model scored too low."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipelines.ledger import ArtifactWriter, FileRecord
+from pipelines.pairs.config import PairsConfig
+from pipelines.pairs.deduplicate import NO_VERDICTS, Verdicts
+from pipelines.pairs.duplicates import DuplicateSearch
+from pipelines.pairs.filters import check_values
+from pipelines.pairs.outcome import DUPLICATE, NEAR_DUPLICATE, OK
+from pipelines.pairs.rows import RejectedError
+from pipelines.pairs.scoring import read_scores
+from pipelines.pairs.shard import ShardTars, encode_facts, read_table, score_names, write_table
+from pipelines.pairs.worker import record_name
+from pipelines.records import read_shard
+from pipelines.storage import Storage
+
+
+@dataclass(frozen=True)
+class Publisher:
+    """Publishes shards; cheap to pickle.
+
+    Args:
+        config: of the stage.
+        work: the folder of the shards in the making.
+        writer: of the artifact.
+    """
+
+    config: PairsConfig
+    work: Storage
+    writer: ArtifactWriter
+
+    def publish_all(self, shards: Sequence[int], search: DuplicateSearch | None) -> None:
+        """Publish shards; duplicates among their rows are left out where they were looked for."""
+        tables = {shard: read_table(self.work, shard) for shard in shards}
+        ends = [table.column("row").to_numpy()[[0, -1]] for table in tables.values()]
+        verdicts = search.verdicts(min(e[0] for e in ends), max(e[1] for e in ends)) if search else NO_VERDICTS
+        for shard, table in tables.items():
+            self._publish(shard, table, verdicts)
+
+    def _publish(self, shard: int, table: Any, verdicts: Verdicts) -> None:
+        """Write the final files of a shard and commit them."""
+        made = [FileRecord.model_validate(file) for file in self.work.read_json(record_name(shard))["files"]]
+        changes = self._changes(shard, table, verdicts)
+        files = self._rewrite(shard, made, table, changes) if changes else self._copy(made)
+        # The parquet comes last: where it is committed, the whole shard is.
+        for file in files:
+            self.writer.commit(file.name, rows=file.rows, sha256=file.sha256)
+
+    def _copy(self, made: list[FileRecord]) -> list[FileRecord]:
+        for file in made:
+            self.work.copy(file.name, self.writer.storage)
+        return made
+
+    def _changes(self, shard: int, table: Any, verdicts: Verdicts) -> dict[str, dict[str, Any]]:
+        """New columns of the rows that change, by key."""
+        keys, rows = table.column("key").to_pylist(), table.column("row").to_numpy()
+        statuses = table.column("status").to_pylist()
+        changes: dict[str, dict[str, Any]] = {}
+        if self.config.scoring is not None:
+            for key, scores in read_scores(self.work, shard).items():
+                changes[key] = {**scores, **self._judged(scores)}
+        places = np.searchsorted(verdicts["row"], rows)
+        for place, key, row, status in zip(places, keys, rows, statuses):
+            if status == OK and place < len(verdicts) and verdicts["row"][place] == row:
+                of, near = int(verdicts["of"][place]), bool(verdicts["near"][place])
+                change = {"status": NEAR_DUPLICATE if near else DUPLICATE, "duplicate_of": of}
+                changes[key] = changes.get(key, {}) | change
+        return changes
+
+    def _judged(self, scores: Mapping[str, float]) -> dict[str, str]:
+        try:
+            check_values(scores, self.config)
+        except RejectedError as error:
+            return {"status": error.status}
+        return {}
+
+    def _rewrite(
+        self, shard: int, made: list[FileRecord], table: Any, changes: Mapping[str, dict[str, Any]]
+    ) -> list[FileRecord]:
+        with ShardTars(self.writer.storage, shard, self.config) as tars:
+            for file in made:
+                if file.name.endswith(".tar"):
+                    self._refill(tars, file.name, changes)
+        return [*tars.records, write_table(self.writer.storage, shard, _with_changes(table, changes))]
+
+    def _refill(self, tars: ShardTars, name: str, changes: Mapping[str, dict[str, Any]]) -> None:
+        with self.work.open(name) as file:
+            for sample in read_shard(file):
+                key = sample.pop("__key__")
+                change = changes.get(key, {})
+                if "status" in change:
+                    continue
+                facts = json.loads(sample["json"])
+                if scores := {name: change[name] for name in score_names(self.config) if name in change}:
+                    sample["json"] = encode_facts({**facts, **scores})
+                tars.add(facts.get("bucket"), key, sample)
+
+
+def _with_changes(table: Any, changes: Mapping[str, dict[str, Any]]) -> Any:
+    import pyarrow as pa
+
+    keys = table.column("key").to_pylist()
+    for name in sorted({name for change in changes.values() for name in change}):
+        old = table.column(name)
+        values = [changes.get(key, {}).get(name, value) for key, value in zip(keys, old.to_pylist())]
+        table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, old.type))
+    return table
