@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format bench-core lock clean
+.PHONY: demo test lint format bench-core bench-pairs lock clean
 
 demo: .venv/ready
 	$(BIN)/ldm demo
@@ -22,6 +22,9 @@ format: .venv/ready
 
 bench-core: .venv/ready
 	$(BIN)/python -m tests.benchmarks.bench_core $(BENCH_ARGS)
+
+bench-pairs: .venv/ready
+	$(BIN)/python -m tests.benchmarks.bench_pairs $(BENCH_ARGS)
 
 lock: .venv/bin/uv
 	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --extra dev --no-header \
