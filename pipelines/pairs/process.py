@@ -26,7 +26,7 @@ from pipelines.pairs.spool import Allowance, Spool
 from pipelines.pairs.web.download import Client
 
 # Encoded pictures that wait for the rest of their shards.
-SPOOL_BYTES = 256 * 2**20
+SPOOL_BYTES = 128 * 2**20
 _REMOTE_READERS = 16
 _MOST_OPEN_FILES = 65_536
 

@@ -8,6 +8,7 @@ from collections import Counter
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet  # noqa: F401 (takes a second: better while the process starts than in its first shard)
 
 from ldm_core.host_memory import keep_freed_memory
 from pipelines.ledger import ArtifactWriter, FileRecord

@@ -25,7 +25,7 @@ BACKOFF_S = 0.25
 GIVE_UP_AFTER_FAILURES = 8
 GIVE_UP_FOR_S = 60.0
 # Bodies that wait to be decoded, or are larger than usual and on their way.
-ROOM_BYTES = 256 * 2**20
+ROOM_BYTES = 64 * 2**20
 # Looking up a name blocks a thread, for long where its servers are gone.
 _LOOKUP_THREADS = 64
 _MOST_HOSTS_REMEMBERED = 10_000

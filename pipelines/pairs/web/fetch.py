@@ -159,11 +159,17 @@ class Fetcher:
         length = response.content_length
         if length is not None and length > self._max_bytes:
             raise RejectedError("too_large")
-        if length is not None and length <= SMALL_BODY_BYTES:
+        try:
+            if length is None or length > SMALL_BODY_BYTES:
+                return await self._large_body(response, deadline)
             data = await response.read()
-            self._room.take(len(data))
-            return data
-        return await self._large_body(response, deadline)
+        except TimeoutError:
+            raise
+        except (aiohttp.ClientError, ConnectionError):
+            # However the connection ended: the server had begun to answer.
+            raise RetryLaterError("incomplete_body", answered=True) from None
+        self._room.take(len(data))
+        return data
 
     async def _large_body(self, response: aiohttp.ClientResponse, deadline: asyncio.Timeout) -> bytes:
         body, reserved = bytearray(), 0
@@ -227,6 +233,4 @@ def _accident(error: BaseException) -> Exception:
         return RetryLaterError("dns_error")
     if isinstance(error, aiohttp.ConnectionTimeoutError | aiohttp.ServerTimeoutError):
         return RetryLaterError("timeout")
-    if isinstance(error, aiohttp.ClientPayloadError):
-        return RetryLaterError("incomplete_body", answered=True)
     return RetryLaterError("connection_error")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,10 @@ def laion(server: Web, tmp_path: Path) -> tuple[Path, dict[str, Any], list[str]]
     server.files["truncated.jpg"] = picture(77)[:-100]
     server.files["tiny.jpg"] = picture(78, (9, 9))
     server.files["copy.jpg"] = server.files["3.jpg"]
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("../evil.sh", "rm -rf /")
+    server.files["polyglot.jpg"] = picture(79) + archive.getvalue()
     expected = [(f"{i}.jpg", f"picture {i} café\n", "ok") for i in range(30)] + [
         ("gone.jpg", "a", "http_404"),
         ("truncated.jpg", "a", "decode_error"),
@@ -72,6 +77,14 @@ def laion(server: Web, tmp_path: Path) -> tuple[Path, dict[str, Any], list[str]]
         ("loop/1", "a", "too_many_redirects"),
         ("endless", "a", "too_large"),
         ("flaky", "back again", "ok"),
+        ("gzip", "compressed in transit", "not_an_image"),
+        ("metadata", "a redirect to the cloud's own address", "refused_address"),
+        ("short", "a", "incomplete_body"),
+        ("noai", "a", "opt_out"),
+        ("5.jpg?", "x" * 10_000_000, "caption_too_long"),
+        ("6.jpg?", "../../etc/passwd\x00/\\", "duplicate"),
+        ("7.jpg?ü", "a path/with\x00 all sorts\n", "duplicate"),
+        ("polyglot.jpg", "../../../tmp/x", "ok"),
         ("4.jpg", "  ", "empty_caption"),
         ("5.jpg", None, "empty_caption"),
         ("6.jpg", "a", "filtered:similarity"),
@@ -106,8 +119,8 @@ def test_every_row_of_a_real_web_gets_its_status_and_its_bytes_are_reproducible(
     details, storage = run_pairs("first", **options)
     assert statuses(storage) == expected
     assert details["statuses"] == dict(Counter(expected))
-    assert (details["samples"], details["input_rows"]) == (31, 48)
-    assert sum(details["caption_words"]["counts"]) == sum(details["aspect"]["counts"]) == 31
+    assert (details["samples"], details["input_rows"]) == (32, 56)
+    assert sum(details["caption_words"]["counts"]) == sum(details["aspect"]["counts"]) == 32
     assert not storage.exists("work")
 
     found = samples(storage)
@@ -131,7 +144,7 @@ def test_every_row_of_a_real_web_gets_its_status_and_its_bytes_are_reproducible(
     server.delay_s = 0.02
     _, again = run_pairs("second", **options, workers=1)
     assert contents(again) == contents(storage)
-    assert len(contents(storage)) == 6
+    assert len(contents(storage)) == 8
 
 
 def test_plain_webdataset_reads_the_output_and_captions_are_bit_for_bit(tmp_path: Path, run_pairs: RunPairs) -> None:

@@ -1,6 +1,7 @@
 """Pictures, and a web server that does what servers on the web do."""
 
 import asyncio
+import gzip
 import io
 import threading
 from collections import Counter
@@ -89,6 +90,11 @@ class Web:
             raise web.HTTPMovedPermanently(name.removeprefix("moved/"))
         if kind == "inside":
             raise web.HTTPFound(f"http://127.0.0.1:{self.port}/a.jpg")
+        if kind == "gzip":
+            bomb = gzip.compress(bytes(10_000_000), mtime=0)
+            return web.Response(body=bomb, headers={"Content-Encoding": "gzip"}, content_type="image/jpeg")
+        if kind == "metadata":
+            raise web.HTTPFound("http://169.254.169.254/latest/meta-data/")
         if kind == "noai":
             return web.Response(body=picture(), headers={"X-Robots-Tag": "noai, noimageai"})
         if kind == "tomorrow":
