@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from pipelines.printable import printable
+
 Image8 = NDArray[np.uint8]
 
 GAP = 4
@@ -23,15 +25,24 @@ LINE_HEIGHT = 1.25
 PAPER, INK = (255, 255, 255), (40, 40, 40)
 
 
-def grid(images: Image8, columns: int, captions: Sequence[str] | None = None, *, scale: int = 1) -> Image8:
+def grid(
+    images: Image8,
+    columns: int,
+    captions: Sequence[str] | None = None,
+    *,
+    scale: int = 1,
+    font_pixels: int | None = None,
+    caption_lines: int = CAPTION_LINES,
+) -> Image8:
     """Lay pictures out row by row on white paper, each with its caption underneath.
 
     Args:
         images: (N, H, W, 3) uint8 RGB, N >= 1.
         columns: pictures a row; a grid of fewer pictures is only as wide as it needs to be.
-        captions: N of them; wrapped to at most three lines, cut with an ellipsis. They may hold anything:
-            control characters are shown as spaces, characters that DejaVu Sans lacks as boxes.
+        captions: N of them; wrapped to at most `caption_lines` lines, cut with an ellipsis. They may hold anything:
+            control characters are made visible, characters that DejaVu Sans lacks are shown as boxes.
         scale: each pixel becomes scale x scale pixels, for small pictures.
+        font_pixels: size of the captions; None for one that suits the pictures.
 
     Returns:
         (height, width, 3) uint8. The same arguments give the same bytes.
@@ -47,9 +58,9 @@ def grid(images: Image8, columns: int, captions: Sequence[str] | None = None, *,
         raise ValueError(f"captions must be one per picture ({len(images)}); got {len(captions)}")
     count, height, width = len(images), images.shape[1] * scale, images.shape[2] * scale
     columns = min(columns, count)
-    font_pixels = min(max(width // 8, MIN_FONT_PIXELS), MAX_FONT_PIXELS)
+    font_pixels = font_pixels or min(max(width // 8, MIN_FONT_PIXELS), MAX_FONT_PIXELS)
     line_pixels = int(font_pixels * LINE_HEIGHT)
-    lines = [_wrap(caption, width, font_pixels) for caption in captions or [""] * count]
+    lines = [_wrap(caption, width, font_pixels, caption_lines) for caption in captions or [""] * count]
     rows = [range(start, min(start + columns, count)) for start in range(0, count, columns)]
     heights = [height + GAP + line_pixels * max(len(lines[index]) for index in row) for row in rows]
     canvas = Image.new("RGB", (columns * (width + GAP) + GAP, sum(heights) + GAP), PAPER)
@@ -74,16 +85,15 @@ def encode_png(image: Image8) -> bytes:
     return buffer.getvalue()
 
 
-def _wrap(caption: str, width: int, font_pixels: int) -> list[str]:
+def _wrap(caption: str, width: int, font_pixels: int, most: int) -> list[str]:
     """A caption as lines no wider than `width` pixels; single words that are too long are cut."""
     font = _font(font_pixels)
-    printable = "".join(character if character.isprintable() else " " for character in caption[:400])
     lines: list[str] = []
-    for word in printable.split():
+    for word in printable(caption[:400]).split():
         joined = f"{lines[-1]} {word}" if lines else word
         if lines and font.getlength(joined) <= width:
             lines[-1] = joined
-        elif len(lines) == CAPTION_LINES:
+        elif len(lines) == most:
             lines[-1] = f"{lines[-1]}…"
             break
         else:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
-from pipelines.ledger import MANIFEST, read_manifest
+from pipelines.ledger import COMMITS, MANIFEST, read_manifest
 from pipelines.records import decode_npy, read_shard
 from pipelines.storage import Storage
 from pipelines.verify import finished_artifacts
@@ -17,7 +18,7 @@ MODEL_FILES = ("model.safetensors", "config.json")
 
 
 def inspect_path(url: str) -> dict[str, Any]:
-    """Facts of whatever lies there; `kind` says what it is: shard, artifact, root or model.
+    """Facts of whatever lies there; `kind` says what it is: shard, artifact, unfinished, root or model.
 
     Returns:
         JSON values only.
@@ -36,12 +37,50 @@ def inspect_path(url: str) -> dict[str, Any]:
         return _artifact(storage)
     if all(storage.exists(name) for name in MODEL_FILES):
         return _model(storage)
-    if artifacts := finished_artifacts(storage):
-        return {"kind": "root", "url": storage.url, "artifacts": [_summary(artifact) for artifact in artifacts]}
+    if _is_unfinished(storage):
+        return _unfinished(storage)
+    artifacts, unfinished = finished_artifacts(storage), _unfinished_artifacts(storage)
+    if artifacts or unfinished:
+        return {
+            "kind": "root",
+            "url": storage.url,
+            "artifacts": [_summary(artifact) for artifact in artifacts],
+            "unfinished": [artifact.url for artifact in unfinished],
+        }
     raise UserError(
-        f"{storage.url} is neither a shard, nor a finished artifact ({MANIFEST} is missing), nor a run's root, nor a "
+        f"{storage.url} is neither a shard, nor an artifact ({MANIFEST} is missing), nor a run's root, nor a "
         f"model folder ({', '.join(MODEL_FILES)})"
     )
+
+
+def write_contact_sheet(url: str, target: Path) -> None:
+    """Draw random samples of a pairs artifact (finished or not) or of one shard into a PNG file.
+
+    Raises:
+        UserError: there is no tar with pictures, or the file cannot be written.
+    """
+    from pipelines.grids import encode_png
+    from pipelines.pairs.contact_sheet import Tar, contact_sheet, tars_of
+    from pipelines.pairs.stage import WORK
+
+    storage = Storage(url)
+    if url.endswith(".tar"):
+        folder, _, name = storage.url.rpartition("/")
+        if (size := Storage(folder).size(name)) < 0:
+            raise UserError(f"{storage.url} is missing")
+        tars = [Tar(Storage(folder), name, size)]
+    else:
+        # Before anything is committed there are shards in the making.
+        tars = tars_of(storage) or tars_of(storage / WORK)
+    sheet = contact_sheet(tars)
+    if sheet is None:
+        raise UserError(
+            f"{storage.url} has no samples with pictures: give an artifact of pairs or a shard (.tar) of one"
+        )
+    try:
+        target.write_bytes(encode_png(sheet))
+    except OSError as error:
+        raise UserError(f"cannot write {target} ({error.strerror}): say another place") from None
 
 
 def _shard(storage: Storage) -> dict[str, Any]:
@@ -113,6 +152,35 @@ def _summary(storage: Storage) -> dict[str, Any]:
         "bytes": manifest.bytes,
         "files": len(manifest.files),
         "seconds": manifest.seconds,
+    }
+
+
+def _is_unfinished(storage: Storage) -> bool:
+    from pipelines.pairs.stage import WORK
+
+    return storage.exists(COMMITS) or storage.exists(WORK)
+
+
+def _unfinished_artifacts(root: Storage) -> list[Storage]:
+    """Folders `STAGE/KEY` under a root with something in them, but without a manifest."""
+    folders = [root / stage / key for stage in root.names("*") for key in (root / stage).names("*")]
+    return [folder for folder in folders if not folder.exists(MANIFEST) and _is_unfinished(folder)]
+
+
+def _unfinished(storage: Storage) -> dict[str, Any]:
+    """How far an artifact is that a run makes now, or was making when it ended."""
+    from pipelines.pairs.stage import STAGE, WORK
+    from pipelines.pairs.unfinished import survey
+
+    stage, key = storage.url.rstrip("/").split("/")[-2:]
+    details = survey(storage, storage / WORK) if stage == STAGE.name else {}
+    return {
+        "kind": "unfinished",
+        "url": storage.url,
+        "stage": stage,
+        "key": key,
+        "committed_files": len((storage / COMMITS).names("*.json")),
+        "details": details,
     }
 
 

@@ -14,8 +14,11 @@ from markupsafe import Markup
 
 from pipelines.charts import histogram, loss_chart
 from pipelines.formatting import format_bytes, format_count, format_seconds
+from pipelines.printable import printable
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from pipelines.ledger import Artifact
     from pipelines.run import StageRow
     from pipelines.storage import Storage
@@ -45,7 +48,12 @@ def build_report(root: Storage, recipe_yaml: str, stages: Sequence[StageRow], ar
     environment = jinja2.Environment(
         loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"size": format_bytes, "duration": format_seconds, "count": format_count}
+    environment.filters |= {
+        "size": format_bytes,
+        "duration": format_seconds,
+        "count": format_count,
+        "printable": printable,
+    }
     longest = max((row.seconds for row in stages), default=0.0)
     return environment.get_template(TEMPLATE).render(
         name=(yaml.safe_load(recipe_yaml) or {}).get("name", "run"),
@@ -85,22 +93,47 @@ def _headlines(stages: Sequence[StageRow], artifacts: Mapping[str, Artifact]) ->
 def _pairs(artifact: Artifact) -> dict[str, Any]:
     details = artifact.details
     rows = max(details.get("input_rows", 0), 1)
-    counts = sorted(details.get("statuses", {}).items(), key=lambda item: -item[1])
     charts = [
         (title, histogram(details[name]["edges"], details[name]["counts"], label))
         for name, title, label in (
-            ("caption_words", "Caption length", "words of the first caption"),
-            ("aspect", "Aspect ratio", "width / height of the source picture"),
             ("source_size", "Source size", "shorter side of the source picture, pixels"),
+            ("aspect", "Aspect ratio", "width / height of the source picture"),
+            ("caption_words", "Caption length in words", "words of the first caption"),
+            ("caption_characters", "Caption length in characters", "characters of the first caption"),
         )
         if name in details
     ]
+    samples = max(details.get("samples", 0), 1)
     return {
-        "statuses": [(name, count, count / rows) for name, count in counts],
+        "facts": _facts(
+            ("Samples", format_count(details.get("samples"))),
+            ("Size", format_bytes(details["bytes"]) if "bytes" in details else None),
+            ("Size of one", format_bytes(details["bytes_per_sample"]) if "bytes_per_sample" in details else None),
+            ("Image size", f"{details['image_size']} px" if "image_size" in details else None),
+        ),
+        "statuses": [(name, count, count / rows) for name, count in _descending(details.get("statuses", {}))],
+        "buckets": [(name, count, count / samples) for name, count in _descending(details.get("buckets", {}))],
+        "hosts": details.get("hosts", []),
+        "hosts_exact": details.get("hosts_exact", True),
         "charts": [(title, chart) for title, chart in charts if chart],
+        "contact_sheet": _contact_sheet(artifact),
         "examples": details.get("examples", []),
         "failures": details.get("failures", {}),
     }
+
+
+def _descending(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _contact_sheet(artifact: Artifact) -> str | None:
+    """Random samples with their captions as a data URL; None where there are none."""
+    from PIL import Image
+
+    from pipelines.pairs.contact_sheet import contact_sheet, tars_of
+
+    sheet = contact_sheet(tars_of(artifact.storage))
+    return None if sheet is None else _webp(Image.fromarray(sheet), quality=80)
 
 
 def _autoencoder(artifact: Artifact) -> dict[str, Any]:
@@ -225,11 +258,19 @@ def _picture(artifact: Artifact, name: str) -> str | None:
 
     if name not in {file.name for file in artifact.manifest.files}:
         return None
-    data, kind = artifact.storage.read_bytes(name), "png"
+    data = artifact.storage.read_bytes(name)
     if len(data) > LARGEST_PNG_BYTES:
-        buffer = io.BytesIO()
-        Image.open(io.BytesIO(data)).save(buffer, "WEBP", quality=88)
-        data, kind = buffer.getvalue(), "webp"
+        return _webp(Image.open(io.BytesIO(data)), quality=88)
+    return _data_url("png", data)
+
+
+def _webp(image: Image.Image, quality: int) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=quality)
+    return _data_url("webp", buffer.getvalue())
+
+
+def _data_url(kind: str, data: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 

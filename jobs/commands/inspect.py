@@ -1,6 +1,7 @@
 """`ldm inspect`: what is in an artifact, a shard or a root."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import click
@@ -11,32 +12,51 @@ from jobs.console import console, emit_json, json_option
 
 @click.command()
 @click.argument("path")
+@click.option(
+    "--contact-sheet",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.png",
+    help="Also draw 48 random samples with their captions; PATH is an artifact of pairs, or a shard.",
+)
 @json_option
-def inspect(path: str, as_json: bool) -> None:
-    """What is in PATH: an artifact, a shard (.tar), a checkpoint folder, or the root of a run.
+def inspect(path: str, contact_sheet: Path | None, as_json: bool) -> None:
+    """What is in PATH: an artifact (also an unfinished one), a shard (.tar), a model folder, or the root of a run.
 
     \b
     Example:
       ldm inspect runs/demo
+      ldm inspect runs/demo/pairs/KEY --contact-sheet samples.png
       ldm inspect runs/demo/pairs/*/000000.tar
     """
-    from pipelines.inspect import inspect_path
+    from pipelines.inspect import inspect_path, write_contact_sheet
 
     facts = inspect_path(path)
-    _print(console(as_json), facts)
+    out = console(as_json)
+    if facts["kind"] in ("artifact", "unfinished") and facts["stage"] == "pairs":
+        from jobs.pairs_view import view
+
+        out.print(view(facts), soft_wrap=False)
+    else:
+        _print(out, facts)
+    if contact_sheet:
+        write_contact_sheet(path, contact_sheet)
+        facts["contact_sheet"] = str(contact_sheet)
+        out.print(f"\ncontact sheet  {contact_sheet}", markup=False)
     if as_json:
         emit_json(facts)
 
 
 def _print(out: Console, facts: dict[str, Any], indent: str = "") -> None:
+    from pipelines.printable import printable
+
     for name, value in facts.items():
         if isinstance(value, dict) and value:
-            out.print(f"{indent}{name}", markup=False)
+            out.print(f"{indent}{printable(name)}", markup=False)
             _print(out, value, indent + "  ")
         elif isinstance(value, list) and value and isinstance(value[0], dict):
-            out.print(f"{indent}{name}", markup=False)
+            out.print(f"{indent}{printable(name)}", markup=False)
             for item in value:
-                out.print(f"{indent}  {json.dumps(item, ensure_ascii=False)}", markup=False)
+                out.print(f"{indent}  {printable(json.dumps(item, ensure_ascii=False))}", markup=False)
         else:
             shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            out.print(f"{indent}{name:<18} {shown}", markup=False)
+            out.print(f"{indent}{printable(name):<18} {printable(shown)}", markup=False)

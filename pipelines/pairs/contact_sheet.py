@@ -29,7 +29,7 @@ _MOUNT, _UNREADABLE = (238, 238, 238), (200, 120, 120)
 def tars_of(storage: Storage) -> list[Tar]:
     """The shards of an artifact, finished or not."""
     if storage.exists(MANIFEST):
-        sizes = {record.name: record.bytes for record in read_manifest(storage).files}
+        sizes = {record.name: record.bytes for record in read_manifest(storage).files if record.rows}
     else:
         sizes = storage.sizes()
     return [Tar(storage, name, size) for name, size in sorted(sizes.items()) if name.endswith(".tar")]

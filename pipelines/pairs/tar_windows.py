@@ -17,6 +17,8 @@ from pipelines.storage import Storage
 # Bytes read at one place; more only where a sample is larger.
 WINDOW_BYTES = (1 << 18, 1 << 21, 1 << 24)
 _BLOCK = tarfile.BLOCKSIZE
+# Of a tar with something in it: a header, a block, and two blocks of zeros at the end.
+_LEAST_BYTES = 3 * _BLOCK
 _MAGIC = re.compile(rb"ustar[\0 ]")
 _MAGIC_OFFSET = 257
 
@@ -42,7 +44,7 @@ def random_samples(tars: Sequence[Tar], count: int) -> list[tuple[str, Sample]]:
     Raises:
         UserError: a store does not answer.
     """
-    filled = sorted((tar for tar in tars if tar.bytes > tarfile.RECORDSIZE), key=lambda tar: _hash(tar.name))
+    filled = sorted((tar for tar in tars if tar.bytes > _LEAST_BYTES), key=lambda tar: _hash(tar.name))
     if not filled:
         return []
     places = [(filled[number % len(filled)], number) for number in range(count)]

@@ -2,6 +2,8 @@
 
 import io
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -22,6 +24,60 @@ def test_the_time_left_leaves_out_the_start_and_what_an_earlier_run_has_done(mon
     state.update(600, 1000, {"loss": "0.5"})
     assert state.eta_s == pytest.approx(40.0)
     assert state.losses == [0.5]
+
+
+def test_the_time_left_follows_the_pace_of_the_last_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    state = _Running()
+    done = 1000
+    for second in range(800):
+        # Half a minute in which workers start, a minute at a hundred a second, the rest at ten.
+        done += 0 if second < 30 else 100 if second < 90 else 10
+        state.update(done, 100_000, {})
+        if second == 60:
+            assert state.eta_s == pytest.approx((100_000 - done) / 100, rel=0.05)
+        now[0] += 1
+    assert state.eta_s == pytest.approx((100_000 - done) / 10, rel=0.05)
+
+
+FACTS = {"rows/s": "1,234", "MB/s": "45.6", "ok": "83.1 %", "filtered:aesthetic_score": "11.2 %", "http_404": "3.3 %"}
+
+
+def watched(display: Display, monkeypatch: pytest.MonkeyPatch, facts: dict[str, str]) -> None:
+    """Half a minute of a stage that does ten rows a second."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    planned: Any = SimpleNamespace(stage=SimpleNamespace(name="pairs"), state="run", key="0" * 16)
+    display.begin(planned)
+    for second in range(1, 31):
+        now[0] += 1
+        display.progress("pairs", 10 * second, 413_871_000, **facts)
+
+
+def test_a_terminal_of_a_hundred_columns_shows_it_all_on_lines_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, width=100, force_terminal=True, color_system=None)
+    display = Display(console)
+    watched(display, monkeypatch, FACTS | {"connection_error": "1.2 %", "not_an_image": "0.8 %"})
+    console.print(display._draw())
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 7, "a line a stage, and one of facts"
+    assert max(map(len, lines)) <= 100
+    assert "300/413,871,000  11496 h 24 min left" in lines[0]
+    assert lines[-1].startswith("  rows/s 1,234  MB/s 45.6  ok 83.1 %  filtered:aesthetic_score 11.2 %")
+    assert lines[-1].rstrip().endswith("…")
+
+
+def test_a_log_gets_a_line_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    watched(Display(Console(file=stream, width=300)), monkeypatch, FACTS)
+    lines = stream.getvalue().splitlines()[1:]
+    assert len(lines) == 2
+    assert lines[0].startswith(
+        "pairs: 110 of 413,871,000  rows/s 1,234  MB/s 45.6  ok 83.1 %  filtered:aesthetic_score"
+    )
+    assert lines[0].endswith("min left")
 
 
 def test_a_log_gets_one_line_a_stage() -> None:

@@ -21,6 +21,7 @@ from pipelines.ledger import Artifact, ArtifactWriter
 from pipelines.report import build_report, wilson_interval
 from pipelines.run import StageRow
 from pipelines.storage import Storage
+from tests.tiny_artifacts import pairs_artifact
 
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)> & "quotes" \'; {{ 7*7 }}'
 SCORES = {
@@ -75,6 +76,7 @@ def losses(steps: int) -> bytes:
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     root = Storage(str(tmp_path_factory.mktemp("run")))
     captions = [f"a small red circle on a blue field, number {i}" for i in range(16)]
+    shard = Path(pairs_artifact(tmp_path_factory.mktemp("pairs")).storage.path("000000.tar")).read_bytes()
     return {
         "pairs": finish(
             root,
@@ -89,9 +91,16 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
                     {"key": "000000000", "caption": HOSTILE},
                     {"key": "000000001", "caption": "ein Kätzchen 猫"},
                 ],
-                "failures": {"http_404": {"key": "000000007", "caption": "gone", "url": "javascript:alert(1)"}},
+                "failures": {
+                    "http_404": {"key": "000000007", "caption": "gone\x1b[2J\u202e", "url": "javascript:alert(1)"}
+                },
+                "hosts": [{"host": "<b>.example", "rows": 1234, "ok": 0.625, "failure": "http_404"}],
+                "hosts_exact": False,
+                "buckets": {"320x192": 700, "256x256": 2141},
+                "bytes": 2841 * 7168,
+                "bytes_per_sample": 7168,
             },
-            {"000000.tar": b"x" * 5000},
+            {"000000.tar": shard},
         ),
         "autoencoder": finish(
             root,
@@ -197,6 +206,10 @@ def test_the_report_holds_what_happened(html: str) -> None:
         "ein Kätzchen 猫",
         "seed: 7",
         "model.safetensors 68.4 KiB",
+        "Size of one 7.0 KiB",
+        "Rows (about)",
+        "<b>.example 1,234 62.5 % http_404",
+        "256x256 2,141 75.4 %",
     ):
         assert fact in text, fact
 
@@ -221,6 +234,14 @@ def test_hostile_captions_are_shown_as_text(html: str) -> None:
     assert "a <i>red</i> star" in text
     assert "http://pictures.example/<b>" in text
     assert "<script" not in html
+    assert "gone\ufffd[2J\ufffd" in text
+
+
+def test_random_samples_are_shown(html: str) -> None:
+    sheets = [dict(attributes) for tag, attributes in Page(html).tags if tag == "img"]
+    source = next(sheet["src"] or "" for sheet in sheets if sheet["alt"] == "Pictures with their captions")
+    image = Image.open(io.BytesIO(base64.b64decode(source.split(";base64,")[1])))
+    assert image.width == 5 * 180 + 4, "five samples side by side"
 
 
 def test_at_most_eight_previews_are_shown_and_the_last_is_one(html: str) -> None:
