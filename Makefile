@@ -35,7 +35,7 @@ lock: .venv/bin/uv
 	$(BIN)/python -m pip install --quiet uv
 
 .venv/ready: .venv/bin/uv requirements.lock pyproject.toml
-	$(BIN)/uv pip sync --quiet --python $(BIN)/python requirements.lock
+	$(BIN)/uv pip sync --quiet --compile-bytecode --python $(BIN)/python requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	touch $@
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -165,12 +166,15 @@ class _Work:
             "writer": None if self.in_two_steps else writer,
             "board": board,
         }
+        size = pool_size(len(shards), workers=self.config.workers, use_gpu=False)
+        at_once = self.config.shards_in_flight if self.source.downloads else 1
         results = map_on_actors(
             [{"shard": shard} for shard in shards],
             ShardMaker,
             arguments=arguments,
-            size=pool_size(len(shards), workers=self.config.workers, use_gpu=False),
-            calls_at_once=self.config.shards_in_flight if self.source.downloads else 1,
+            size=size,
+            # No more than its share: a worker that starts first would otherwise take them all.
+            calls_at_once=min(at_once, math.ceil(len(shards) / size.workers)),
         )
         before = self.schedule.rows - sum(map(self.schedule.rows_of, shards))
         with _Showing(context, board, before, self.schedule.rows) as showing:

@@ -30,7 +30,17 @@ def environment(scratch: Path, *, install: bool = True) -> Path | None:
     try:
         subprocess.run([uv, "venv", "--quiet", "--clear", "--python", "3.11", folder], check=True)
         subprocess.run(
-            [uv, "pip", "install", "--quiet", "--python", folder / "bin" / "python", *REQUIREMENTS], check=True
+            [
+                uv,
+                "pip",
+                "install",
+                "--quiet",
+                "--compile-bytecode",
+                "--python",
+                folder / "bin" / "python",
+                *REQUIREMENTS,
+            ],
+            check=True,
         )
     except subprocess.CalledProcessError as error:
         print(f"img2dataset cannot be installed here ({error}): its part is left out", file=sys.stderr)

@@ -141,7 +141,8 @@ class Client:
 
     def _pump(self) -> None:
         """Start whatever may be started. A host may be offered more often than it has rows: then it is passed over."""
-        while self._ready and self._active < self._config.connections and not self._room.full:
+        # The more bodies wait to be decoded, the fewer are asked for: many half-read answers cost more than few.
+        while self._ready and self._active < self._config.connections * self._room.free:
             sequence, name = heapq.heappop(self._ready)
             host = self._hosts.get(name)
             if host is None or not host.waiting or host.waiting[0].sequence != sequence:

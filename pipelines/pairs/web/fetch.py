@@ -52,8 +52,9 @@ class Room:
         self._waiting: list[asyncio.Future[None]] = []
 
     @property
-    def full(self) -> bool:
-        return self.held >= self._limit
+    def free(self) -> float:
+        """The share that is free, from 0 to 1."""
+        return max(1 - self.held / self._limit, 0.0)
 
     def take(self, size: int) -> None:
         """Count bytes that are held already."""
