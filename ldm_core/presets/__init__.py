@@ -8,20 +8,33 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ldm_core.autoencoder import FirstStageConfig
-from ldm_core.latent_diffusion import LatentDiffusionConfig
+from ldm_core.autoencoder_config import FirstStageConfig
 from ldm_core.presets.first_stages import FIRST_STAGE_CONFIGS
-from ldm_core.presets.models import MODEL_CONFIGS
 from ldm_core.presets.unets import UNET_CONFIGS
-from ldm_core.unet import UNetConfig
+from ldm_core.unet_config import UNetConfig
+
+if TYPE_CHECKING:
+    from ldm_core.latent_diffusion import LatentDiffusionConfig
+    from ldm_core.presets.models import MODEL_CONFIGS as MODEL_CONFIGS
 
 T = TypeVar("T")
 
 
+def __getattr__(name: str) -> Any:
+    # Lazy, because whole models import torch, and a recipe asks for first stages and UNets only.
+    if name == "MODEL_CONFIGS":
+        from ldm_core.presets.models import MODEL_CONFIGS
+
+        return MODEL_CONFIGS
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def names() -> list[str]:
     """Names that `get` knows, sorted."""
+    from ldm_core.presets.models import MODEL_CONFIGS
+
     return sorted(MODEL_CONFIGS)
 
 
@@ -31,6 +44,8 @@ def get(name: str) -> LatentDiffusionConfig:
     Raises:
         ValueError: no such preset; the message names the nearest.
     """
+    from ldm_core.presets.models import MODEL_CONFIGS
+
     return _lookup(MODEL_CONFIGS, name, "model")
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from ldm_core import presets
-from ldm_core.autoencoder import FirstStageConfig
+from ldm_core.autoencoder_config import FirstStageConfig
 from pipelines.config import Config, runtime
 from pipelines.presets import expand_preset
 from pipelines.training.config import TrainingConfig

@@ -5,9 +5,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from ldm_core import presets
-from ldm_core.schedule import ScheduleConfig
-from ldm_core.text_transformer import TextTransformerConfig
-from ldm_core.unet import UNetConfig
+from ldm_core.schedule_config import ScheduleConfig
+from ldm_core.text_transformer_config import TextTransformerConfig
+from ldm_core.unet_config import UNetConfig
 from pipelines.config import Config, runtime
 from pipelines.presets import expand_preset
 from pipelines.training.config import TrainingConfig

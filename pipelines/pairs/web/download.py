@@ -10,7 +10,6 @@ import asyncio
 import heapq
 import threading
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from yarl import URL
@@ -26,8 +25,6 @@ GIVE_UP_AFTER_FAILURES = 8
 GIVE_UP_FOR_S = 60.0
 # Bodies that wait to be decoded, or are larger than usual and on their way.
 ROOM_BYTES = 64 * 2**20
-# Looking up a name blocks a thread, for long where its servers are gone.
-_LOOKUP_THREADS = 64
 _MOST_HOSTS_REMEMBERED = 10_000
 
 # Called in the client's thread with the position of a URL and its body, or the status of what went wrong.
@@ -105,8 +102,6 @@ class Client:
 
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
-        lookups = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="lookup")
-        self._loop.set_default_executor(lookups)
         self._stopping = asyncio.Event()
         self._fetcher = Fetcher(self._config, max_bytes=self._max_bytes, opt_out=self._opt_out, room=self._room)
         self._started.set()
@@ -114,8 +109,7 @@ class Client:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._fetcher.close()
-        lookups.shutdown(wait=False, cancel_futures=True)
+        self._fetcher.close()
 
     def _enqueue(self, urls: Sequence[str], deliver: Deliver) -> None:
         for position, url in enumerate(urls):

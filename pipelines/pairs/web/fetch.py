@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import email.utils
-import ssl
-import time
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection
 
-import aiohttp
+import pycurl
 from yarl import URL
 
 from pipelines.pairs.config import Download
 from pipelines.pairs.rows import RejectedError
-from pipelines.pairs.web.addresses import GuardedResolver, RefusedAddressError
+from pipelines.pairs.web.addresses import Guard
+from pipelines.pairs.web.curl import Transfer, Transfers
 from pipelines.pairs.web.opt_out import opts_out
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 # Statuses after which the same request may succeed: the server is busy, or too early.
 _LATER = frozenset({408, 425, 429})
-_CHUNK_BYTES = 1 << 16
-# A body of at most this size is read at once; larger ones wait for room in memory.
+_TIMEOUTS = frozenset({pycurl.E_OPERATION_TIMEDOUT})
+_BAD_CERTIFICATES = frozenset({pycurl.E_PEER_FAILED_VERIFICATION, pycurl.E_SSL_CACERT, pycurl.E_SSL_ISSUER_ERROR})
+# Larger bodies wait for room in memory.
 SMALL_BODY_BYTES = 1 << 20
-_SOCKET_BUFFER_BYTES = 1 << 18
-# A keep-alive connection costs a file descriptor, and most hosts of a large data set are asked once.
-_KEEP_ALIVE_S = 5.0
-_DNS_CACHE_S = 300
 
 
 class RetryLaterError(Exception):
@@ -77,7 +71,7 @@ class Room:
 
 
 class Fetcher:
-    """An HTTP session that fetches pictures; made and used inside one event loop.
+    """Fetches pictures; made and used inside one event loop.
 
     Args:
         config: limits, and where to connect.
@@ -89,26 +83,18 @@ class Fetcher:
     def __init__(self, config: Download, *, max_bytes: int, opt_out: Collection[str], room: Room) -> None:
         self._config, self._max_bytes, self._room = config, max_bytes, room
         self._opt_out = frozenset(directive.lower() for directive in opt_out)
-        self._resolver = GuardedResolver(
-            config.connect_to, allow_private=config.allow_private_addresses, allow=config.allow_addresses
-        )
-        self._session = aiohttp.ClientSession(
-            # How many connections there are is the caller's business, who also knows whose turn it is.
-            connector=aiohttp.TCPConnector(
-                resolver=self._resolver, limit=0, ttl_dns_cache=_DNS_CACHE_S, keepalive_timeout=_KEEP_ALIVE_S
-            ),
-            timeout=aiohttp.ClientTimeout(
-                total=None, sock_connect=config.connect_timeout_s, sock_read=config.read_timeout_s
-            ),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            # Pictures are compressed already; what is not decompressed cannot be a bomb.
-            auto_decompress=False,
-            read_bufsize=_SOCKET_BUFFER_BYTES,
-            headers={"User-Agent": config.user_agent, "Accept-Encoding": "identity"},
+        self._guard = Guard(allow_private=config.allow_private_addresses, allow=config.allow_addresses)
+        self._transfers = Transfers(
+            user_agent=config.user_agent,
+            connect_to=config.connect_to,
+            connect_timeout_s=config.connect_timeout_s,
+            silence_timeout_s=config.read_timeout_s,
+            max_bytes=max_bytes,
+            connections=config.connections,
         )
 
-    async def close(self) -> None:
-        await self._session.close()
+    def close(self) -> None:
+        self._transfers.close()
 
     async def fetch(self, url: URL) -> bytes:
         """The body behind a URL, whose bytes count as held in the room: give them back when done with them.
@@ -119,83 +105,69 @@ class Fetcher:
             RetryLaterError: where it may be: `timeout`, `dns_error`, `connection_error`, `incomplete_body`,
                 `http_429`, `http_503`…
         """
-        try:
-            async with asyncio.timeout(self._config.timeout_s) as deadline:
-                return await self._follow(url, deadline)
-        except TimeoutError:
-            raise RetryLaterError("timeout") from None
-        except RefusedAddressError:
-            raise RejectedError("refused_address") from None
-        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError, UnicodeError):
-            raise RejectedError("bad_url") from None
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise _accident(error) from None
-
-    async def _follow(self, url: URL, deadline: asyncio.Timeout) -> bytes:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._config.timeout_s
         for _ in range(self._config.max_redirects + 1):
-            self._resolver.check_literal(url.host or "")
-            async with self._session.get(url, allow_redirects=False) as response:
-                headers = response.headers
-                if (tags := headers.getall("X-Robots-Tag", ())) and self._opts_out(tags):
-                    raise RejectedError("opt_out")
-                location = headers.get("Location")
-                if response.status in _REDIRECTS and location:
-                    try:
-                        url = parse_url(str(url.join(URL(location))))
-                    except ValueError:
-                        raise RejectedError("bad_url") from None
-                    continue
-                return await self._body(response, deadline)
+            transfer = await self._run(url, deadline - loop.time())
+            if transfer.robots and opts_out(transfer.robots, self._opt_out, self._config.user_agent):
+                self._room.give_back(transfer.size if transfer.status == 200 else 0)
+                raise RejectedError("opt_out")
+            if not (transfer.status in _REDIRECTS and transfer.location):
+                return transfer.body
+            url = _redirected(transfer.location)
         raise RejectedError("too_many_redirects")
 
-    def _opts_out(self, tags: Collection[str]) -> bool:
-        return opts_out(tags, self._opt_out, self._config.user_agent)
+    async def _run(self, url: URL, timeout_s: float) -> Transfer:
+        """One request: an answer that is a picture or a redirect, or an error. A picture's bytes count as held."""
+        room = self._room
+        reserved = 0
 
-    async def _body(self, response: aiohttp.ClientResponse, deadline: asyncio.Timeout) -> bytes:
-        status = response.status
-        if status in _LATER or status >= 500:
-            raise RetryLaterError(f"http_{status}", after_s=_retry_after_s(response), answered=True)
-        if status != 200:
-            raise RejectedError(f"http_{status}")
-        length = response.content_length
-        if length is not None and length > self._max_bytes:
+        def accept(size: int) -> bool:
+            # Large bodies wait for room before they are asked for again: one that stops halfway would never end.
+            return size <= self._max_bytes and (size <= SMALL_BODY_BYTES or reserved > 0)
+
+        transfer = Transfer(str(url), accept, self._allowed_for(url))
+        try:
+            await self._transfers.run(transfer, timeout_s)
+            if transfer.status == 200 and SMALL_BODY_BYTES < transfer.size <= self._max_bytes and transfer.error:
+                reserved = self._max_bytes
+                await room.wait_for(reserved)
+                transfer = Transfer(str(url), accept, self._allowed_for(url))
+                await self._transfers.run(transfer, self._config.timeout_s)
+        finally:
+            room.give_back(reserved)
+        self._check(transfer)
+        if transfer.status == 200:
+            room.take(transfer.size)
+        return transfer
+
+    def _allowed_for(self, url: URL) -> Callable[[str], bool]:
+        # What the recipe itself names is trusted.
+        return _anywhere if (url.host or "").lower() in self._config.connect_to else self._guard.allows
+
+    def _check(self, transfer: Transfer) -> None:
+        status = transfer.status
+        if transfer.error in _TIMEOUTS:
+            raise RetryLaterError("timeout")
+        if status == 200 and (transfer.size > self._max_bytes or transfer.error == pycurl.E_FILESIZE_EXCEEDED):
             raise RejectedError("too_large")
-        try:
-            if length is None or length > SMALL_BODY_BYTES:
-                return await self._large_body(response, deadline)
-            data = await response.read()
-        except TimeoutError:
-            raise
-        except (aiohttp.ClientError, ConnectionError):
-            # However the connection ended: the server had begun to answer.
-            raise RetryLaterError("incomplete_body", answered=True) from None
-        self._room.take(len(data))
-        return data
+        if status in _LATER or status >= 500:
+            raise RetryLaterError(f"http_{status}", after_s=transfer.retry_after_s, answered=True)
+        if status not in (0, 200) and not (status in _REDIRECTS and transfer.location):
+            raise RejectedError(f"http_{status}")
+        if transfer.error and status in (0, 200):
+            raise _accident(transfer)
 
-    async def _large_body(self, response: aiohttp.ClientResponse, deadline: asyncio.Timeout) -> bytes:
-        body, reserved = bytearray(), 0
-        try:
-            async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
-                body += chunk
-                if len(body) > self._max_bytes:
-                    raise RejectedError("too_large")
-                if len(body) > SMALL_BODY_BYTES and not reserved:
-                    # As much as may come: a body that stops halfway for lack of room would never end.
-                    reserved = response.content_length or self._max_bytes
-                    await self._wait_for_room(reserved, deadline)
-        except BaseException:
-            self._room.give_back(reserved)
-            raise
-        self._room.give_back(reserved - len(body))
-        return bytes(body)
 
-    async def _wait_for_room(self, size: int, deadline: asyncio.Timeout) -> None:
-        # The time that we keep the server waiting is not the server's fault.
-        loop = asyncio.get_running_loop()
-        left = (deadline.when() or loop.time()) - loop.time()
-        deadline.reschedule(None)
-        await self._room.wait_for(size)
-        deadline.reschedule(loop.time() + left)
+def _anywhere(address: str) -> bool:
+    return True
+
+
+def _redirected(location: str) -> URL:
+    try:
+        return parse_url(location)
+    except ValueError:
+        raise RejectedError("bad_url") from None
 
 
 def parse_url(url: str) -> URL:
@@ -210,28 +182,17 @@ def parse_url(url: str) -> URL:
     return parsed
 
 
-def _retry_after_s(response: aiohttp.ClientResponse) -> float:
-    """Retry-After: seconds or a date (RFC 9110, section 10.2.3)."""
-    value = response.headers.get("Retry-After", "").strip()
-    if value.isdecimal():
-        return float(value[:9])
-    try:
-        return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
-    except (TypeError, ValueError, OverflowError):
-        return 0.0
-
-
-def _accident(error: BaseException) -> Exception:
-    """What a broken connection is called. aiohttp wraps what a resolver raises."""
-    current: Any = error
-    while current is not None:
-        if isinstance(current, RefusedAddressError):
-            return RejectedError("refused_address")
-        current = current.__cause__ or current.__context__
-    if isinstance(error, aiohttp.ClientSSLError | ssl.SSLError):
+def _accident(transfer: Transfer) -> Exception:
+    """What a broken connection is called."""
+    if transfer.refused:
+        return RejectedError("refused_address")
+    if transfer.error in _BAD_CERTIFICATES:
         return RejectedError("tls_error")
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
+    if transfer.error == pycurl.E_URL_MALFORMAT:
+        return RejectedError("bad_url")
+    if transfer.error == pycurl.E_COULDNT_RESOLVE_HOST:
         return RetryLaterError("dns_error")
-    if isinstance(error, aiohttp.ConnectionTimeoutError | aiohttp.ServerTimeoutError):
-        return RetryLaterError("timeout")
+    if transfer.status:
+        # However the connection ended: the server had begun to answer.
+        return RetryLaterError("incomplete_body", answered=True)
     return RetryLaterError("connection_error")
