@@ -114,7 +114,9 @@ class _Reporting:
         try:
             return {"result": json.dumps(self.work(item)), "error": ""}
         except Exception as error:
-            return {"result": "", "error": _message(error)}
+            # The items that are still waiting for this worker would only fail too, one after the other.
+            self.error = _message(error)
+            return {"result": "", "error": self.error}
 
 
 def _message(error: Exception) -> str:

@@ -62,6 +62,7 @@ def write_contact_sheet(url: str, target: Path) -> None:
     from pipelines.grids import encode_png
     from pipelines.pairs.contact_sheet import Tar, contact_sheet, tars_of
     from pipelines.pairs.stage import WORK
+    from pipelines.pairs.unfinished import tars_in_the_making
 
     storage = Storage(url)
     if url.endswith(".tar"):
@@ -71,7 +72,7 @@ def write_contact_sheet(url: str, target: Path) -> None:
         tars = [Tar(Storage(folder), name, size)]
     else:
         # Before anything is committed there are shards in the making.
-        tars = tars_of(storage) or tars_of(storage / WORK)
+        tars = tars_of(storage) or tars_in_the_making(storage / WORK)
     sheet = contact_sheet(tars)
     if sheet is None:
         raise UserError(

@@ -256,6 +256,7 @@ class _Walk:
                         progress=self._progress(stage.name),
                         scratch=Path(scratch),
                         finished=planned.artifact,
+                        check=self.hold.check,
                     )
                 )
         except BaseException as error:

@@ -34,6 +34,7 @@ class StageContext:
         progress: how far the stage is.
         scratch: a local folder that is gone after the run; for what may be lost.
         finished: the artifact as it is, where it is finished and only grows.
+        check: raises UserError where another driver has taken the root over; long stages call it now and then.
     """
 
     config: Any
@@ -44,6 +45,7 @@ class StageContext:
     progress: Progress
     scratch: Path
     finished: Artifact | None = None
+    check: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)

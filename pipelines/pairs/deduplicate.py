@@ -14,10 +14,12 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.pairs.made import read_made
 from pipelines.pairs.outcome import OK
 from pipelines.pairs.shard import read_table
 from pipelines.storage import Storage
@@ -40,11 +42,17 @@ NO_VERDICTS: Verdicts = np.empty(0, _VERDICT)
 
 @dataclass(frozen=True)
 class Shards:
-    """Shards of one round, whose tables lie in one folder."""
+    """Shards of one round: published ones in the artifact's folder, or those in the making in its work folder."""
 
     folder: Storage
     numbers: Sequence[int]
     round: int = 0
+    in_the_making: bool = False
+
+    def read(self, shard: int, columns: list[str]) -> Any:
+        """Columns of a shard's table."""
+        folder = read_made(self.folder, shard).folder if self.in_the_making else self.folder
+        return read_table(folder, shard, columns)
 
 
 def tokens_a_row(distance: int | None) -> int:
@@ -60,7 +68,7 @@ def read_tokens(shards: Shards, distance: int | None) -> Tokens:
     columns = ["row", "status", "url", "sha256", *(["phash"] if distance is not None else [])]
     parts = [np.empty(0, _TOKEN)]
     for shard in shards.numbers:
-        table = read_table(shards.folder, shard, columns)
+        table = shards.read(shard, columns)
         kept = table.filter([status == OK for status in table.column("status").to_pylist()])
         ranks = kept.column("row").to_numpy() + (shards.round << _ROUND_SHIFT)
         digests = [bytes.fromhex(value) for value in kept.column("sha256").to_pylist()]

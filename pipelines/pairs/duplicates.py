@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -55,7 +56,7 @@ class DuplicateSearch:
     @functools.cached_property
     def _groups(self) -> list[Shards]:
         return [
-            Shards(shards.folder, shards.numbers[start : start + SHARDS_A_TASK], shards.round)
+            dataclasses.replace(shards, numbers=shards.numbers[start : start + SHARDS_A_TASK])
             for shards in self.shards
             for start in range(0, len(shards.numbers), SHARDS_A_TASK)
         ]
@@ -81,7 +82,8 @@ class DuplicateSearch:
         for part in range(self.parts):
             verdicts = self._load(_verdicts_name(part))
             start, stop = np.searchsorted(verdicts["row"], [first_row, last_row + 1])
-            found.append(verdicts[start:stop])
+            # A view would keep them all.
+            found.append(verdicts[start:stop].copy())
         return merge(found)
 
     def _deal(self, item: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,8 @@ from pipelines.pairs.web.download import Client
 # Encoded pictures that wait for the rest of their shards.
 SPOOL_BYTES = 128 * 2**20
 _REMOTE_READERS = 16
+# Read from a remote store, and not decoded yet.
+_MOST_READ_BODIES = 2 * _REMOTE_READERS
 _MOST_OPEN_FILES = 65_536
 
 # Puts off reading a body: called in the decoding thread.
@@ -57,6 +59,7 @@ class Processor:
             _allow_many_connections()
             self._client = Client(config.download, max_bytes=config.max_image_bytes, opt_out=config.opt_out)
         self._readers = ThreadPoolExecutor(_REMOTE_READERS, thread_name_prefix="read") if remote else None
+        self._read_bodies = threading.BoundedSemaphore(_MOST_READ_BODIES)
 
     def __enter__(self) -> Processor:
         if self._client:
@@ -129,14 +132,15 @@ class Processor:
         return row.load(self._config.max_image_bytes)
 
     def _read(self, job: _Job, index: int, row: Row) -> None:
+        self._read_bodies.acquire()
         try:
-            data = self._load(row)
+            self._bodies.put(_Work(job, (index,), self._load(row)))
+            return
         except RejectedError as error:
             job.settle([index], Outcome(error.status))
         except Exception as error:
             job.fail(error)
-        else:
-            self._bodies.put(_Work(job, (index,), data))
+        self._read_bodies.release()
 
     def _decode(self) -> None:
         while (work := self._bodies.get()) is not None:
@@ -154,6 +158,8 @@ class Processor:
                 work.job.fail(error)
             if self._client:
                 self._client.give_back(len(data))
+            elif self._readers:
+                self._read_bodies.release()
 
     def _outcome(self, data: bytes, spool: Spool) -> Outcome:
         digest = hashlib.sha256(data).hexdigest()

@@ -9,16 +9,17 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.errors import UserError
 from pipelines.ledger import ArtifactWriter, FileRecord
 from pipelines.pairs.config import PairsConfig
 from pipelines.pairs.deduplicate import NO_VERDICTS, Verdicts
 from pipelines.pairs.duplicates import DuplicateSearch
 from pipelines.pairs.filters import check_values
+from pipelines.pairs.made import Made, read_made
 from pipelines.pairs.outcome import DUPLICATE, NEAR_DUPLICATE, OK
 from pipelines.pairs.rows import RejectedError
 from pipelines.pairs.scoring import read_scores
 from pipelines.pairs.shard import ShardTars, encode_facts, read_table, score_names, write_table
-from pipelines.pairs.worker import record_name
 from pipelines.records import read_shard
 from pipelines.storage import Storage
 
@@ -39,25 +40,35 @@ class Publisher:
 
     def publish_all(self, shards: Sequence[int], search: DuplicateSearch | None) -> None:
         """Publish shards; duplicates among their rows are left out where they were looked for."""
-        tables = {shard: read_table(self.work, shard) for shard in shards}
+        made = {shard: read_made(self.work, shard) for shard in shards}
+        tables = {shard: read_table(made[shard].folder, shard) for shard in shards}
         ends = [table.column("row").to_numpy()[[0, -1]] for table in tables.values()]
         verdicts = search.verdicts(min(e[0] for e in ends), max(e[1] for e in ends)) if search else NO_VERDICTS
         for shard, table in tables.items():
-            self._publish(shard, table, verdicts)
+            self._publish(shard, made[shard], table, verdicts)
 
-    def _publish(self, shard: int, table: Any, verdicts: Verdicts) -> None:
+    def publish_as_made(self, made: Made) -> None:
+        """Publish a shard from which nothing is left out."""
+        for file in made.files:
+            if (size := made.folder.size(file.name)) != file.bytes:
+                raise UserError(
+                    f"{made.folder.url}/{file.name} was made with {file.bytes} bytes but has {max(size, 0)}: it was "
+                    f"damaged afterwards; remove {self.work.url} and run the same command again"
+                )
+            made.folder.copy(file.name, self.writer.storage)
+        self._commit(made.files)
+
+    def _publish(self, shard: int, made: Made, table: Any, verdicts: Verdicts) -> None:
         """Write the final files of a shard and commit them."""
-        made = [FileRecord.model_validate(file) for file in self.work.read_json(record_name(shard))["files"]]
-        changes = self._changes(shard, table, verdicts)
-        files = self._rewrite(shard, made, table, changes) if changes else self._copy(made)
+        if changes := self._changes(shard, table, verdicts):
+            self._commit(self._rewrite(shard, made, table, changes))
+        else:
+            self.publish_as_made(made)
+
+    def _commit(self, files: Sequence[FileRecord]) -> None:
         # The parquet comes last: where it is committed, the whole shard is.
         for file in files:
             self.writer.commit(file.name, rows=file.rows, sha256=file.sha256)
-
-    def _copy(self, made: list[FileRecord]) -> list[FileRecord]:
-        for file in made:
-            self.work.copy(file.name, self.writer.storage)
-        return made
 
     def _changes(self, shard: int, table: Any, verdicts: Verdicts) -> dict[str, dict[str, Any]]:
         """New columns of the rows that change, by key."""
@@ -82,17 +93,15 @@ class Publisher:
             return {"status": error.status}
         return {}
 
-    def _rewrite(
-        self, shard: int, made: list[FileRecord], table: Any, changes: Mapping[str, dict[str, Any]]
-    ) -> list[FileRecord]:
+    def _rewrite(self, shard: int, made: Made, table: Any, changes: Mapping[str, dict[str, Any]]) -> list[FileRecord]:
         with ShardTars(self.writer.storage, shard, self.config) as tars:
-            for file in made:
+            for file in made.files:
                 if file.name.endswith(".tar"):
-                    self._refill(tars, file.name, changes)
+                    self._refill(tars, made.folder, file.name, changes)
         return [*tars.records, write_table(self.writer.storage, shard, _with_changes(table, changes))]
 
-    def _refill(self, tars: ShardTars, name: str, changes: Mapping[str, dict[str, Any]]) -> None:
-        with self.work.open(name) as file:
+    def _refill(self, tars: ShardTars, folder: Storage, name: str, changes: Mapping[str, dict[str, Any]]) -> None:
+        with folder.open(name) as file:
             for sample in read_shard(file):
                 key = sample.pop("__key__")
                 change = changes.get(key, {})
@@ -101,7 +110,7 @@ class Publisher:
                 facts = json.loads(sample["json"])
                 if scores := {name: change[name] for name in score_names(self.config) if name in change}:
                     sample["json"] = encode_facts({**facts, **scores})
-                tars.add(facts.get("bucket"), key, sample)
+                tars.add(facts["bucket"] if self.config.resize == "buckets" else None, key, sample)
 
 
 def _with_changes(table: Any, changes: Mapping[str, dict[str, Any]]) -> Any:

@@ -22,10 +22,12 @@ def failed_rows(storage: Storage, rounds: Sequence[range]) -> NDArray[np.int64]:
     failed = np.empty(0, np.int64)
     for shards in rounds:
         tried, failing = [failed[:0]], [failed[:0]]
+        first = not len(failed)
         for shard in shards:
             table = read_table(storage, shard, ["row", "status"])
             rows = table.column("row").to_numpy()
-            tried.append(rows)
+            if not first:
+                tried.append(rows)
             failing.append(rows[[may_pass(status) for status in table.column("status").to_pylist()]])
         failed = np.union1d(np.setdiff1d(failed, np.concatenate(tried)), np.concatenate(failing))
     return failed

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 RESERVED = frozenset(
     {"row", "key", "status", "url", "caption", "captions", "sha256"}
     | {"width", "height", "original_width", "original_height"}
+    | {"bucket", "phash", "duplicate_of", "clip_score", "aesthetic_score"}
 )
 # Of lists and objects in a carried column; JSON writers give up far below what a hostile table can nest.
 _MAX_DEPTH = 32

@@ -15,6 +15,7 @@ import numpy as np
 
 from pipelines.errors import UserError
 from pipelines.pairs.config import Scoring
+from pipelines.pairs.made import read_made
 from pipelines.pairs.shard import shard_name
 from pipelines.records import decode_image, image_of, read_shard
 from pipelines.stage import Progress
@@ -59,12 +60,7 @@ def score_shards(scoring: Scoring, work: Storage, shards: Sequence[int], progres
     from pipelines.actor_pool import map_on_actors, pool_size
 
     found = set(work.names("*.scores"))
-    tars = work.names("*.tar")
-    items = [
-        {"shard": shard, "tars": [name for name in tars if name.startswith(f"{shard_name(shard)}.")]}
-        for shard in shards
-        if scores_name(shard) not in found
-    ]
+    items = [{"shard": shard} for shard in shards if scores_name(shard) not in found]
     size = pool_size(len(items), workers=scoring.workers, use_gpu=scoring.use_gpu)
     arguments = {"scoring": scoring, "work": work, "device": size.device}
     done = len(shards) - len(items)
@@ -95,8 +91,9 @@ class Scorer:
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         scores: dict[str, dict[str, float]] = {}
-        for name in item["tars"]:
-            with self._work.open(name) as file:
+        made = read_made(self._work, item["shard"])
+        for name in (file.name for file in made.files if file.name.endswith(".tar")):
+            with made.folder.open(name) as file:
                 for batch in _batches(read_shard(file), self._batch_size):
                     scores |= self._score(batch)
         self._work.write_json(scores_name(item["shard"]), scores)

@@ -63,7 +63,7 @@ def write_files(
     """
     keys = [sample_key(shard, position) for position in range(len(rows))]
     with ShardTars(target, shard, config) as tars:
-        for key, row, outcome in zip(keys, rows, outcomes):
+        for key, row, outcome in zip(keys, rows, outcomes, strict=True):
             if outcome.picture is not None and outcome.stored is not None:
                 files = {
                     config.encode: spool.get(outcome.stored),

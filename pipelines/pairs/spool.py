@@ -47,13 +47,16 @@ class Spool:
         self._lock = threading.Lock()
         self._held = self._end = 0
         self._file: int | None = None
+        self._closed = False
 
     def put(self, data: bytes) -> Spooled:
-        if self._allowance.take(len(data)):
-            with self._lock:
-                self._held += len(data)
-            return Spooled(data, 0, len(data))
         with self._lock:
+            if self._closed:
+                # Its shard has failed; nobody will ask for it.
+                return Spooled(b"", 0, 0)
+            if self._allowance.take(len(data)):
+                self._held += len(data)
+                return Spooled(data, 0, len(data))
             if self._file is None:
                 handle, path = tempfile.mkstemp(prefix="ldm-spool-")
                 # Without a name it is gone with the process, however that ends.
@@ -75,8 +78,10 @@ class Spool:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._allowance.give_back(self._held)
-        self._held = 0
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        with self._lock:
+            self._closed = True
+            self._allowance.give_back(self._held)
+            self._held = 0
+            if self._file is not None:
+                os.close(self._file)
+                self._file = None

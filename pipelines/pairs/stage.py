@@ -132,9 +132,7 @@ class _Work:
 
         committed = self.context.writer.committed()
         pending = [shard for shard in self.schedule.shards if table_name(shard) not in committed]
-        if not pending:
-            return
-        if self.in_two_steps:
+        if self.in_two_steps and pending:
             self._make(self._not_made())
             self._score()
             self._publish(pending)
@@ -144,7 +142,7 @@ class _Work:
         self.context.writer.storage.remove(WORK)
 
     def _not_made(self) -> list[int]:
-        from pipelines.pairs.worker import record_name
+        from pipelines.pairs.made import record_name
 
         found = set((self.context.writer.storage / WORK).names("*.json"))
         return [shard for shard in self.schedule.shards if record_name(shard) not in found]
@@ -152,6 +150,7 @@ class _Work:
     def _make(self, shards: Sequence[int]) -> None:
         from pipelines.actor_pool import map_on_actors, pool_size
         from pipelines.pairs.board import Board
+        from pipelines.pairs.publish import Publisher
         from pipelines.pairs.worker import ShardMaker
 
         if not shards:
@@ -163,7 +162,7 @@ class _Work:
             "config": self.config,
             "schedule": self.schedule,
             "work": writer.storage / WORK,
-            "writer": None if self.in_two_steps else writer,
+            "publisher": None if self.in_two_steps else Publisher(self.config, writer.storage / WORK, writer),
             "board": board,
         }
         size = pool_size(len(shards), workers=self.config.workers, use_gpu=False)
@@ -179,6 +178,7 @@ class _Work:
         before = self.schedule.rows - sum(map(self.schedule.rows_of, shards))
         with _Showing(context, board, before, self.schedule.rows) as showing:
             for _ in results:
+                context.check()
                 showing.track()
         board.close()
 
@@ -198,8 +198,9 @@ class _Work:
         work = storage / WORK
         earlier = [Shards(storage, shards, number) for number, shards in enumerate(self.rounds.shards)]
         search = DuplicateSearch(
-            work,
-            (*earlier, Shards(work, self.schedule.shards, len(earlier))),
+            # What an earlier round has found is not what this one looks for.
+            work / f"round-{len(earlier)}",
+            (*earlier, Shards(work, self.schedule.shards, len(earlier), in_the_making=True)),
             self.schedule.total,
             self.config.near_duplicates,
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from pipelines.ledger import COMMITS
+from pipelines.pairs.contact_sheet import Tar
+from pipelines.pairs.made import read_made
 from pipelines.pairs.summary import summarise_shards
 from pipelines.storage import Storage
 
@@ -33,7 +35,8 @@ def survey(storage: Storage, work: Storage) -> dict[str, Any]:
     made = sorted({int(name.split(".")[0]) for name in work.names("[0-9]*.json")} - set(committed))
     stride = -(-(len(committed) + len(made)) // TABLES_READ) or 1
     partial = summarise_shards(storage, committed[::stride])
-    partial.merge(summarise_shards(work, made[::stride]))
+    for shard in made[::stride]:
+        partial.merge(summarise_shards(read_made(work, shard).folder, [shard]))
     plan = work.read_json(PLAN) if work.exists(PLAN) else {}
     return {
         "shards": {"committed": len(committed), "made": len(made), "planned": plan.get("shards")},
@@ -41,3 +44,12 @@ def survey(storage: Storage, work: Storage) -> dict[str, Any]:
         "tables_read": len(committed[::stride]) + len(made[::stride]),
         **partial.details(),
     }
+
+
+def tars_in_the_making(work: Storage) -> list[Tar]:
+    """The tars of at most so many shards that are made and not published."""
+    shards = [int(name.split(".")[0]) for name in work.names("[0-9]*.json")]
+    made = [read_made(work, shard) for shard in shards[:TABLES_READ]]
+    return [
+        Tar(each.folder, file.name, file.bytes) for each in made for file in each.files if file.name.endswith(".tar")
+    ]

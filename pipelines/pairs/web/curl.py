@@ -19,7 +19,7 @@ import pycurl
 _BUFFER_BYTES = 1 << 18
 _KEEP_ALIVE_S = 5
 _DNS_CACHE_S = 300
-_ROBOTS = b"x-robots-tag:"
+_ROBOTS, _LENGTH = b"x-robots-tag:", b"content-length:"
 # Pages that come with an error are read so far, that the connection can be used again.
 _ERROR_PAGE_BYTES = 1 << 16
 
@@ -35,6 +35,7 @@ class Transfer:
     Attributes:
         error: libcurl's code; 0 where the answer is complete.
         status: of the answer; 0 where none came.
+        size, announced: bytes of the body so far; in all, as the answer says, or 0.
         robots: the values of `X-Robots-Tag` headers.
         refused: whether an address was not allowed.
         location: where the answer redirects to, absolute; None where it does not.
@@ -48,6 +49,7 @@ class Transfer:
     status: int = 0
     chunks: list[bytes] = field(default_factory=list)
     size: int = 0
+    announced: int = 0
     robots: list[str] = field(default_factory=list)
     refused: bool = False
     location: str | None = None
@@ -102,7 +104,9 @@ class Transfers:
         self._multi.add_handle(easy)
         try:
             transfer.error = await done
-            transfer.location = easy.getinfo(pycurl.REDIRECT_URL)
+            # Raw: it is whatever bytes the server sent.
+            location = easy.getinfo_raw(pycurl.REDIRECT_URL)
+            transfer.location = location.decode("latin-1") if location else None
             if transfer.status not in (0, 200):
                 transfer.retry_after_s = easy.getinfo(pycurl.RETRY_AFTER)
         finally:
@@ -160,6 +164,10 @@ class Transfers:
             if line.startswith(b"HTTP/"):
                 code = line.split(maxsplit=2)[1:2]
                 transfer.status = int(code[0]) if code and code[0].isdigit() else 0
+                transfer.announced = 0
+            elif line[:15].lower() == _LENGTH:
+                length = line[15:].strip()
+                transfer.announced = int(length) if length[:12].isdigit() and len(length) < 13 else 0
             elif line[:13].lower() == _ROBOTS:
                 transfer.robots.append(line[13:].decode("latin-1").strip())
 

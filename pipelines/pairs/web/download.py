@@ -72,11 +72,14 @@ class Client:
         self._sequence = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._started = threading.Event()
+        self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._serve, name="downloads", daemon=True)
 
     def __enter__(self) -> Client:
         self._thread.start()
         self._started.wait()
+        if self._failure is not None:
+            raise self._failure
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -97,8 +100,12 @@ class Client:
     def _serve(self) -> None:
         import uvloop
 
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(self._main())
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(self._main())
+        except Exception as error:
+            self._failure = error
+            self._started.set()
 
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -164,6 +171,12 @@ class Client:
             host.failures = 0
         except RetryLaterError as later:
             answer = self._later(request, host, later)
+        except ValueError:
+            # What the parser of URLs lets through and libcurl does not take.
+            answer = "bad_url"
+        except Exception:
+            # Every row gets an answer, whatever a hostile server made of the client.
+            answer = self._later(request, host, RetryLaterError("connection_error"))
         finally:
             host.active -= 1
             self._active -= 1

@@ -47,7 +47,9 @@ class Room:
 
     @property
     def free(self) -> float:
-        """The share that is free, from 0 to 1."""
+        """The share that is free, from 0 to 1; none while a large body waits, which small ones would starve."""
+        if self._waiting:
+            return 0.0
         return max(1 - self.held / self._limit, 0.0)
 
     def take(self, size: int) -> None:
@@ -130,7 +132,7 @@ class Fetcher:
         try:
             await self._transfers.run(transfer, timeout_s)
             if transfer.status == 200 and SMALL_BODY_BYTES < transfer.size <= self._max_bytes and transfer.error:
-                reserved = self._max_bytes
+                reserved = max(transfer.announced, transfer.size) if transfer.announced else self._max_bytes
                 await room.wait_for(reserved)
                 transfer = Transfer(str(url), accept, self._allowed_for(url))
                 await self._transfers.run(transfer, self._config.timeout_s)

@@ -189,6 +189,37 @@ def test_private_addresses_are_fetched_where_the_recipe_allows_it(server: Web) -
     assert fetch([f"http://127.0.0.1:{server.port}/a.jpg"], allow_private_addresses=True) == [picture(1)]
 
 
+@pytest.mark.parametrize("url", ["http://a\x00b/", "http://pictures.example/\x00b", "http://[fe80::1%ü]/"])
+def test_what_no_client_can_ask_for_still_gets_a_status(server: Web, url: str) -> None:
+    server.files["a.jpg"] = picture(1)
+    found = fetch([url, server.url("a.jpg")], connect_to=server.connect_to, retries=0)
+    assert found[0] in ("bad_url", "http_404", "connection_error", "refused_address")
+    assert found[1] == picture(1)
+
+
+def test_a_redirect_to_bytes_that_are_no_text_is_followed_or_refused(server: Web) -> None:
+    assert fetch([server.url("bytes")], connect_to=server.connect_to, retries=0)[0] in ("http_404", "bad_url")
+
+
+def test_large_bodies_take_turns_and_arrive(server: Web) -> None:
+    server.files["large.jpg"] = bytes(1_200_000)
+    server.files["a.jpg"] = picture(1)
+    urls = [server.url("large.jpg"), server.url("a.jpg")] * 6
+    answers: dict[int, int] = {}
+    done = threading.Event()
+    with Client(Download(connect_to=server.connect_to), max_bytes=5_000_000, room_bytes=2_000_000) as client:
+
+        def deliver(position: int, answer: bytes | str) -> None:
+            answers[position] = len(answer)
+            client.give_back(len(answer))
+            if len(answers) == len(urls):
+                done.set()
+
+        client.fetch(urls, deliver)
+        assert done.wait(30)
+    assert [answers[n] for n in range(0, 12, 2)] == [1_200_000] * 6
+
+
 @pytest.mark.parametrize(
     "url", ["", "nonsense", "ftp://pictures.example/a", "file:///etc/passwd", "http://", "http://[::1"]
 )

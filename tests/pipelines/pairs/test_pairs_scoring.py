@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pipelines.errors import UserError
+from pipelines.ledger import FileRecord
 from pipelines.pairs.config import Scoring
+from pipelines.pairs.made import keep_made
 from pipelines.pairs.scoring import Scorer, digests, load_head
 from pipelines.pairs.stage import STAGE
 from pipelines.records import read_shard
@@ -69,13 +71,15 @@ def test_a_score_is_the_cosine_of_the_embeddings(tmp_path: Path, clip_folder: Pa
     from pipelines.records import write_shard
 
     samples = [("000000000", {"jpg": picture(1), "txt": b"a dog"}), ("000000001", {"jpg": picture(50), "txt": b"cats"})]
-    write_shard(tmp_path / "000000.tar", samples)
     work = Storage(str(tmp_path))
+    (tmp_path / "attempt").mkdir()
+    write_shard(tmp_path / "attempt" / "000000.tar", samples)
+    keep_made(work, 0, "attempt", [FileRecord(name="000000.tar", rows=2, bytes=1, sha256="0" * 64)], {"ok": 2})
     head = write_head(tmp_path / "head.safetensors")
     scorer = Scorer(
         scoring=Scoring(clip=str(clip_folder), aesthetic_head=str(head)), work=work, device=torch.device("cpu").type
     )
-    assert scorer({"shard": 0, "tars": ["000000.tar"]}) == {"samples": 2}
+    assert scorer({"shard": 0}) == {"samples": 2}
     found = work.read_json("000000.scores")
     clip = load_clip(clip_folder)
     from PIL import Image
@@ -105,13 +109,13 @@ def test_the_key_follows_the_models(tmp_path: Path, clip_folder: Path) -> None: 
 
 
 def test_what_is_no_model_is_refused_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no folder .*: pairs.scoring.clip must be the folder of a CLIP model"):
+    with pytest.raises(UserError, match=r"no folder .*: pairs.scoring.clip must be the folder of a CLIP model"):
         digests(Scoring(clip=str(tmp_path / "absent")))
-    with pytest.raises(UserError, match="absent.pth is missing"):
+    with pytest.raises(UserError, match=r"absent\.pth is missing"):
         digests(Scoring(clip=str(tmp_path), aesthetic_head=str(tmp_path / "absent.pth")))
     save_file({"a.weight": torch.zeros(3, 12), "a.bias": torch.zeros(3)}, tmp_path / "wide.safetensors")
     with pytest.raises(UserError, match="linear layers that end in one number"):
         load_head(tmp_path / "wide.safetensors", "cpu")
     torch.save({"weight": print}, tmp_path / "evil.pth")
-    with pytest.raises(UserError, match="aesthetic_head: .*evil.pth must hold the named tensors"):
+    with pytest.raises(UserError, match=r"aesthetic_head: .*evil\.pth must hold the named tensors"):
         load_head(tmp_path / "evil.pth", "cpu")

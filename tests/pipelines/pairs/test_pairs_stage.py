@@ -19,6 +19,8 @@ import ray
 import webdataset
 
 from pipelines.errors import UserError, explain
+from pipelines.ledger import FileRecord
+from pipelines.pairs.made import keep_made
 from pipelines.pairs.stage import STAGE, count_rows
 from pipelines.records import decode_image, read_shard
 from pipelines.storage import Storage
@@ -209,7 +211,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(
     _, whole = run_pairs("whole", **options)
     folder = tmp_path / "killed"
     # After the first shard is made; while the final shards are committed.
-    for pattern in ("work/*.parquet", "commits/*.json") if deduplicate else ("*.tar",):
+    for pattern in ("work/*/*.parquet", "commits/*.json") if deduplicate else ("commits/*.tar.json",):
         kill_when(start(folder, options), folder, pattern)
         assert not (folder / "000014.parquet").exists() or pattern == "commits/*.json"
     details, resumed = run_pairs("killed", **options)
@@ -223,13 +225,35 @@ def test_a_shard_that_was_made_but_not_committed_whole_is_not_made_again(tmp_pat
     details, storage = run_pairs(**options)
     # Killed between the commits of the tar and of the parquet.
     storage.remove("commits/000001.parquet.json")
-    files = [json.loads(storage.read_bytes(f"commits/000001.{kind}.json")) for kind in ("tar",)]
-    files.append({"name": "000001.parquet", "rows": 0, "bytes": storage.size("000001.parquet"), "sha256": "0" * 64})
-    storage.write_json("work/000001.json", {"files": files, "statuses": {"ok": 4}})
-    before = os.stat(storage.path("000001.tar")).st_mtime_ns
+    names = ["000001.tar", "000001.parquet"]
+    files = [FileRecord(name=name, rows=0, bytes=storage.size(name), sha256="0" * 64) for name in names]
+    for name in names:
+        storage.copy(name, storage / "work" / "attempt")
+    keep_made(storage / "work", 1, "attempt", files, {"ok": 4})
     assert run_pairs(**options)[0] == details
     assert storage.read_json("commits/000001.parquet.json")["sha256"] == "0" * 64
-    assert os.stat(storage.path("000001.tar")).st_mtime_ns == before
+    assert not storage.exists("work")
+
+
+def test_of_two_that_make_one_shard_the_first_is_published(tmp_path: Path) -> None:
+    work = Storage(str(tmp_path))
+    (tmp_path / "a").mkdir()
+    first = keep_made(work, 3, "a", [FileRecord(name="x", rows=1, bytes=1, sha256="1" * 64)], {"ok": 1})
+    second = keep_made(work, 3, "b", [FileRecord(name="x", rows=0, bytes=2, sha256="2" * 64)], {"timeout": 1})
+    assert second == first
+    assert second.folder == work / "a"
+
+
+def test_a_column_of_the_source_never_names_a_file(tmp_path: Path, run_pairs: RunPairs) -> None:
+    table = local_set(tmp_path / "set", 8)
+    rows = [
+        json.loads(line) | {"bucket": "x/../../../../evil", "phash": "1"} for line in table.read_text().splitlines()
+    ]
+    table.write_text("\n".join(map(json.dumps, rows)))
+    details, storage = run_pairs(source=str(table))
+    assert details["statuses"] == {"ok": 7, "duplicate": 1}
+    assert not list(tmp_path.rglob("*evil*"))
+    assert json.loads(samples(storage)[0]["json"])["source_bucket"] == "x/../../../../evil"
 
 
 def test_a_run_without_a_single_sample_fails_and_can_be_tried_again(

@@ -17,6 +17,7 @@ import pytest
 from pipelines.inspect import inspect_path
 from pipelines.pairs import summary
 from pipelines.pairs.hosts import HostCounts
+from pipelines.pairs.made import keep_made
 from pipelines.pairs.recent_rate import RecentRate
 from pipelines.pairs.shard import write_table
 from pipelines.pairs.stage import _for_each
@@ -160,9 +161,9 @@ def test_an_unfinished_artifact_tells_how_far_it_is(tmp_path: Path) -> None:
     work = storage / "work"
     write_plan(work, 950, 100)
     for shard in range(5):
-        make_table(work, shard, range(100 * shard, 100 * shard + 100))
-        work.write_json(f"{shard:06d}.json", {"files": [], "statuses": {}})
-    make_table(work, 5, range(500, 600))  # not whole: it has no record
+        make_table(work / "attempt", shard, range(100 * shard, 100 * shard + 100))
+        keep_made(work, shard, "attempt", [], {})
+    make_table(work / "attempt", 5, range(500, 600))  # not whole: it has no record
     make_table(storage, 0, range(100))
     storage.write_json("commits/000000.parquet.json", {})
 

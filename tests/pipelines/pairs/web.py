@@ -78,6 +78,7 @@ class Web:
             "trickle": self._trickle,
             "silent": self._silent,
             "garbage": self._garbage,
+            "bytes": self._bytes,
             "busy": self._busy,
         }
         kind = name.split("/")[0]
@@ -134,6 +135,10 @@ class Web:
 
     async def _garbage(self, request: web.Request) -> web.StreamResponse:
         self._raw(request, b"\x00\xff not HTTP at all\r\n\r\n")
+        return web.Response()
+
+    async def _bytes(self, request: web.Request) -> web.StreamResponse:
+        self._raw(request, b"HTTP/1.1 302 Found\r\nLocation: /\xff\xfe\r\nContent-Length: 0\r\n\r\n")
         return web.Response()
 
     async def _trickle(self, request: web.Request) -> web.StreamResponse:
