@@ -136,7 +136,8 @@ def _members(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                if member.isreg():
+                # A sparse member claims any size.
+                if member.isreg() and not member.issparse():
                     yield member.name, cast(BinaryIO, tar.extractfile(member)).read()
             require_end_of_archive(tar, file)
     except (tarfile.TarError, EOFError) as error:

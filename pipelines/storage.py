@@ -48,7 +48,7 @@ class Storage:
 
     def __post_init__(self) -> None:
         url = self.url.removeprefix("file://")
-        if re.match(r"[a-z0-9+.-]+://[^/]*:[^/]*@", url, re.IGNORECASE):
+        if holds_password(url):
             raise MisuseError("a storage URL must not hold a password: set it in the environment (AWS_PROFILE)")
         object.__setattr__(self, "url", url if "://" in url else os.path.abspath(os.path.expanduser(url)))
 
@@ -312,6 +312,11 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def holds_password(url: str) -> bool:
+    """Whether a URL is of the form `s3://KEY:SECRET@…`; a secret may hold slashes, a port is none."""
+    return bool(re.match(r"[a-z0-9+.-]+://[^/@]*:(?!\d+(/|$)).*@", url, re.IGNORECASE))
 
 
 def sha256_file(file: BinaryIO | Path | str) -> str:

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 
 from pipelines.grids import Image8, grid
 from pipelines.ledger import MANIFEST, read_manifest
+from pipelines.pairs.pictures.raster import FORMATS
 from pipelines.pairs.tar_windows import Tar, random_samples
 from pipelines.storage import Storage
 
@@ -74,7 +75,7 @@ def _cell(data: bytes) -> Image8:
     """(CELL_PIXELS, CELL_PIXELS, 3) uint8."""
     side = (CELL_PIXELS, CELL_PIXELS)
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError("too many pixels")
             image.draft("RGB", side)

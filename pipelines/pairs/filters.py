@@ -67,7 +67,7 @@ def _passes(rule: Rule, value: Any) -> bool:
     if rule.min is not None or rule.max is not None:
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return False
         if math.isnan(number):
             return rule.keep_missing

@@ -102,11 +102,13 @@ def _text(value: Any) -> str:
 def extra_names(columns: list[str]) -> dict[str, str]:
     """The name under which each of a source's other columns is carried over."""
     names: dict[str, str] = {}
+    taken = set(RESERVED)
     for column in columns:
         name = column
-        while name in RESERVED or name in names.values():
+        while name in taken:
             name = f"source_{name}"
         names[column] = name
+        taken.add(name)
     return names
 
 

@@ -126,7 +126,7 @@ def _members(data: bytes) -> Iterator[tuple[str, bytes]]:
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             for member in tar:
-                if member.isreg():
+                if member.isreg() and not member.issparse():
                     content = cast(io.BufferedReader, tar.extractfile(member)).read()
                     if len(content) < member.size:
                         return
@@ -134,5 +134,5 @@ def _members(data: bytes) -> Iterator[tuple[str, bytes]]:
             if data[tar.offset : tar.offset + _BLOCK] == tarfile.NUL * _BLOCK:
                 yield "", b""
     # Cut off in the middle, or no tar at all.
-    except (tarfile.TarError, OSError, ValueError):
+    except (tarfile.TarError, OSError, ValueError, RecursionError):
         return

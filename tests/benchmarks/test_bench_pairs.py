@@ -120,7 +120,8 @@ with tarfile.open(sys.argv[2] + "/0.tar", "w") as tar:
     output.mkdir()
     command = [sys.executable, "-c", code, server.url(0), str(output), str(tmp_path / "a.jpg")]
     run = tool_run.run_tool(command, output, server, rows=2, size=(4, 3), env=dict(os.environ))
-    assert run.tree.started < run.server.first_request < run.finished < run.tree.ended + 0.1  # type: ignore[operator]
+    # A file's time is only as fine as the kernel's tick.
+    assert run.tree.started < run.server.first_request < run.finished + 0.1 < run.tree.ended + 0.2  # type: ignore[operator]
     assert run.figures()["images"] == 2
     with pytest.raises(SystemExit, match=r"delivered 2 of 3 pictures of \(4, 3\)"):
         tool_run.run_tool(command, output, server, rows=3, size=(4, 3), env=dict(os.environ))

@@ -34,8 +34,10 @@ _EXIF, _ICC = b"Exif\0\0", b"ICC_PROFILE\0"
 _ORIENTATION = 0x0112
 # In entropy-coded data 0xff is followed by 0 (a literal), another 0xff (fill) or a restart marker.
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
-# What the decoder says of stray bytes between segments, and of sampling factors that it does not know.
-_HARMLESS = ("extraneous bytes", "Could not determine subsampling")
+# A few stray bytes before the end are common and harmless; more of them mean that what is before them is damaged.
+_STRAY = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
+_MOST_STRAY_BYTES = 4
+_UNKNOWN_SAMPLING = "Could not determine subsampling"
 
 
 class UnusualError(Exception):
@@ -67,7 +69,8 @@ class Jpeg:
         try:
             return simplejpeg.decode_jpeg(self.data, "RGB", min_width=size[0], min_height=size[1])
         except ValueError as error:
-            if any(words in str(error) for words in _HARMLESS):
+            stray = _STRAY.search(str(error))
+            if (stray and int(stray[1]) <= _MOST_STRAY_BYTES) or _UNKNOWN_SAMPLING in str(error):
                 raise UnusualError from None
             raise RejectedError("decode_error") from None
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import struct
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -28,6 +29,7 @@ _BYTES_PER_PIXEL = {"WEBP": 20, "AVIF": 12, "JPEG2000": 24, "JPEG": 12, "MPO": 1
 _WHOLE_BYTES_PER_PIXEL = 16
 _BAND_PIXELS = 4 << 20
 _ORIENTATION = 0x0112
+_TILE_WIDTH, _TILE_LENGTH = 322, 323
 # Pillow's own limit is one for the whole process and only warns; ours is the recipe's and is checked on opening.
 Image.MAX_IMAGE_PIXELS = None
 
@@ -58,6 +60,8 @@ class Raster:
         pixels = self.width * self.height
         if pixels > config.max_image_pixels or pixels * _BYTES_PER_PIXEL.get(self.format, 4) > MAX_DECODER_BYTES:
             raise RejectedError("too_large")
+        if self.format == "TIFF" and _tile_pixels(self._image) * 8 > MAX_DECODER_BYTES:
+            raise RejectedError("too_large")
         if self.format in ("JPEG", "MPO") and has_too_many_scans(data):
             raise RejectedError("too_large")
         if self.format == "PNG":
@@ -73,7 +77,8 @@ class Raster:
             RejectedError: `decode_error`, or `too_large` where the memory would not do.
         """
         factor = int(min(self.width / least[0], self.height / least[1]) / LEFT_TO_CUBIC)
-        if factor <= 1 and self.width * self.height * _WHOLE_BYTES_PER_PIXEL > MAX_DECODER_BYTES:
+        is_whole = factor <= 1 or self._image.mode[0] in "IF"
+        if is_whole and self.width * self.height * _WHOLE_BYTES_PER_PIXEL > MAX_DECODER_BYTES:
             raise RejectedError("too_large")
         image = self._decoded(least, config)
         try:
@@ -128,6 +133,15 @@ class Raster:
         except Exception:  # A broken EXIF block does not make the picture unreadable.
             return 1
         return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _tile_pixels(image: Image.Image) -> int:
+    """Pixels that a TIFF is decoded by: of a tile, which may be larger than the picture, or of a strip."""
+    tags: Any = getattr(image, "tag_v2", {})
+    try:
+        return int(tags.get(_TILE_WIDTH, 0)) * int(tags.get(_TILE_LENGTH, 0))
+    except (TypeError, ValueError):
+        return 0
 
 
 def _looks_like_one(data: bytes) -> bool:

@@ -5,6 +5,20 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable
 
+# Networks that are not marked as private, and lead to a cloud's own services or back to this machine.
+_NOT_PUBLIC = tuple(
+    map(
+        ipaddress.ip_network,
+        (
+            "168.63.129.16/32",
+            "192.0.0.0/24",
+            "fec0::/10",
+            "::/96",
+            "::ffff:0:0:0/96",
+            "64:ff9b:1::/48",
+        ),
+    )
+)
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
@@ -19,6 +33,8 @@ def is_public(address: str) -> bool:
             inner = ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(str(inner))
+    if any(parsed in network for network in _NOT_PUBLIC):
+        return False
     return parsed.is_global and not parsed.is_multicast
 
 

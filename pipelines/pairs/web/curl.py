@@ -19,7 +19,7 @@ import pycurl
 _BUFFER_BYTES = 1 << 18
 _KEEP_ALIVE_S = 5
 _DNS_CACHE_S = 300
-_ROBOTS, _LENGTH = b"x-robots-tag:", b"content-length:"
+_ROBOTS, _LENGTH, _LOCATION = b"x-robots-tag:", b"content-length:", b"location:"
 # Pages that come with an error are read so far, that the connection can be used again.
 _ERROR_PAGE_BYTES = 1 << 16
 
@@ -38,7 +38,7 @@ class Transfer:
         size, announced: bytes of the body so far; in all, as the answer says, or 0.
         robots: the values of `X-Robots-Tag` headers.
         refused: whether an address was not allowed.
-        location: where the answer redirects to, absolute; None where it does not.
+        location: where the answer redirects to, as it says it; None where it does not.
         retry_after_s: that the server asks for; 0 where it does not.
     """
 
@@ -47,7 +47,7 @@ class Transfer:
     allowed: Callable[[str], bool]
     error: int = 0
     status: int = 0
-    chunks: list[bytes] = field(default_factory=list)
+    received: bytearray = field(default_factory=bytearray)
     size: int = 0
     announced: int = 0
     robots: list[str] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Transfer:
 
     @property
     def body(self) -> bytes:
-        return self.chunks[0] if len(self.chunks) == 1 else b"".join(self.chunks)
+        return bytes(self.received)
 
 
 class Transfers:
@@ -104,9 +104,6 @@ class Transfers:
         self._multi.add_handle(easy)
         try:
             transfer.error = await done
-            # Raw: it is whatever bytes the server sent.
-            location = easy.getinfo_raw(pycurl.REDIRECT_URL)
-            transfer.location = location.decode("latin-1") if location else None
             if transfer.status not in (0, 200):
                 transfer.retry_after_s = easy.getinfo(pycurl.RETRY_AFTER)
         finally:
@@ -157,7 +154,8 @@ class Transfers:
                 return None if transfer.size <= _ERROR_PAGE_BYTES else 0
             if not transfer.accept(transfer.size):
                 return 0
-            transfer.chunks.append(chunk)
+            # Not a list of pieces: a server may send them two bytes at a time.
+            transfer.received += chunk
             return None
 
         def header(line: bytes) -> None:
@@ -168,6 +166,8 @@ class Transfers:
             elif line[:15].lower() == _LENGTH:
                 length = line[15:].strip()
                 transfer.announced = int(length) if length[:12].isdigit() and len(length) < 13 else 0
+            elif line[:9].lower() == _LOCATION:
+                transfer.location = line[9:].strip().decode("latin-1")
             elif line[:13].lower() == _ROBOTS:
                 transfer.robots.append(line[13:].decode("latin-1").strip())
 

@@ -116,7 +116,7 @@ class Fetcher:
                 raise RejectedError("opt_out")
             if not (transfer.status in _REDIRECTS and transfer.location):
                 return transfer.body
-            url = _redirected(transfer.location)
+            url = _redirected(url, transfer.location)
         raise RejectedError("too_many_redirects")
 
     async def _run(self, url: URL, timeout_s: float) -> Transfer:
@@ -165,10 +165,10 @@ def _anywhere(address: str) -> bool:
     return True
 
 
-def _redirected(location: str) -> URL:
+def _redirected(url: URL, location: str) -> URL:
     try:
-        return parse_url(location)
-    except ValueError:
+        return parse_url(str(url.join(URL(location))))
+    except Exception:  # As in `parse_url`.
         raise RejectedError("bad_url") from None
 
 
@@ -178,7 +178,10 @@ def parse_url(url: str) -> URL:
     Raises:
         ValueError: no http URL.
     """
-    parsed = URL(url.strip())
+    try:
+        parsed = URL(url.strip())
+    except Exception:  # On hostile text it also raises IndexError.
+        raise ValueError(f"not a URL: {url[:100]!r}") from None
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise ValueError(f"not an http URL: {url[:100]!r}")
     return parsed

@@ -189,7 +189,9 @@ def test_private_addresses_are_fetched_where_the_recipe_allows_it(server: Web) -
     assert fetch([f"http://127.0.0.1:{server.port}/a.jpg"], allow_private_addresses=True) == [picture(1)]
 
 
-@pytest.mark.parametrize("url", ["http://a\x00b/", "http://pictures.example/\x00b", "http://[fe80::1%ü]/"])
+@pytest.mark.parametrize(
+    "url", ["http://a\x00b/", "http://pictures.example/\x00b", "http://[fe80::1%ü]/", "http://a@][@/x.jpg"]
+)
 def test_what_no_client_can_ask_for_still_gets_a_status(server: Web, url: str) -> None:
     server.files["a.jpg"] = picture(1)
     found = fetch([url, server.url("a.jpg")], connect_to=server.connect_to, retries=0)
@@ -199,6 +201,11 @@ def test_what_no_client_can_ask_for_still_gets_a_status(server: Web, url: str) -
 
 def test_a_redirect_to_bytes_that_are_no_text_is_followed_or_refused(server: Web) -> None:
     assert fetch([server.url("bytes")], connect_to=server.connect_to, retries=0)[0] in ("http_404", "bad_url")
+
+
+def test_a_redirect_counts_however_its_page_ends(server: Web) -> None:
+    server.files["a.jpg"] = picture(1)
+    assert fetch([server.url("cutoff")], connect_to=server.connect_to, retries=0) == [picture(1)]
 
 
 def test_large_bodies_take_turns_and_arrive(server: Web) -> None:
@@ -229,6 +236,7 @@ def test_what_is_no_http_url_is_a_bad_url(url: str) -> None:
 
 def test_addresses_inside_addresses_are_seen() -> None:
     private = ["10.0.0.1", "100.64.0.1", "fc00::1", "fe80::1%eth0", "::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::"]
+    private += ["168.63.129.16", "192.0.0.192", "fec0::1", "::127.0.0.1", "64:ff9b:1::7f00:1"]
     assert [address for address in [*private, "224.0.0.1", "::"] if is_public(address)] == []
     assert is_public("93.184.216.34")
     assert is_public("64:ff9b::5db8:d822")

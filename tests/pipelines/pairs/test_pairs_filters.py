@@ -31,6 +31,7 @@ def config(filters: dict[str, Any]) -> PairsConfig:
         ({"min": 0.3}, None, False),
         ({"min": 0.3}, float("nan"), False),
         ({"min": 0.3}, "nan", False),
+        ({"min": 0.3}, 10**400, False),
         ({"min": 0.3, "keep_missing": True}, None, True),
         ({"min": 1, "max": 2}, 3, False),
         ({"one_of": ["EN", "de"]}, "en", True),

@@ -113,3 +113,20 @@ def test_every_single_damaged_byte_of_the_header_has_a_status() -> None:
     for position in range(2, small.index(b"\xff\xda") + 12):
         damaged = small[:position] + bytes([small[position] ^ 0xA5]) + small[position + 1 :]
         assert status_of(damaged, upscale=True) in {"ok", "decode_error", "too_large", "too_small", "not_an_image"}
+
+
+def test_damaged_picture_data_is_an_error_and_a_stray_byte_at_the_end_is_not() -> None:
+    random = np.random.default_rng(0)
+    buffer = io.BytesIO()
+    noise = Image.fromarray(random.integers(0, 256, (40, 40, 3), np.uint8)).resize((400, 300), Image.Resampling.BICUBIC)
+    noise.save(buffer, "JPEG", quality=85)
+    good = buffer.getvalue()
+    assert status_of(good[:-2] + b"\0" + good[-2:]) == "ok"
+    statuses = []
+    for _ in range(40):
+        damaged = bytearray(good)
+        place = int(random.integers(len(good) // 3, len(good) // 2))
+        damaged[place : place + 20] = random.integers(1, 255, 20, np.uint8).tobytes()
+        statuses.append(status_of(bytes(damaged)))
+    # Some damage leaves a stream that is a valid picture, only another one: nothing can tell.
+    assert statuses.count("decode_error") > 20

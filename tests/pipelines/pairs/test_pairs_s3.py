@@ -1,4 +1,4 @@
-"""Pairs to an object store through a network that loses, delays and refuses: bytes as of a local run, no secret told."""
+"""Pairs to an object store through a network that loses, delays and refuses: bytes of a local run, no secret told."""
 
 import json
 import os

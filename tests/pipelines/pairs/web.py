@@ -79,6 +79,7 @@ class Web:
             "silent": self._silent,
             "garbage": self._garbage,
             "bytes": self._bytes,
+            "cutoff": self._cutoff,
             "busy": self._busy,
         }
         kind = name.split("/")[0]
@@ -139,6 +140,10 @@ class Web:
 
     async def _bytes(self, request: web.Request) -> web.StreamResponse:
         self._raw(request, b"HTTP/1.1 302 Found\r\nLocation: /\xff\xfe\r\nContent-Length: 0\r\n\r\n")
+        return web.Response()
+
+    async def _cutoff(self, request: web.Request) -> web.StreamResponse:
+        self._raw(request, b"HTTP/1.1 302 Found\r\nLocation: /a.jpg\r\nContent-Length: 50\r\n\r\nshort")
         return web.Response()
 
     async def _trickle(self, request: web.Request) -> web.StreamResponse:
