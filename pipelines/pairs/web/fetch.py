@@ -56,6 +56,13 @@ class Room:
         """Count bytes that are held already."""
         self.held += size
 
+    def take_if_free(self, size: int) -> bool:
+        """Count bytes if there is room for them now."""
+        if self.held and self.held + size > self._limit:
+            return False
+        self.held += size
+        return True
+
     async def wait_for(self, size: int) -> None:
         """Count bytes once there is room for them; a body alone always has room."""
         while self.held and self.held + size > self._limit:
@@ -125,14 +132,19 @@ class Fetcher:
         reserved = 0
 
         def accept(size: int) -> bool:
-            # Large bodies wait for room before they are asked for again: one that stops halfway would never end.
-            return size <= self._max_bytes and (size <= SMALL_BODY_BYTES or reserved > 0)
+            nonlocal reserved
+            if size <= SMALL_BODY_BYTES or size > self._max_bytes or reserved:
+                return size <= self._max_bytes
+            # As much as may come. Without room it ends here, to be asked for again: one that pauses may never go on.
+            wanted = transfer.announced or self._max_bytes
+            reserved = wanted if room.take_if_free(wanted) else 0
+            return reserved > 0
 
         transfer = Transfer(str(url), accept, self._allowed_for(url))
         try:
             await self._transfers.run(transfer, timeout_s)
-            if transfer.status == 200 and SMALL_BODY_BYTES < transfer.size <= self._max_bytes and transfer.error:
-                reserved = max(transfer.announced, transfer.size) if transfer.announced else self._max_bytes
+            if transfer.status == 200 and SMALL_BODY_BYTES < transfer.size <= self._max_bytes and not reserved:
+                reserved = transfer.announced or self._max_bytes
                 await room.wait_for(reserved)
                 transfer = Transfer(str(url), accept, self._allowed_for(url))
                 await self._transfers.run(transfer, self._config.timeout_s)
