@@ -182,8 +182,8 @@ class ArtifactWriter:
             if size != record.bytes:
                 raise UserError(
                     f"{self.storage.url}/{record.name} was committed with {record.bytes} bytes but has {max(size, 0)}: "
-                    f"it was damaged afterwards; remove it and its record {COMMITS}/{name} there, then run the same "
-                    "command again to rebuild it"
+                    f"it was damaged afterwards; remove {record.name.partition('.')[0]}.* and "
+                    f"{COMMITS}/{name.partition('.')[0]}.* there, then run the same command again to rebuild them"
                 )
         return {record.name: record for record in records}
 

@@ -16,6 +16,8 @@ import numpy as np
 
 from pipelines.errors import UserError
 
+# Of the artifact that the pairs stage writes and others read; raised when its bytes or their meaning change.
+PAIRS_FORMAT = 2
 IMAGE_EXTENSIONS = ("jpg", "webp", "png")
 
 

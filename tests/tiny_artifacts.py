@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipelines.config import Config
 from pipelines.ledger import Artifact, ArtifactWriter
-from pipelines.records import write_shard
+from pipelines.records import PAIRS_FORMAT, write_shard
 from pipelines.stage import Stage, StageContext
 from pipelines.storage import Storage
 from pipelines.tracking import null_stage_tracker
@@ -40,7 +40,7 @@ def pairs_artifact(root: Path, *, rows: tuple[int, ...] = (5, 0, 4), side: int =
         with writer.storage.writer(f"{shard:06d}.tar") as path:
             write_shard(path, [pair_sample(random, f"{shard:05d}{row:04d}", side) for row in range(count)])
         writer.commit(f"{shard:06d}.tar", rows=count)
-    return finish(writer, {"samples": sum(rows), "image_size": side})
+    return finish(writer, {"samples": sum(rows), "image_size": side}, PAIRS_FORMAT)
 
 
 def pair_sample(random: np.random.Generator, key: str, side: int) -> tuple[str, dict[str, bytes]]:

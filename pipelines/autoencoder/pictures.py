@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 
 from pipelines.errors import UserError
 from pipelines.ledger import Artifact
-from pipelines.records import IMAGE_EXTENSIONS, decode_image, image_of
+from pipelines.records import IMAGE_EXTENSIONS, PAIRS_FORMAT, decode_image, image_of
 from pipelines.shard_reader import ShardReader
 
-PAIRS_FORMAT = 1
 HELD_OUT_SHARE = 64  # one in so many
 HELD_OUT_LIMIT = 64
 CACHE_BYTES = 1 << 30

@@ -20,10 +20,10 @@ from pipelines.evaluate.prompts import Prompt, TrainingPair, load_prompts, load_
 from pipelines.evaluate.scores import alignment_scores, require_expectations
 from pipelines.grids import encode_png, grid
 from pipelines.ledger import Artifact
+from pipelines.records import PAIRS_FORMAT
 from pipelines.stage import RateMeter, Stage, StageContext
 
 FORMAT_VERSION = 1
-PAIRS_FORMAT = 1
 GRID_COLUMNS = 8
 GRID_PICTURES = 40
 # Small pictures are enlarged in grids, so that a person can see them.

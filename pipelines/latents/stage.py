@@ -16,13 +16,13 @@ from pipelines.latents.encode import EncodeShard, statistics_name
 from pipelines.latents.statistics import LatentSums, scale_factor, total
 from pipelines.latents.vocabulary import commit_vocabulary, vocabulary_digest
 from pipelines.ledger import Artifact
+from pipelines.records import PAIRS_FORMAT
 from pipelines.stage import RateMeter, Stage, StageContext
 
 if TYPE_CHECKING:
     from ldm_core.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
-PAIRS_FORMAT = 1
 
 
 def run(context: StageContext) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pipelines.errors import UserError
 from pipelines.ledger import COMMITS, Artifact
 from pipelines.pairs.config import PairsConfig
 from pipelines.pairs.outcome import OK, may_pass
+from pipelines.records import PAIRS_FORMAT
 from pipelines.stage import Stage, StageContext
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from pipelines.pairs.rows import Source
     from pipelines.pairs.schedule import Schedule
 
-FORMAT_VERSION = 2
 # Shards in the making; removed when all are published.
 WORK = "work"
 _SHOW_EVERY_S = 1.0
@@ -128,10 +128,8 @@ class _Work:
         return self.config.deduplicate or self.config.scoring is not None
 
     def run(self) -> None:
-        from pipelines.pairs.shard import table_name
-
-        committed = self.context.writer.committed()
-        pending = [shard for shard in self.schedule.shards if table_name(shard) not in committed]
+        committed = self.context.writer.committed().keys()
+        pending = [shard for shard in self.schedule.shards if not self._files(shard) <= committed]
         if self.in_two_steps and pending:
             self._make(self._not_made())
             self._score()
@@ -140,6 +138,12 @@ class _Work:
             self._make(pending)
         # Only now: until the last shard is committed, each of them may be needed to decide what is a duplicate.
         self.context.writer.storage.remove(WORK)
+
+    def _files(self, shard: int) -> set[str]:
+        """The files that every committed shard has; with buckets its tars are known by its parquet alone."""
+        from pipelines.pairs.shard import table_name, tar_name
+
+        return {table_name(shard), *([] if self.config.resize == "buckets" else [tar_name(shard)])}
 
     def _not_made(self) -> list[int]:
         from pipelines.pairs.made import record_name
@@ -338,7 +342,7 @@ def _additions(context: StageContext, rounds: _Rounds) -> int:
 
 STAGE = Stage(
     name="pairs",
-    format_version=FORMAT_VERSION,
+    format_version=PAIRS_FORMAT,
     upstream=(),
     inputs=source_digests,
     run=run,
