@@ -167,5 +167,5 @@ def test_pairs_without_samples_are_refused(tmp_path: Path, upstream: dict[str, A
 
 
 def test_pairs_of_another_format_are_refused(tmp_path: Path, upstream: dict[str, Artifact]) -> None:
-    with pytest.raises(UserError, match="holds autoencoder of format 1, but pairs of format 1 is needed"):
+    with pytest.raises(UserError, match="holds autoencoder of format 1, but pairs of format 2 is needed"):
         run_stage(STAGE, CONFIG, tmp_path, {**upstream, "pairs": upstream["autoencoder"]})
