@@ -16,7 +16,7 @@ from tests.tiny import tiny_recipe, write_pictures, write_recipe
 REPOSITORY = Path(__file__).parents[2]
 # What is on disk when a stage is in the middle of its work.
 IN_THE_MIDDLE = {
-    "pairs": "pairs/*/work/*.parquet",
+    "pairs": "pairs/*/work/*/*.parquet",
     "autoencoder": "autoencoder/*/train/**/checkpoint_*",
     "latents": "latents/*/commits/*.tar.json",
     "diffusion": "diffusion/*/train/**/checkpoint_*",
