@@ -91,7 +91,7 @@ def _blank_header() -> bytes:
 
 
 def _header(name: str, size: int) -> bytes:
-    """A member's header, as tarfile writes it: only these few fields differ, and tarfile takes ten times as long."""
+    """A member's header, as tarfile writes it: only these few fields differ, and tarfile takes twice as long."""
     encoded = name.encode()
     if len(encoded) > _NAME_BYTES or not name.isascii() or size >= 8**11:
         member = tarfile.TarInfo(name)
