@@ -44,16 +44,13 @@ class Processor:
         downloads: whether pictures are behind URLs.
         remote: whether pictures are read from a remote store.
         counting: is told of every finished row.
-        threads: that decode.
     """
 
-    def __init__(
-        self, config: PairsConfig, *, downloads: bool, remote: bool, counting: Counting, threads: int = 1
-    ) -> None:
+    def __init__(self, config: PairsConfig, *, downloads: bool, remote: bool, counting: Counting) -> None:
         self._config, self._counting = config, counting
         self._allowance = Allowance(SPOOL_BYTES)
         self._bodies: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
-        self._threads = [threading.Thread(target=self._decode, daemon=True, name="decode") for _ in range(threads)]
+        self._decoder = threading.Thread(target=self._decode, daemon=True, name="decode")
         self._client: Client | None = None
         if downloads:
             _allow_many_connections()
@@ -64,15 +61,13 @@ class Processor:
     def __enter__(self) -> Processor:
         if self._client:
             self._client.__enter__()
-        for thread in self._threads:
-            thread.start()
+        self._decoder.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for _ in self._threads:
-            self._bodies.put(None)
+        self._bodies.put(None)
         if self._client:
             self._client.__exit__(kind, error, trace)
         if self._readers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections import Counter
@@ -180,11 +181,10 @@ class _Work:
             calls_at_once=min(at_once, math.ceil(len(shards) / size.workers)),
         )
         before = self.schedule.rows - sum(map(self.schedule.rows_of, shards))
-        with _Showing(context, board, before, self.schedule.rows) as showing:
+        with contextlib.closing(board), _Showing(context, board, before, self.schedule.rows) as showing:
             for _ in results:
                 context.check()
                 showing.track()
-        board.close()
 
     def _score(self) -> None:
         if self.config.scoring is not None:

@@ -149,7 +149,9 @@ def test_every_row_of_a_real_web_gets_its_status_and_its_bytes_are_reproducible(
     assert len(contents(storage)) == 8
 
 
-def test_plain_webdataset_reads_the_output_and_captions_are_bit_for_bit(tmp_path: Path, run_pairs: RunPairs) -> None:
+def test_webdataset_and_ray_data_read_the_output_and_captions_are_bit_for_bit(
+    tmp_path: Path, run_pairs: RunPairs
+) -> None:
     captions = ["naïve\x00 café", "two\r\nlines ", "🐈‍⬛", '{"a": 1}']
     rows = [{"image": picture(i), "text": [text, "second"]} for i, text in enumerate(captions)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
@@ -160,6 +162,9 @@ def test_plain_webdataset_reads_the_output_and_captions_are_bit_for_bit(tmp_path
     assert [sample["json"]["captions"] for sample in found] == [[text, "second"] for text in captions]
     assert found[0]["webp"].shape == (32, 32, 3)
     assert storage.names("work") == []
+    rows = ray.data.read_webdataset(storage.path("000000.tar")).take_all()
+    assert [row["__key__"] for row in rows] == [sample["__key__"] for sample in found]
+    assert [row["txt"] for row in rows] == captions
 
 
 def test_a_second_run_does_nothing_and_says_the_same(tmp_path: Path, run_pairs: RunPairs) -> None:
