@@ -5,8 +5,8 @@ it is a lease, `.lock.json`, whose holder raises a counter every few seconds. No
 lease watches the counter for a while by his own, and takes the lease over if it does not move. Renewal and takeover are
 conditional on the contents last seen, so that of two exactly one succeeds, and a holder that was suspended finds out.
 
-A driver that lost its root may still finish a few files before it notices. That is harmless: two drivers of one recipe
-write the same bytes, and the first commit of a file stands.
+A driver that lost its root may still finish a few files before it notices. That is harmless: the first commit of a file
+stands, and where two drivers may write different bytes (what servers answer) each writes to a place of its own first.
 """
 
 from __future__ import annotations

@@ -31,10 +31,11 @@ class Download(Config):
         connections: open at once.
         connections_per_host: the same, to any one host.
         connect_timeout_s: until a connection stands.
-        read_timeout_s: the longest pause between two pieces of an answer.
+        read_timeout_s: the longest pause between two pieces of an answer; rounded to whole seconds, at least one.
         timeout_s: of one attempt, from the request to the last byte.
         retries: further attempts after what can succeed later: timeouts, broken connections, 408, 425, 429 and 5xx.
-        max_retry_after_s: a server that asks for a longer pause (Retry-After) is not asked again in this run.
+        max_retry_after_s: a server that asks for a longer pause (Retry-After) is not asked again before it is over; its
+            rows fail until then.
         max_redirects: followed for one picture.
         allow_private_addresses: also fetch from every loopback and private address.
         allow_addresses: single networks that may be fetched from although they are private: `["10.1.0.0/16"]`.
