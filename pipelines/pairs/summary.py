@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ EDGES: dict[str, tuple[float, ...]] = {
     "source_size": (0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096),
 }
 SHARDS_A_TASK = 256
+_USERINFO = re.compile(r"//[^/]*@")
 _COLUMNS = ["row", "key", "status", "url", "caption", "width", "height", "bucket"]
 _EXAMPLES = 12
 _EXAMPLE_CHARACTERS = 300
@@ -197,6 +199,9 @@ def _descending(counts: Counter[str]) -> dict[str, int]:
 
 def _example(row: dict[str, Any]) -> dict[str, str]:
     values = {name: row[name] for name in ("key", "caption", "url")}
+    if values["url"] is not None:
+        # Passwords and signatures belong to the data, not to manifests and reports.
+        values["url"] = _USERINFO.sub("//", values["url"].partition("?")[0], count=1)
     return {name: value[:_EXAMPLE_CHARACTERS] for name, value in values.items() if value is not None}
 
 

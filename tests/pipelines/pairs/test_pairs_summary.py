@@ -141,6 +141,12 @@ def test_hosts_are_told_without_users_passwords_ports_and_cases() -> None:
     assert others[0]["failure"] is None
 
 
+def test_examples_show_no_password_and_no_signature() -> None:
+    row = {"key": "0", "caption": "c", "url": "https://user:p@ss@a.example/x.jpg?X-Amz-Signature=abc"}
+    assert summary._example(row)["url"] == "https://a.example/x.jpg"
+    assert summary._example({"key": "0", "caption": "c", "url": None}) == {"key": "0", "caption": "c"}
+
+
 def test_more_hosts_than_are_kept_leave_the_frequent_ones_and_say_so() -> None:
     hosts = HostCounts(most=10)
     for part in range(20):
