@@ -10,9 +10,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.formatting import format_bytes, format_count
-from pipelines.pairs.outcome import OK
-from pipelines.printable import printable
+from pipelines.drawing.formatting import format_bytes, format_count
+from pipelines.drawing.printable import printable
+from pipelines.stages.pairs.shard.outcome import OK
 
 BAR_CHARACTERS = 24
 _EIGHTHS = " ▏▎▍▌▋▊▉"

@@ -11,8 +11,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.formatting import format_bytes, format_seconds
-from pipelines.run import STAGE_NAMES, PlannedStage, RunObserver, RunResult, StageRow
+from pipelines.drawing.formatting import format_bytes, format_seconds
+from pipelines.run.walk import STAGE_NAMES, PlannedStage, RunObserver, RunResult, StageRow
 
 LOG_EVERY_S = 10.0
 ETA_WINDOW_S = 120.0

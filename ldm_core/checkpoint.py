@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ldm_core.autoencoder import AutoencoderKL, FirstStageConfig, VQAutoencoder, build_first_stage
-from ldm_core.checkpoint_formats.named_tensors import NamedTensors, differences
-from ldm_core.checkpoint_formats.weights_files import open_stem, read_json, write_json, write_weights
-from ldm_core.clip_text import ClipTextConfig
 from ldm_core.conditioning import FrozenTextConfig, build_conditioner
-from ldm_core.finite import check_finite
 from ldm_core.latent_diffusion import LatentDiffusion, LatentDiffusionConfig
-from ldm_core.text_transformer import TextTransformerConfig
+from ldm_core.networks.autoencoder import AutoencoderKL, FirstStageConfig, VQAutoencoder, build_first_stage
+from ldm_core.networks.clip_text import ClipTextConfig
+from ldm_core.networks.text_transformer import TextTransformerConfig
+from ldm_core.weights.finite import check_finite
+from ldm_core.weights.named_tensors import NamedTensors, differences
+from ldm_core.weights.weights_files import open_stem, read_json, write_json, write_weights
 
 if TYPE_CHECKING:
-    from ldm_core.tokenizer import Tokenizer
-    from ldm_core.tokenizer_file import FileTokenizer
+    from ldm_core.tokenizers.from_file import FileTokenizer
+    from ldm_core.tokenizers.wordpiece import Tokenizer
 
     AnyTokenizer = Tokenizer | FileTokenizer
 
@@ -170,8 +170,8 @@ def load_tokenizer(folder: str | Path) -> "AnyTokenizer":
         FileNotFoundError: when there is none.
         ValueError: when it does not fit the model, or the model takes no captions.
     """
-    from ldm_core.tokenizer import Tokenizer
-    from ldm_core.tokenizer_file import FileTokenizer
+    from ldm_core.tokenizers.from_file import FileTokenizer
+    from ldm_core.tokenizers.wordpiece import Tokenizer
 
     folder, config = Path(folder), load_config(folder)
     if not takes_captions(config):
@@ -194,7 +194,7 @@ def find_tokenizer(folder: str | Path) -> "AnyTokenizer | None":
 
 def write_tokenizer(tokenizer: "AnyTokenizer", folder: str | Path) -> None:
     """Write vocab.txt, or tokenizer.json where it is another kind than BERT's."""
-    from ldm_core.tokenizer import Tokenizer
+    from ldm_core.tokenizers.wordpiece import Tokenizer
 
     tokenizer.write(Path(folder) / (VOCABULARY_FILE if isinstance(tokenizer, Tokenizer) else TOKENIZER_FILE))
 

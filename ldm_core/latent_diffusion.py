@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ldm_core import guidance, objective, samplers
-from ldm_core.autoencoder import FirstStageConfig, build_first_stage
 from ldm_core.conditioning import (
     CONDITIONER_KINDS,
     Conditioner,
@@ -25,9 +24,10 @@ from ldm_core.conditioning import (
     context_dim,
     kind_of,
 )
-from ldm_core.config_values import check_keys, component
+from ldm_core.configs.values import check_keys, component
+from ldm_core.networks.autoencoder import FirstStageConfig, build_first_stage
+from ldm_core.networks.unet import PreparedContext, UNet, UNetConfig
 from ldm_core.schedule import NoiseSchedule, ScheduleConfig
-from ldm_core.unet import PreparedContext, UNet, UNetConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

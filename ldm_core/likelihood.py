@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm_core.objective import vlb_weights
 from ldm_core.samplers import Denoise, NoiseSource
-from ldm_core.samplers.denoise import predict
+from ldm_core.samplers.steps import predict
 from ldm_core.schedule import NoiseSchedule
 
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_core.checkpoint_formats.diffusers_names import CLIP_TEXT_TABLE, current_clip_name
-from ldm_core.checkpoint_formats.name_mapping import Table, entries
-from ldm_core.checkpoint_formats.named_tensors import differences
-from ldm_core.checkpoint_formats.weights_files import open_foreign_weights, open_tensors, read_json
-from ldm_core.clip_text import ClipTextConfig, ClipTextLayer, ClipTextTransformer
+from ldm_core.checkpoint_formats.diffusers.names import CLIP_TEXT_TABLE, current_clip_name
 from ldm_core.conditioning import FrozenClipConditioner, FrozenTextConditioner, FrozenTextConfig
-from ldm_core.tokenizer_file import FileTokenizer, tokenizer_from_folder
+from ldm_core.networks.clip_text import ClipTextConfig, ClipTextLayer, ClipTextTransformer
+from ldm_core.tokenizers.from_file import FileTokenizer, tokenizer_from_folder
+from ldm_core.weights.name_mapping import Table, entries
+from ldm_core.weights.named_tensors import differences
+from ldm_core.weights.weights_files import open_foreign_weights, open_tensors, read_json
 
 HUB_FILES = ("*.json", "*.txt", "*.safetensors", "pytorch_model.bin")
 

@@ -9,8 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from ldm_core.schedule_config import ScheduleConfig
-from ldm_core.schedule_config import ScheduleKind as ScheduleKind
+from ldm_core.configs.schedule import ScheduleConfig
+from ldm_core.configs.schedule import ScheduleKind as ScheduleKind
 
 
 class NoiseSchedule:

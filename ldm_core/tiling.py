@@ -14,8 +14,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from ldm_core.autoencoder import AutoencoderKL, VQAutoencoder
-from ldm_core.posterior import DiagonalGaussian, PointPosterior, Posterior
+from ldm_core.networks.autoencoder import AutoencoderKL, VQAutoencoder
+from ldm_core.networks.posterior import DiagonalGaussian, PointPosterior, Posterior
 
 
 @torch.no_grad()

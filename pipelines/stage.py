@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipelines.config import Config
-from pipelines.ledger import Artifact, ArtifactWriter
+from pipelines.store.ledger import Artifact, ArtifactWriter
 from pipelines.tracking import StageTracker
 
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pipelines.cluster import ClusterConfig, connect
+from pipelines.compute.cluster import ClusterConfig, connect
 
 if TYPE_CHECKING:
-    from tests.pipelines.s3 import S3
+    from tests.pipelines.store.s3 import S3
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -55,7 +55,7 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def s3_server() -> "Iterator[S3]":
     """One S3 server on loopback for all tests of the session; tests keep to a prefix of their own."""
-    from tests.pipelines.s3 import S3
+    from tests.pipelines.store.s3 import S3
 
     server = S3()
     yield server
@@ -67,7 +67,7 @@ def use_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     """Points s3fs at a server, by URL, for this test alone."""
     import s3fs
 
-    from tests.pipelines.s3 import environment
+    from tests.pipelines.store.s3 import environment
 
     def use(url: str) -> None:
         for name, value in environment(url).items():

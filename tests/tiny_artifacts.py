@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image
 
 from pipelines.config import Config
-from pipelines.ledger import Artifact, ArtifactWriter
-from pipelines.records import PAIRS_FORMAT, write_shard
+from pipelines.shards.format import PAIRS_FORMAT, write_shard
 from pipelines.stage import Stage, StageContext
-from pipelines.storage import Storage
+from pipelines.store.ledger import Artifact, ArtifactWriter
+from pipelines.store.storage import Storage
 from pipelines.tracking import null_stage_tracker
 
 WORDS = ("red", "green", "circle", "café", "square", "日本", "small", "large")
@@ -56,8 +56,8 @@ def first_stage_artifact(root: Path, *, preset: str = "tiny-kl-f8", name: str = 
     import torch
 
     from ldm_core import presets
-    from ldm_core.autoencoder import build_first_stage
-    from pipelines.autoencoder.weights import save_first_stage
+    from ldm_core.networks.autoencoder import build_first_stage
+    from pipelines.stages.autoencoder.weights import save_first_stage
 
     writer = ArtifactWriter("autoencoder", name, Storage(str(root)) / "autoencoder" / name)
     torch.manual_seed(0)
@@ -74,9 +74,9 @@ def diffusion_artifact(root: Path, *, max_length: int = 77, name: str = "diffusi
 
     from ldm_core import checkpoint, presets
     from ldm_core.latent_diffusion import LatentDiffusionConfig
-    from ldm_core.text_transformer import TextTransformerConfig
-    from ldm_core.tokenizer import Tokenizer, build_vocabulary
-    from ldm_core.unet import UNetConfig
+    from ldm_core.networks.text_transformer import TextTransformerConfig
+    from ldm_core.networks.unet import UNetConfig
+    from ldm_core.tokenizers.wordpiece import Tokenizer, build_vocabulary
 
     tokenizer = Tokenizer.from_vocabulary(build_vocabulary(WORDS, size=64), max_length=max_length)
     config = LatentDiffusionConfig(

@@ -7,8 +7,8 @@ from rich.table import Table
 
 from jobs.cluster_client import address_option, client, follow
 from jobs.console import console, emit_json, json_option
+from pipelines.drawing.formatting import format_seconds
 from pipelines.errors import UserError
-from pipelines.formatting import format_seconds
 
 
 @click.command()

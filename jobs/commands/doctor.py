@@ -11,9 +11,9 @@ import click
 import psutil
 
 from jobs.console import console, emit_json, json_option
+from pipelines.drawing.formatting import format_bytes
 from pipelines.errors import UserError
-from pipelines.formatting import format_bytes
-from pipelines.storage import Storage
+from pipelines.store.storage import Storage
 
 PACKAGES = (
     "torch",

@@ -38,8 +38,8 @@ def export(checkpoint: str, folder: str, layout: str, max_shard_gib: float, as_j
       ldm export runs/demo exported/demo --format ldm
     """
     from ldm_core.checkpoint import new_folder
-    from pipelines.checkpoints import find_model, local_folder
     from pipelines.errors import UserError
+    from pipelines.stages.diffusion.find_model import find_model, local_folder
 
     if "://" in folder:
         raise UserError(f"FOLDER must be on this machine, got {folder}: export here, then copy it there")
@@ -59,7 +59,8 @@ def export(checkpoint: str, folder: str, layout: str, max_shard_gib: float, as_j
 def _export(source: Path, target: Path, layout: str, max_shard_gib: float) -> tuple[str, str | None]:
     """Write one layout; what was written, in its own terms, and what there is to say about it."""
     from ldm_core import checkpoint
-    from ldm_core.checkpoint_formats import compvis, diffusers
+    from ldm_core.checkpoint_formats.compvis import checkpoint as compvis
+    from ldm_core.checkpoint_formats.diffusers import folder as diffusers
 
     config = checkpoint.read_config(source / checkpoint.CONFIG_FILE)
     whole = checkpoint.is_whole_model(config)

@@ -28,7 +28,7 @@ def inspect(path: str, contact_sheet: Path | None, as_json: bool) -> None:
       ldm inspect runs/demo/pairs/KEY --contact-sheet samples.png
       ldm inspect runs/demo/pairs/*/000000.tar
     """
-    from pipelines.inspect import inspect_path, write_contact_sheet
+    from pipelines.looking.inspect import inspect_path, write_contact_sheet
 
     facts = inspect_path(path)
     out = console(as_json)
@@ -47,7 +47,7 @@ def inspect(path: str, contact_sheet: Path | None, as_json: bool) -> None:
 
 
 def _print(out: Console, facts: dict[str, Any], indent: str = "") -> None:
-    from pipelines.printable import printable
+    from pipelines.drawing.printable import printable
 
     for name, value in facts.items():
         if isinstance(value, dict) and value:

@@ -7,9 +7,9 @@ from rich.table import Table
 
 from jobs.commands.options import open_recipe, recipe_options, selection, selection_options
 from jobs.console import console, emit_json, json_option
-from pipelines.estimate import Estimate, estimate
-from pipelines.formatting import format_bytes, format_seconds
-from pipelines.run import plan as plan_pipeline
+from pipelines.drawing.formatting import format_bytes, format_seconds
+from pipelines.run.estimate import Estimate, estimate
+from pipelines.run.walk import plan as plan_pipeline
 
 
 @click.command()

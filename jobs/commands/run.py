@@ -9,9 +9,9 @@ from rich.console import Console
 from jobs.commands.options import open_recipe, recipe_options, selection, selection_options
 from jobs.console import console, emit_json, json_option
 from jobs.progress import Display, stage_table
-from pipelines.formatting import format_seconds
-from pipelines.run import RunResult
-from pipelines.run import run as run_pipeline
+from pipelines.drawing.formatting import format_seconds
+from pipelines.run.walk import RunResult
+from pipelines.run.walk import run as run_pipeline
 
 
 @click.command()

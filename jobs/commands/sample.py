@@ -50,11 +50,11 @@ def sample(
 
     from PIL import Image
 
-    from pipelines.checkpoints import open_model
-    from pipelines.diffusion.config import SamplingConfig
+    from pipelines.drawing.grids import grid
     from pipelines.errors import MisuseError, UserError
-    from pipelines.evaluate.sampling import sample_prompts
-    from pipelines.grids import grid
+    from pipelines.stages.diffusion.config import SamplingConfig
+    from pipelines.stages.diffusion.find_model import open_model
+    from pipelines.stages.diffusion.sampling import sample_prompts
 
     if eta and sampler != "ddim":
         raise MisuseError(f"only ddim has an eta, got --eta {eta} with --sampler {sampler}: leave it out")

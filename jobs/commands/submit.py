@@ -13,7 +13,7 @@ from jobs.cluster_client import address_option, follow, submit_job
 from jobs.commands.options import open_recipe, recipe_options, selection, selection_options
 from jobs.console import console, emit_json, json_option
 from pipelines.errors import MisuseError
-from pipelines.recipe import Recipe, parse_recipe
+from pipelines.run.recipe import Recipe, parse_recipe
 
 # Files of this machine that a recipe may name.
 INPUTS = (

@@ -5,8 +5,8 @@ import dataclasses
 import click
 
 from jobs.console import console, emit_json, json_option
+from pipelines.drawing.formatting import format_bytes
 from pipelines.errors import UserError
-from pipelines.formatting import format_bytes
 
 
 @click.command()
@@ -22,7 +22,7 @@ def verify(paths: tuple[str, ...], as_json: bool) -> None:
       ldm verify runs/demo
       ldm verify runs/demo/latents/*/000000.tar
     """
-    from pipelines.verify import verify_path
+    from pipelines.looking.verify import verify_path
 
     reports = [report for path in paths for report in verify_path(path)]
     out = console(as_json)

@@ -23,7 +23,7 @@ from jobs.demo import encodings
 from jobs.demo.captions import caption, prompt
 from jobs.demo.scenes import Scene, held_out_combinations, training_scenes
 from pipelines.errors import UserError
-from pipelines.storage import Storage, sha256_file
+from pipelines.store.storage import Storage, sha256_file
 
 FORMAT_VERSION = 1
 PICTURES_HOST = "pictures.demo.ldm"

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines.evaluate.outlines import PALETTE, POSITIONS, SHAPES, SIZES, draw_matte, outline
+from pipelines.stages.evaluate.shapes.outlines import PALETTE, POSITIONS, SHAPES, SIZES, draw_matte, outline
 
 # How far off center, as a fraction of the picture's side: small shapes have more room.
 OFFSETS = {"small": 0.25, "large": 0.18}

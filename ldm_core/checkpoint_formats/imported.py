@@ -6,9 +6,9 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-from ldm_core.autoencoder import FirstStageConfig
-from ldm_core.checkpoint_formats.named_tensors import NamedTensors
 from ldm_core.latent_diffusion import LatentDiffusionConfig
+from ldm_core.networks.autoencoder import FirstStageConfig
+from ldm_core.weights.named_tensors import NamedTensors
 
 if TYPE_CHECKING:
     from ldm_core.checkpoint import AnyTokenizer

@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm_core import presets
-from ldm_core.checkpoint_formats import compvis, diffusers
+from ldm_core.checkpoint_formats.compvis import checkpoint as compvis
+from ldm_core.checkpoint_formats.diffusers import folder as diffusers
 from ldm_core.checkpoint_formats.imported import Config, Imported
-from ldm_core.checkpoint_formats.weights_files import open_tensors, read_json
-from ldm_core.clip_text import ClipTextConfig
-from ldm_core.text_transformer import TextTransformerConfig
+from ldm_core.networks.clip_text import ClipTextConfig
+from ldm_core.networks.text_transformer import TextTransformerConfig
+from ldm_core.weights.weights_files import open_tensors, read_json
 
 if TYPE_CHECKING:
     from ldm_core.checkpoint import AnyTokenizer
-    from ldm_core.tokenizer_file import FileTokenizer
+    from ldm_core.tokenizers.from_file import FileTokenizer
 
 RELEASE_CHECKPOINTS = ("*.ckpt", "*.safetensors", "*.pt")
 OUR_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -115,8 +116,8 @@ def _matches(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 def _tokenizer(config: Config, path: str | Path | None, source: Path) -> AnyTokenizer | None:
     from ldm_core.checkpoint import takes_captions
-    from ldm_core.tokenizer import Tokenizer
-    from ldm_core.tokenizer_file import FileTokenizer, tokenizer_from_folder
+    from ldm_core.tokenizers.from_file import FileTokenizer, tokenizer_from_folder
+    from ldm_core.tokenizers.wordpiece import Tokenizer
 
     if not takes_captions(config):
         if path:
@@ -143,7 +144,7 @@ def _published_clip_tokenizer(text: ClipTextConfig) -> FileTokenizer | None:
     """OpenAI's, from the vocabulary that the open_clip package ships; None where it is not that one, or not there."""
     try:
         from ldm_core.pretrained import open_clip_tokenizer
-        from ldm_core.tokenizer_file import CLIP_END, FileTokenizer
+        from ldm_core.tokenizers.from_file import CLIP_END, FileTokenizer
 
         theirs = open_clip_tokenizer(max_length=text.max_length)
     except ImportError:

@@ -12,7 +12,6 @@
 
 from collections.abc import Mapping
 
-from ldm_core.clip_text import ClipTextConfig
 from ldm_core.conditioning.frozen_text import FrozenClipConditioner, FrozenTextConditioner, FrozenTextConfig
 from ldm_core.conditioning.interface import Conditioner, Conditioning, Encode, drop
 from ldm_core.conditioning.labels import ClassConditioner, ClassConfig
@@ -27,7 +26,8 @@ from ldm_core.conditioning.spatial import (
     SemanticMapConfig,
 )
 from ldm_core.conditioning.text import TextConditioner
-from ldm_core.text_transformer import TextTransformerConfig
+from ldm_core.networks.clip_text import ClipTextConfig
+from ldm_core.networks.text_transformer import TextTransformerConfig
 
 ConditionerConfig = (
     TextTransformerConfig

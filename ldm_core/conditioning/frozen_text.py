@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ldm_core.clip_text import ClipTextConfig, ClipTextTransformer
 from ldm_core.conditioning.interface import Conditioner, Conditioning
-from ldm_core.ids import check_tokens
+from ldm_core.networks.clip_text import ClipTextConfig, ClipTextTransformer
+from ldm_core.networks.ids import check_tokens
 
 
 @dataclass(frozen=True, kw_only=True)

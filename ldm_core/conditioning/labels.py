@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_core.conditioning.interface import Conditioner, Conditioning
-from ldm_core.ids import check_ids
+from ldm_core.networks.ids import check_ids
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ldm_core.conditioning.interface import Conditioner, Conditioning
-from ldm_core.text_transformer import TextTransformer, TextTransformerConfig
+from ldm_core.networks.text_transformer import TextTransformer, TextTransformerConfig
 
 
 @dataclass(frozen=True, kw_only=True)

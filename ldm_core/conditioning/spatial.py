@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_core.conditioning.interface import Conditioner, Conditioning, Encode
-from ldm_core.ids import check_ids
+from ldm_core.networks.ids import check_ids
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ldm_core.conditioning.interface import Conditioner, Conditioning
-from ldm_core.text_transformer import TextTransformer, TextTransformerConfig
+from ldm_core.networks.text_transformer import TextTransformer, TextTransformerConfig
 
 
 class TextConditioner(Conditioner):

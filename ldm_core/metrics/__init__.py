@@ -25,12 +25,12 @@ Features and statistics are separate. Networks turn images into features; metric
 
 from ldm_core.metrics.catalogue import METRICS
 from ldm_core.metrics.evaluation import evaluate, summarize
-from ldm_core.metrics.extractors import Extractors, Networks
 from ldm_core.metrics.measurement import Measurement
+from ldm_core.metrics.networks.extractors import Extractors, Networks
+from ldm_core.metrics.networks.weights import MetricUnavailableError
 from ldm_core.metrics.pixels import psnr, ssim
 from ldm_core.metrics.results import Evaluation, Result, results
 from ldm_core.metrics.statistics import ImageStatistics
-from ldm_core.metrics.weights import MetricUnavailableError
 
 __all__ = [
     "METRICS",

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from ldm_core.metrics.neighbours import NEIGHBOURS
+from ldm_core.metrics.precision_recall import NEIGHBOURS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,11 @@ from typing import Literal
 from torch import Tensor
 
 from ldm_core.metrics.catalogue import METRICS, check_names
-from ldm_core.metrics.extractors import Extractors
 from ldm_core.metrics.measurement import Measurement, provenance_of
+from ldm_core.metrics.networks.extractors import Extractors
+from ldm_core.metrics.networks.weights import MetricUnavailableError
 from ldm_core.metrics.results import Evaluation, results
 from ldm_core.metrics.statistics import ImageStatistics
-from ldm_core.metrics.weights import MetricUnavailableError
 
 
 def evaluate(

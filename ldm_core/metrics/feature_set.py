@@ -6,7 +6,7 @@ Shapes: index: (B,) numbers of the images in the whole set; features: (B, D).
 import torch
 from torch import Tensor
 
-from ldm_core.metrics.moments import MomentSums
+from ldm_core.metrics.frechet_distance import MomentSums
 from ldm_core.metrics.statistics import ImageStatistics, Provenance
 
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm_core.metrics.catalogue import METRICS, check_names
-from ldm_core.metrics.extractors import FeatureExtractor, Networks
 from ldm_core.metrics.feature_set import FeatureSet, IndexedRows
 from ldm_core.metrics.images import from_levels, to_levels
 from ldm_core.metrics.inception_score import InceptionScoreSums
+from ldm_core.metrics.networks.extractors import FeatureExtractor, Networks
 from ldm_core.metrics.pixels import psnr, ssim
 from ldm_core.metrics.statistics import ImageStatistics, Provenance
 

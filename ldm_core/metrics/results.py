@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ldm_core.metrics.catalogue import METRICS
-from ldm_core.metrics.kernels import SUBSET_SIZE, cmmd, kernel_inception_distance
+from ldm_core.metrics.frechet_distance import frechet_distance
+from ldm_core.metrics.kernel_distances import SUBSET_SIZE, cmmd, kernel_inception_distance
 from ldm_core.metrics.measurement import Measurement
-from ldm_core.metrics.moments import frechet_distance
-from ldm_core.metrics.neighbours import NEIGHBOURS, PrecisionRecall, precision_recall
+from ldm_core.metrics.networks.weights import MetricUnavailableError
+from ldm_core.metrics.precision_recall import NEIGHBOURS, PrecisionRecall, precision_recall
 from ldm_core.metrics.statistics import ImageStatistics
-from ldm_core.metrics.weights import MetricUnavailableError
 
 # The Inception score cannot exceed the images of a split; with fewer than its classes that bound is what one sees.
 INCEPTION_CLASSES = 1000

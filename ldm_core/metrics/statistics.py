@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ldm_core.metrics.moments import Moments
+from ldm_core.metrics.frechet_distance import Moments
 
 METADATA_KEY = "ldm_image_statistics"
 FORMAT_VERSION = 1

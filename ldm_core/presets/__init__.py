@@ -10,10 +10,10 @@ import difflib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ldm_core.autoencoder_config import FirstStageConfig
+from ldm_core.configs.first_stage import FirstStageConfig
+from ldm_core.configs.unet import UNetConfig
 from ldm_core.presets.first_stages import FIRST_STAGE_CONFIGS
 from ldm_core.presets.unets import UNET_CONFIGS
-from ldm_core.unet_config import UNetConfig
 
 if TYPE_CHECKING:
     from ldm_core.latent_diffusion import LatentDiffusionConfig

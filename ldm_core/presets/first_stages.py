@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ldm_core.autoencoder_config import FirstStageConfig
+from ldm_core.configs.first_stage import FirstStageConfig
 
 
 def _kl(channel_mult: tuple[int, ...], channels: int, attention: tuple[int, ...] = ()) -> FirstStageConfig:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from ldm_core.clip_text import ClipTextConfig
 from ldm_core.conditioning import (
     ClassConfig,
     ConditionerConfig,
@@ -15,10 +14,11 @@ from ldm_core.conditioning import (
     SemanticMapConfig,
 )
 from ldm_core.latent_diffusion import LatentDiffusionConfig
+from ldm_core.networks.clip_text import ClipTextConfig
+from ldm_core.networks.text_transformer import TextTransformerConfig
 from ldm_core.presets.first_stages import FIRST_STAGE_CONFIGS
 from ldm_core.presets.unets import UNET_CONFIGS
 from ldm_core.schedule import ScheduleConfig
-from ldm_core.text_transformer import TextTransformerConfig
 
 BERT_VOCABULARY_SIZE = 30_522
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ldm_core.unet_config import UNetConfig
+from ldm_core.configs.unet import UNetConfig
 
 _UNCONDITIONAL_F4 = UNetConfig(
     latent_size=64,

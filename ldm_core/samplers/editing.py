@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ldm_core.objective import Prediction
-from ldm_core.samplers.denoise import Denoise
 from ldm_core.samplers.grid import Spacing, timestep_grid
+from ldm_core.samplers.steps import Denoise
 from ldm_core.schedule import NoiseSchedule
 
 

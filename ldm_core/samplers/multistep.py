@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ldm_core.samplers.denoise import Callback, Denoise, half_log_snr, predict, x0_from_eps
 from ldm_core.samplers.grid import Spacing, plan_steps
+from ldm_core.samplers.steps import Callback, Denoise, half_log_snr, predict, x0_from_eps
 from ldm_core.schedule import NoiseSchedule
 
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ldm_core.samplers.denoise import Callback, Denoise, predict
 from ldm_core.samplers.grid import Spacing, plan_steps
 from ldm_core.samplers.noise import NoiseSource, noise_like
+from ldm_core.samplers.steps import Callback, Denoise, predict
 from ldm_core.schedule import NoiseSchedule
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pipelines.storage import Storage
+from pipelines.store.storage import Storage
+from pipelines.tracking.config import TrackingConfig
 from pipelines.tracking.sender import LARGEST_BATCH, Sender
 from pipelines.tracking.spool import Event, Session
-from pipelines.tracking_config import TrackingConfig
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import UserError
-from pipelines.storage import Storage
+from pipelines.store.storage import Storage
 
 if TYPE_CHECKING:
     import torch

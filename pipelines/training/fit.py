@@ -8,9 +8,9 @@ import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ldm_core.host_memory import keep_freed_memory
+from pipelines.compute.host_memory import keep_freed_memory
 from pipelines.errors import UserError
-from pipelines.ledger import ArtifactWriter
+from pipelines.store.ledger import ArtifactWriter
 from pipelines.training.checkpoints import Checkpoints, discard_attempts, newest
 from pipelines.training.config import TrainingConfig
 from pipelines.training.outputs import DETAILS_FILE, TRAIN_FOLDER
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
     from pipelines.stage import StageContext
-    from pipelines.storage import Storage
+    from pipelines.store.storage import Storage
 
 POLL_S = 0.5
 

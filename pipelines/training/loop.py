@@ -14,16 +14,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ldm_core.ema import EMA
+from pipelines.drawing.grids import encode_png
 from pipelines.errors import UserError
-from pipelines.grids import encode_png
 from pipelines.training.optimization import build_optimizer, clip_gradient, learning_rate, wrap
 from pipelines.training.outputs import DETAILS_FILE, HISTORY_FILE, commit_once
 from pipelines.training.prefetch import Prefetcher
 from pipelines.training.relay import Message
 
 if TYPE_CHECKING:
-    from pipelines.ledger import ArtifactWriter
-    from pipelines.order import SamplePosition
+    from pipelines.shards.order import SamplePosition
+    from pipelines.store.ledger import ArtifactWriter
     from pipelines.training.checkpoints import Checkpoints
     from pipelines.training.config import TrainingConfig
     from pipelines.training.relay import Relay

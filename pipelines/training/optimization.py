@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ldm_core.unet import UNet
+from ldm_core.networks.unet import UNet
 
 if TYPE_CHECKING:
     from pipelines.training.config import TrainingConfig

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipelines.ledger import DETAILS, ArtifactWriter
+from pipelines.store.ledger import DETAILS, ArtifactWriter
 
 # Written last and not committed: it holds timings, and says that all that is committed is complete.
 DETAILS_FILE = DETAILS

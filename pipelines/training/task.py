@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from pipelines.ledger import ArtifactWriter
-    from pipelines.order import SampleOrder, SamplePosition
+    from pipelines.shards.order import SampleOrder, SamplePosition
+    from pipelines.store.ledger import ArtifactWriter
 
 
 class Learner(Protocol):

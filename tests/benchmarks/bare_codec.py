@@ -16,7 +16,7 @@ os.environ.setdefault("OPENCV_IPP", "avx2")
 import cv2
 import simplejpeg
 
-from ldm_core.host_memory import keep_freed_memory
+from pipelines.compute.host_memory import keep_freed_memory
 
 cv2.setNumThreads(1)
 # Without this glibc gives memory back after each picture, and the next one costs a third more in page faults.
@@ -53,8 +53,8 @@ def cpu_ms(functions: dict[str, Callable[[bytes], object]], files: list[bytes], 
 
 
 def main() -> None:
-    from pipelines.pairs.config import PairsConfig
-    from pipelines.pairs.pictures.decode import make_picture
+    from pipelines.stages.pairs.config import PairsConfig
+    from pipelines.stages.pairs.pictures.decode import make_picture
 
     files = [path.read_bytes() for path in sorted(Path(sys.argv[1]).glob("*.jpg"))[:200]]
     config = PairsConfig(source="-", image_size=256, resize="keep_ratio")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from ldm_core.autoencoder import AutoencoderKL, FirstStageConfig, build_first_stage
+from ldm_core.networks.autoencoder import AutoencoderKL, FirstStageConfig, build_first_stage
 from tests.benchmarks import peers
 from tests.benchmarks.shapes import OURS, THEIRS, Call, Shape
 

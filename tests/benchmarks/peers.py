@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ldm_core.autoencoder import AutoencoderKL, VQAutoencoder
-from ldm_core.checkpoint_formats import diffusers_config, diffusers_names
+from ldm_core.checkpoint_formats.diffusers import names as diffusers_names
+from ldm_core.checkpoint_formats.diffusers import write_config as diffusers_config
 from ldm_core.conditioning import TextConditioner
 from ldm_core.latent_diffusion import LatentDiffusion
-from ldm_core.unet import UNet
+from ldm_core.networks.autoencoder import AutoencoderKL, VQAutoencoder
+from ldm_core.networks.unet import UNet
 
 
 def available() -> bool:

@@ -10,8 +10,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from pipelines.pairs.config import PairsConfig
-from pipelines.pairs.pictures.decode import make_picture
+from pipelines.stages.pairs.config import PairsConfig
+from pipelines.stages.pairs.pictures.decode import make_picture
 
 Scale = Literal["smallest", "next", "full"]
 

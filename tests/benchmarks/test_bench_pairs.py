@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from jobs.recipes import recipe_path
-from pipelines.recipe import load_recipe
+from pipelines.run.recipe import load_recipe
 from tests.benchmarks import bench_pairs, codec_loop, img2dataset_peer, pairs_command, photographs, tool_run
 from tests.benchmarks.codec_loop import CodecRun
 from tests.benchmarks.pairs_server import Figures, RunningServer, serving

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_core.ema import EMA
-from ldm_core.unet import UNet, UNetConfig
+from ldm_core.networks.unet import UNet, UNetConfig
 from tests.benchmarks import peers
 from tests.benchmarks.shapes import OURS, THEIRS, Call, Shape
 

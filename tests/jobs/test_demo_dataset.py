@@ -17,7 +17,7 @@ from jobs.demo import encodings
 from jobs.demo.dataset import HOSTILE, DemoData, prepare, table_rows
 from jobs.demo.scenes import Scene, held_out_combinations
 from pipelines.errors import UserError
-from pipelines.evaluate.shapes import detect
+from pipelines.stages.evaluate.shapes.detector import detect
 
 PICTURES = 120
 

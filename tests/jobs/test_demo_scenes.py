@@ -8,7 +8,7 @@ import pytest
 
 from jobs.demo.captions import TEMPLATES, caption, prompt
 from jobs.demo.scenes import Scene, all_scenes, held_out_combinations, render, render_cutout, training_scenes
-from pipelines.evaluate.outlines import PALETTE, POSITIONS, SHAPES, SIZES
+from pipelines.stages.evaluate.shapes.outlines import PALETTE, POSITIONS, SHAPES, SIZES
 
 SEED = 0
 

@@ -14,10 +14,10 @@ from torch import nn
 
 import ldm_core
 from ldm_core import checkpoint, presets
-from ldm_core.autoencoder import build_first_stage
-from ldm_core.checkpoint_formats import compvis
+from ldm_core.checkpoint_formats.compvis import checkpoint as compvis
 from ldm_core.latent_diffusion import LatentDiffusion
-from ldm_core.tokenizer import Tokenizer, build_vocabulary
+from ldm_core.networks.autoencoder import build_first_stage
+from ldm_core.tokenizers.wordpiece import Tokenizer, build_vocabulary
 
 Ldm = Callable[..., tuple[int, str, str]]
 

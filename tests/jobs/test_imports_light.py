@@ -10,8 +10,8 @@ SCRIPT = """
 import sys
 from pathlib import Path
 
-import jobs.cli, jobs.commands.plan, jobs.commands.run, pipelines.run
-from pipelines.recipe import load_recipe
+import jobs.cli, jobs.commands.plan, jobs.commands.run, pipelines.run.walk
+from pipelines.run.recipe import load_recipe
 
 for path in sys.argv[1:]:
     recipe = load_recipe(Path(path), ("pairs.source=metadata.jsonl",))

@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from jobs.pairs_view import view
-from pipelines.printable import printable
+from pipelines.drawing.printable import printable
 from tests.jobs.conftest import Ldm
 from tests.tiny_artifacts import pairs_artifact
 

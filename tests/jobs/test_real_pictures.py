@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from jobs.recipes import recipe_path
-from pipelines.recipe import load_recipe
-from pipelines.run import Selection, run
-from pipelines.verify import verify_path
+from pipelines.looking.verify import verify_path
+from pipelines.run.recipe import load_recipe
+from pipelines.run.walk import Selection, run
 
 TINY = (
     "pairs.limit=120",

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 import ldm_core
 from ldm_core import presets
-from ldm_core.autoencoder import build_first_stage
 from ldm_core.checkpoint import (
     find_tokenizer,
     load,
@@ -21,10 +20,11 @@ from ldm_core.checkpoint import (
     save,
     write,
 )
-from ldm_core.checkpoint_formats.named_tensors import NamedTensors
 from ldm_core.conditioning import FrozenTextConfig
 from ldm_core.latent_diffusion import LatentDiffusion
-from ldm_core.tokenizer import Tokenizer, build_vocabulary
+from ldm_core.networks.autoencoder import build_first_stage
+from ldm_core.tokenizers.wordpiece import Tokenizer, build_vocabulary
+from ldm_core.weights.named_tensors import NamedTensors
 
 CONFIG = presets.get("tiny-txt2img")
 
@@ -157,7 +157,7 @@ def test_weights_of_another_model_are_not_written(model: LatentDiffusion, tmp_pa
 
 
 def test_a_tokenizer_of_another_kind_is_saved_as_its_own_file(folder: Path, tmp_path: Path) -> None:
-    from ldm_core.tokenizer_file import CLIP_END, CLIP_START, FileTokenizer
+    from ldm_core.tokenizers.from_file import CLIP_END, CLIP_START, FileTokenizer
 
     model = presets.get("tiny-sd").build()
     tokens = {token: i for i, token in enumerate(["a", "a</w>", CLIP_START, CLIP_END])}

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ldm_core import checkpoint, load, objective, presets
-from ldm_core.autoencoder import FirstStageConfig
 from ldm_core.ema import EMA
 from ldm_core.latent_diffusion import LatentDiffusionConfig
-from ldm_core.posterior import DiagonalGaussian
+from ldm_core.networks.autoencoder import FirstStageConfig
+from ldm_core.networks.posterior import DiagonalGaussian
 from ldm_core.schedule import NoiseSchedule, ScheduleConfig
 
 SCHEDULE = NoiseSchedule(ScheduleConfig())

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm_core.autoencoder import FirstStageConfig, build_first_stage
-from ldm_core.posterior import DiagonalGaussian, PointPosterior
+from ldm_core.networks.autoencoder import FirstStageConfig, build_first_stage
+from ldm_core.networks.posterior import DiagonalGaussian, PointPosterior
 from ldm_core.tiling import tiled_decode, tiled_encode
 
 VQ = {"regularization": "vq", "codebook_size": 32}

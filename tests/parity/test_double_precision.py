@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ldm_core import presets
-from ldm_core.autoencoder import build_first_stage
-from ldm_core.unet import UNet
+from ldm_core.networks.autoencoder import build_first_stage
+from ldm_core.networks.unet import UNet
 from tests.benchmarks import peers
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm_core.autoencoder import FirstStageConfig, VQAutoencoder, build_first_stage
-from ldm_core.checkpoint_formats import diffusers_config as theirs
-from ldm_core.checkpoint_formats import diffusers_names as weights
-from ldm_core.posterior import DiagonalGaussian
-from ldm_core.text_transformer import TextTransformer, TextTransformerConfig
-from ldm_core.unet import UNet, UNetConfig
+from ldm_core.checkpoint_formats.diffusers import names as weights
+from ldm_core.checkpoint_formats.diffusers import write_config as theirs
+from ldm_core.networks.autoencoder import FirstStageConfig, VQAutoencoder, build_first_stage
+from ldm_core.networks.posterior import DiagonalGaussian
+from ldm_core.networks.text_transformer import TextTransformer, TextTransformerConfig
+from ldm_core.networks.unet import UNet, UNetConfig
 
 diffusers = pytest.importorskip("diffusers")
 

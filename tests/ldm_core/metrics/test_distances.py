@@ -9,11 +9,12 @@ import torch
 from scipy.linalg import sqrtm
 from torch import Tensor
 
-from ldm_core.metrics import kernels, neighbours
+from ldm_core.metrics import kernel_distances as kernels
+from ldm_core.metrics import precision_recall as neighbours
+from ldm_core.metrics.frechet_distance import Moments, MomentSums, frechet_distance
 from ldm_core.metrics.inception_score import InceptionScoreSums
-from ldm_core.metrics.kernels import cmmd, kernel_inception_distance
-from ldm_core.metrics.moments import Moments, MomentSums, frechet_distance
-from ldm_core.metrics.neighbours import precision_recall
+from ldm_core.metrics.kernel_distances import cmmd, kernel_inception_distance
+from ldm_core.metrics.precision_recall import precision_recall
 
 
 def features(count: int, width: int, *, seed: int, offset: float = 0.0) -> Tensor:

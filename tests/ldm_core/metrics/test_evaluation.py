@@ -23,9 +23,9 @@ from ldm_core.metrics import (
     ssim,
     summarize,
 )
+from ldm_core.metrics.frechet_distance import frechet_distance
 from ldm_core.metrics.images import from_levels, to_levels
-from ldm_core.metrics.inception import InceptionOutput
-from ldm_core.metrics.moments import frechet_distance
+from ldm_core.metrics.networks.inception import InceptionOutput
 
 CAPTIONS = ["a cat", "two dogs", "the sea", "a red car", "snow", "a bird"]
 

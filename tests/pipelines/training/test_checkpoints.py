@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipelines.errors import UserError
-from pipelines.storage import Storage
+from pipelines.store.storage import Storage
 from pipelines.training.checkpoints import STATE_FILE, discard_attempts, load, newest
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ldm_core import presets
-from ldm_core.unet import UNet
+from ldm_core.networks.unet import UNet
 from pipelines.training.config import TrainingConfig
 from pipelines.training.optimization import build_optimizer, clip_gradient, learning_rate, wrap
 

@@ -12,15 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipelines.ledger import ArtifactWriter
-from pipelines.order import SampleOrder, SamplePosition
+from pipelines.shards.order import SampleOrder, SamplePosition
+from pipelines.shards.randomness import Purpose, generator
 from pipelines.stage import StageContext
-from pipelines.storage import Storage
+from pipelines.store.ledger import ArtifactWriter
+from pipelines.store.storage import Storage
 from pipelines.tracking import null_stage_tracker
 from pipelines.training.config import TrainingConfig
 from pipelines.training.fit import finished, fit
 from pipelines.training.outputs import commit_once
-from pipelines.training.randomness import Purpose, generator
 
 ROWS = (7, 0, 13, 5)
 SEED = 3

@@ -1,0 +1,172 @@
+"""A recipe: one YAML file that says everything about a pipeline run, validated before anything starts."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ValidationError, model_validator
+
+from pipelines.compute.cluster import ClusterConfig
+from pipelines.config import Config, runtime
+from pipelines.errors import MisuseError, UserError
+from pipelines.presets import merge
+from pipelines.stages.autoencoder.config import AutoencoderConfig
+from pipelines.stages.diffusion.config import DiffusionConfig
+from pipelines.stages.evaluate.config import EvaluateConfig
+from pipelines.stages.export.config import ExportConfig
+from pipelines.stages.latents.config import LatentsConfig
+from pipelines.stages.pairs.config import PairsConfig
+from pipelines.tracking.config import TrackingConfig
+
+
+class Recipe(Config):
+    """Everything about a pipeline run; a section for each stage, and what they share.
+
+    Args:
+        name: of the run, in MLflow and in the report.
+        root: where artifacts go; a local folder or any fsspec URL.
+        seed: of everything random.
+    """
+
+    name: str
+    root: str = runtime("runs/ldm")
+    seed: int = 0
+    pairs: PairsConfig
+    autoencoder: AutoencoderConfig
+    latents: LatentsConfig = LatentsConfig()
+    diffusion: DiffusionConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+    export: ExportConfig = ExportConfig()
+    tracking: TrackingConfig = runtime(TrackingConfig())
+    cluster: ClusterConfig = runtime(ClusterConfig())
+
+    @model_validator(mode="after")
+    def _sections_fit_together(self) -> "Recipe":
+        size, factor, unet = self.pairs.image_size, self.autoencoder.model.downsampling_factor, self.diffusion.unet
+        if size != unet.latent_size * factor:
+            raise ValueError(
+                f"pairs.image_size must be diffusion.unet.latent_size x the first stage's downsampling factor, "
+                f"{unet.latent_size} x {factor}, got {size}"
+            )
+        if unet.in_channels != self.autoencoder.model.embed_dim:
+            raise ValueError(
+                f"diffusion.unet.in_channels must be autoencoder.model.embed_dim, {self.autoencoder.model.embed_dim}, "
+                f"got {unet.in_channels}"
+            )
+        if unet.context_dim != self.diffusion.text.width:
+            raise ValueError(
+                f"diffusion.unet.context_dim must be diffusion.text.width, {self.diffusion.text.width}, "
+                f"got {unet.context_dim}"
+            )
+        if "://" not in self.pairs.source + self.root and _inside(self.root, self.pairs.source):
+            raise ValueError(f"root {self.root} must not lie inside pairs.source {self.pairs.source}: choose another")
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default written out; itself a runnable recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Read and validate a recipe.
+
+    Args:
+        path: of the YAML file.
+        overrides: `a.b=c` each, laid over the file; values are YAML.
+
+    Raises:
+        UserError: where the file cannot be read.
+        MisuseError: where it is not a recipe: unknown key, wrong type, value out of range.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read recipe {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise MisuseError(f"recipe {path} is not valid YAML: {reason}") from error
+    if not isinstance(values, dict):
+        raise MisuseError(f"recipe {path} must be a mapping of sections, but holds {type(values).__name__}")
+    for override in overrides:
+        values = merge(values, _parse_override(override))
+    return parse_recipe(values, origin=str(path))
+
+
+def parse_recipe(values: dict[str, Any], *, origin: str = "recipe") -> Recipe:
+    """Validate a recipe that is already in memory. Raises MisuseError as `load_recipe` does."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise MisuseError(f"{origin}: {_describe(error)}") from error
+
+
+def _inside(inner: str, outer: str) -> bool:
+    folder = Path(outer).expanduser().resolve()
+    return folder.is_dir() and Path(inner).expanduser().resolve().is_relative_to(folder)
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    path, separator, raw = text.partition("=")
+    names = path.strip().split(".")
+    if not separator or not all(names):
+        raise MisuseError(f"--set takes section.key=value, but got {text!r}")
+    try:
+        value = yaml.safe_load(raw) if raw else ""
+    except yaml.YAMLError as error:
+        raise MisuseError(f"--set {path}: {raw!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    for name in reversed(names):
+        value = {name: value}
+    return typing.cast(dict[str, Any], value)
+
+
+def _describe(error: ValidationError) -> str:
+    """The first thing wrong, on one line: where, what value, what to do."""
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] not in _UNKNOWN)
+    first = problems[0]
+    where = ".".join(str(part) for part in first["loc"])
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if first["type"] in _UNKNOWN:
+        known = _known_names(Recipe, first["loc"][:-1])
+        nearest = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known here: {', '.join(known)}"
+        return f"unknown key {where!r}; {hint}{more}"
+    if first["type"] == "missing":
+        return f"{where} is missing: add it to the recipe or pass --set {where}=VALUE{more}"
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    shown = "" if isinstance(first["input"], dict | Config) else f", got {first['input']!r}"
+    return f"{where}: {message}{shown}{more}" if where else f"{message}{more}"
+
+
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+
+
+def _known_names(model: Any, location: tuple[int | str, ...]) -> list[str]:
+    """Names allowed at a place in a recipe, found by walking its types."""
+    for part in location:
+        model = _section(model, str(part)) or model
+    if isinstance(model, type) and issubclass(model, BaseModel):
+        return list(model.model_fields)
+    if dataclasses.is_dataclass(model):
+        return ["preset", *(field.name for field in dataclasses.fields(model))]
+    return []
+
+
+def _section(model: Any, name: str) -> Any:
+    if isinstance(model, type) and issubclass(model, BaseModel) and name in model.model_fields:
+        return _plain_type(model.model_fields[name].annotation)
+    if dataclasses.is_dataclass(model):
+        return _plain_type(typing.get_type_hints(model).get(name))
+    return None
+
+
+def _plain_type(annotation: Any) -> Any:
+    """The configuration class inside `Annotated[X, …]` or `X | None`."""
+    if typing.get_origin(annotation) is Annotated:
+        return _plain_type(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return _plain_type(next(arg for arg in typing.get_args(annotation) if arg is not type(None)))
+    return annotation

@@ -1,0 +1,217 @@
+"""Random access to the samples of tar shards, local or remote.
+
+A shard's member offsets are indexed on first use; a sample is then one `pread` a file. Remote shards are fetched
+whole into a local cache folder of bounded size.
+"""
+
+import os
+import tarfile
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO
+
+from pipelines.errors import UserError
+from pipelines.shards.format import require_end_of_archive
+from pipelines.store.ledger import FileRecord
+from pipelines.store.storage import Storage
+
+DEFAULT_CACHE_BYTES = 32 << 30
+FETCH_THREADS = 4
+MAX_INDEXES = 512
+
+
+@dataclass(frozen=True)
+class _Member:
+    extension: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class _Index:
+    """Where the samples of a shard are: keys in file order, and the members of each."""
+
+    keys: list[str]
+    members: list[list[_Member]]
+
+
+class ShardReader:
+    """Samples by (shard, row). Safe to use from several threads.
+
+    Args:
+        storage: the folder of the shards.
+        shards: their records, in order; `rows` of a record is its number of samples.
+        max_open: files kept open.
+        cache_bytes: of fetched remote shards kept on the local disk; the shards being read are kept whatever
+            their size.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        shards: Sequence[FileRecord],
+        *,
+        max_open: int = 64,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+    ) -> None:
+        self.storage, self.shards = storage, list(shards)
+        self._max_open, self._cache_bytes = max_open, cache_bytes
+        self._lock = threading.Lock()
+        self._index = lru_cache(maxsize=MAX_INDEXES)(self._scan)
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._fetched: OrderedDict[int, Future[Path]] = OrderedDict()
+        self._cache: tempfile.TemporaryDirectory[str] | None = None
+        self._fetcher = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch")
+
+    @property
+    def rows_per_shard(self) -> list[int]:
+        return [shard.rows for shard in self.shards]
+
+    def keys(self, shard: int) -> list[str]:
+        """Keys of a shard's samples, in their order in the file."""
+        return self._index(shard).keys
+
+    def read(self, shard: int, row: int, extensions: Iterable[str] | None = None) -> dict[str, bytes]:
+        """The files of one sample by extension (`jpg`, `tokens.npy`); all of them, or only those named.
+
+        Raises:
+            UserError: where the shard is missing, truncated, not a tar, or holds another number of samples than
+                was committed.
+        """
+        members = self._index(shard).members[row]
+        wanted = None if extensions is None else set(extensions)
+        file = self._file(shard)
+        return {
+            member.extension: file.read(member.offset, member.size)
+            for member in members
+            if wanted is None or member.extension in wanted
+        }
+
+    def fetch_ahead(self, shards: Iterable[int]) -> None:
+        """Start fetching remote shards in the background; a no-op where storage is local."""
+        if not self.storage.is_local:
+            for shard in shards:
+                self._fetch(shard)
+
+    def check_sizes(self) -> None:
+        """Raise UserError unless every shard is there with its committed size. Reads no data."""
+        for record in self.shards:
+            self._check_size(record, self.storage.size(record.name))
+
+    def close(self) -> None:
+        self._fetcher.shutdown(wait=True, cancel_futures=True)
+        with self._lock:
+            self._open.clear()
+            self._fetched.clear()
+        if self._cache:
+            self._cache.cleanup()
+
+    def _scan(self, shard: int) -> _Index:
+        record = self.shards[shard]
+        keys: list[str] = []
+        members: list[list[_Member]] = []
+        with self._open_anew(shard) as file:
+            self._check_size(record, os.fstat(file.fileno()).st_size)
+            try:
+                with tarfile.open(fileobj=file, mode="r:") as tar:
+                    for info in filter(tarfile.TarInfo.isreg, tar):
+                        key, _, extension = info.name.partition(".")
+                        if not keys or keys[-1] != key:
+                            keys.append(key)
+                            members.append([])
+                        members[-1].append(_Member(extension, info.offset_data, info.size))
+                    require_end_of_archive(tar, file)
+            except tarfile.TarError as error:
+                raise self._damaged(record, f"is not a whole tar ({error})") from error
+        if len(keys) != record.rows:
+            raise self._damaged(record, f"holds {len(keys)} samples, but {record.rows} were committed")
+        return _Index(keys, members)
+
+    def _file(self, shard: int) -> "_OpenShard":
+        with self._lock:
+            if shard in self._open:
+                self._open.move_to_end(shard)
+                return self._open[shard]
+        opened = _OpenShard(self._open_anew(shard))
+        with self._lock:
+            self._open[shard] = opened
+            # Closed by the garbage collector once the last reader lets go of it.
+            while len(self._open) > self._max_open:
+                self._open.popitem(last=False)
+        return opened
+
+    def _open_anew(self, shard: int) -> BinaryIO:
+        """A local file of the shard, fetched where storage is remote."""
+        while True:
+            try:
+                if self.storage.is_local:
+                    return open(self.storage.path(self.shards[shard].name), "rb")
+                return open(self._fetch(shard).result(), "rb")
+            except FileNotFoundError:
+                if self.storage.is_local:
+                    raise self._damaged(self.shards[shard], "is missing") from None
+                # Evicted by another thread since it was fetched: fetch it again.
+
+    def _fetch(self, shard: int) -> "Future[Path]":
+        with self._lock:
+            if shard in self._fetched:
+                self._fetched.move_to_end(shard)
+                return self._fetched[shard]
+            if self._cache is None:
+                self._cache = tempfile.TemporaryDirectory(prefix="ldm-shards-")
+            self._evict()
+            future = self._fetcher.submit(self._download, shard, Path(self._cache.name))
+            self._fetched[shard] = future
+            return future
+
+    def _download(self, shard: int, folder: Path) -> Path:
+        record = self.shards[shard]
+        path = folder / f"{shard:06d}.tar"
+        try:
+            self.storage.filesystem.get_file(self.storage.path(record.name), str(path))
+        except FileNotFoundError:
+            raise self._damaged(record, "is missing") from None
+        self._check_size(record, path.stat().st_size)
+        return path
+
+    def _evict(self) -> None:
+        """Forget the shards used longest ago until the rest fits. What is still open stays readable until closed."""
+        kept = sum(self.shards[shard].bytes for shard in self._fetched)
+        for shard in list(self._fetched):
+            if kept <= self._cache_bytes:
+                return
+            if not self._fetched[shard].done():
+                continue
+            future = self._fetched.pop(shard)
+            self._open.pop(shard, None)
+            if future.exception() is None:
+                future.result().unlink(missing_ok=True)
+            kept -= self.shards[shard].bytes
+
+    def _check_size(self, record: FileRecord, size: int) -> None:
+        if size < 0:
+            raise self._damaged(record, "is missing")
+        if size != record.bytes:
+            raise self._damaged(record, f"has {size} bytes, but {record.bytes} were committed")
+
+    def _damaged(self, record: FileRecord, what: str) -> UserError:
+        return UserError(
+            f"shard {self.storage.url}/{record.name} {what}: `ldm verify {self.storage.url}` tells what is whole; "
+            "remove the folder and run the same command again to rebuild it"
+        )
+
+
+class _OpenShard:
+    """An open file that several threads may read at once."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def read(self, offset: int, size: int) -> bytes:
+        return os.pread(self._file.fileno(), size, offset)

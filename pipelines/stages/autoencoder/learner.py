@@ -1,0 +1,101 @@
+"""The first stage as something to be trained: see `pipelines.training.task`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ldm_core.networks.autoencoder import build_first_stage
+from pipelines.shards.order import SampleOrder, SamplePosition
+from pipelines.shards.randomness import Purpose, generator
+from pipelines.stages.autoencoder.config import AutoencoderConfig
+from pipelines.stages.autoencoder.outputs import commit_first_stage
+from pipelines.stages.autoencoder.pictures import Pictures, Place, open_pairs
+from pipelines.stages.autoencoder.reconstruction import SHOWN, ReconstructionLoss, ReconstructionTest, to_images
+from pipelines.store.ledger import Artifact, ArtifactWriter
+
+# Shards whose pictures are mixed with each other.
+SHUFFLE_WINDOW = 16
+
+
+@dataclass(frozen=True)
+class AutoencoderTask:
+    """Train a first stage on all pictures but the held-out ones."""
+
+    config: AutoencoderConfig
+    seed: int
+    pairs: Artifact
+    held_out: tuple[Place, ...]
+
+    def build(self, device: torch.device) -> AutoencoderLearner:
+        return AutoencoderLearner(self, device)
+
+
+class AutoencoderLearner:
+    """One first stage in training, inside one worker."""
+
+    def __init__(self, task: AutoencoderTask, device: torch.device) -> None:
+        self.task, self.device = task, device
+        self.first_stage = build_first_stage(task.config.model)
+        self.network: nn.Module = ReconstructionLoss(self.first_stage, task.config)
+        self.reader = open_pairs(task.pairs)
+        self.pictures = Pictures(self.reader)
+        excluded: dict[int, set[int]] = {}
+        for shard, row in task.held_out:
+            excluded.setdefault(shard, set()).add(row)
+        self._rows = {
+            shard: [row for row in range(self.reader.rows_per_shard[shard]) if row not in rows]
+            for shard, rows in excluded.items()
+        }
+        counts = [
+            len(self._rows[shard]) if shard in self._rows else rows
+            for shard, rows in enumerate(self.reader.rows_per_shard)
+        ]
+        self.order = SampleOrder(counts, task.seed, SHUFFLE_WINDOW)
+        self._test: ReconstructionTest | None = None
+
+    def load(self, samples: Sequence[SamplePosition]) -> dict[str, Tensor]:
+        """`pixels` (B, H, W, 3) uint8 and `noise` (B, C, h, w) of the posterior's draw."""
+        pixels = self.pictures.stack([self._place(sample) for sample in samples])
+        factor = self.task.config.model.downsampling_factor
+        shape = (self.task.config.model.embed_dim, pixels.shape[1] // factor, pixels.shape[2] // factor)
+        noise = np.empty((len(samples), *shape), np.float32)
+        for index, sample in enumerate(samples):
+            random = generator(self.task.seed, Purpose.SAMPLE, sample.position)
+            random.standard_normal(out=noise[index], dtype=np.float32)
+        return {"pixels": torch.from_numpy(pixels), "noise": torch.from_numpy(noise)}
+
+    def losses(self, network: Any, batch: dict[str, Tensor]) -> Tensor:
+        losses: Tensor = network(to_images(batch["pixels"], self.device), batch["noise"])
+        return losses
+
+    def key(self, sample: SamplePosition) -> str:
+        shard, row = self._place(sample)
+        return self.reader.keys(shard)[row]
+
+    def fetch_ahead(self, position: int) -> None:
+        self.reader.fetch_ahead(self.order.shards_ahead(position))
+
+    def preview(self) -> NDArray[np.uint8]:
+        return self._reconstructions().grid(self.first_stage, self.device)
+
+    def save(self, writer: ArtifactWriter) -> dict[str, Any]:
+        return commit_first_stage(
+            writer, self.first_stage, self.task.config.model, self._reconstructions(), self.device
+        )
+
+    def _reconstructions(self) -> ReconstructionTest:
+        if self._test is None:
+            others = [self._place(self.order.sample(i)) for i in range(min(SHOWN, self.order.samples_per_epoch))]
+            self._test = ReconstructionTest(self.pictures, self.task.held_out, others)
+        return self._test
+
+    def _place(self, sample: SamplePosition) -> Place:
+        rows = self._rows.get(sample.shard)
+        return sample.shard, rows[sample.row] if rows is not None else sample.row

@@ -1,0 +1,112 @@
+"""What a first stage makes of pictures: its training loss, and how close its reconstructions are.
+
+Shapes: pixels: (B, H, W, 3) uint8; x: (B, 3, H, W) in [-1, 1]; noise: (B, C, h, w).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ldm_core.metrics import psnr
+from ldm_core.networks.autoencoder import AutoencoderKL, VQAutoencoder
+from ldm_core.networks.posterior import DiagonalGaussian
+from pipelines.drawing.grids import encode_png, grid
+from pipelines.stages.autoencoder.config import AutoencoderConfig
+from pipelines.stages.autoencoder.pictures import Pictures, Place
+
+BATCH = 8
+SHOWN = 8
+# A megapixel of held-out pictures is enough for a PSNR, and what a CPU does with a large model in a few minutes.
+MEASURED_PIXELS = 1 << 20
+GRID_CELL_PIXELS = 128
+
+
+class ReconstructionLoss(nn.Module):
+    """A first stage with its training loss, as one module so that one DDP wrapper holds it.
+
+    The reconstruction term is L1 (paper, Sec. 3.1, without its perceptual and adversarial terms) or L2, which small
+    models learn sooner; the KL term is "slight".
+    """
+
+    def __init__(self, first_stage: AutoencoderKL | VQAutoencoder, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.first_stage = first_stage
+        self.kl_weight = config.kl_weight
+        self.distance = torch.square if config.reconstruction_loss == "l2" else torch.abs
+
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        """(B, 3, H, W) images and (B, C, h, w) posterior noise -> (B,) losses."""
+        posterior = self.first_stage.encode(x)
+        if isinstance(self.first_stage, VQAutoencoder):
+            quantization = self.first_stage.quantize(posterior.mode())
+            decoded = self.first_stage.decoder(self.first_stage.post_quant_conv(quantization.latent))
+            return self._reconstruction(decoded, x) + quantization.loss
+        assert isinstance(posterior, DiagonalGaussian)
+        latent = posterior.sample(noise=noise)
+        loss = self._reconstruction(self.first_stage.decode(latent), x)
+        return loss + self.kl_weight * posterior.kl() / latent[0].numel()
+
+    def _reconstruction(self, decoded: Tensor, x: Tensor) -> Tensor:
+        return self.distance(decoded.float() - x).flatten(1).mean(dim=1)
+
+
+def to_images(pixels: NDArray[np.uint8] | Tensor, device: torch.device) -> Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1]."""
+    tensor = pixels if isinstance(pixels, Tensor) else torch.from_numpy(pixels)
+    return tensor.to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+def to_pixels(images: Tensor) -> NDArray[np.uint8]:
+    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8."""
+    levels = images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    pixels: NDArray[np.uint8] = levels.permute(0, 2, 3, 1).cpu().numpy()
+    return pixels
+
+
+class ReconstructionTest:
+    """Held-out pictures, and what a first stage makes of them.
+
+    Args:
+        pictures: where they are.
+        held_out: places of pictures that are not trained on; they are measured and shown.
+        others: some of the rest, at least one; they fill up the grid, and are measured where nothing is held out.
+    """
+
+    def __init__(self, pictures: Pictures, held_out: Sequence[Place], others: Sequence[Place]) -> None:
+        first = pictures.get(others[0])
+        count = max(SHOWN, MEASURED_PIXELS // (first.shape[0] * first.shape[1]))
+        self.held_out = bool(held_out)
+        self.pixels = pictures.stack((held_out or others)[:count])
+        self._shown = pictures.stack([*held_out, *others][:SHOWN])
+
+    @torch.no_grad()
+    def psnr_db(self, first_stage: nn.Module, device: torch.device) -> float:
+        """Mean PSNR in dB over the pictures, of the mode of the posterior (paper, Table 8)."""
+        values = [
+            psnr(x, self._reconstruct(first_stage, x))
+            for x in (
+                to_images(self.pixels[start : start + BATCH], device) for start in range(0, len(self.pixels), BATCH)
+            )
+        ]
+        return float(torch.cat(values).mean())
+
+    @torch.no_grad()
+    def grid(self, first_stage: nn.Module, device: torch.device) -> NDArray[np.uint8]:
+        """Eight originals above their reconstructions, (height, width, 3) uint8."""
+        decoded = to_pixels(self._reconstruct(first_stage, to_images(self._shown, device)))
+        scale = max(1, GRID_CELL_PIXELS // decoded.shape[2])
+        return grid(np.concatenate([self._shown, decoded]), columns=len(decoded), scale=scale)
+
+    def grid_png(self, first_stage: nn.Module, device: torch.device) -> bytes:
+        return encode_png(self.grid(first_stage, device))
+
+    @staticmethod
+    def _reconstruct(first_stage: nn.Module, x: Tensor) -> Tensor:
+        # nn.Module: `encode` and `decode` are the first stages' own.
+        decoded: Tensor = first_stage.decode(first_stage.encode(x).mode())  # type: ignore[operator]
+        return decoded.float().clamp(-1, 1)

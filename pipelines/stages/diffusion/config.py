@@ -1,0 +1,73 @@
+"""What a recipe says about the diffusion model."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from ldm_core import presets
+from ldm_core.configs.schedule import ScheduleConfig
+from ldm_core.configs.text import TextTransformerConfig
+from ldm_core.configs.unet import UNetConfig
+from pipelines.config import Config, runtime
+from pipelines.presets import expand_preset
+from pipelines.training.config import TrainingConfig
+
+
+def _unet(value: Any) -> Any:
+    return expand_preset(value, presets.unet)
+
+
+class TextConfig(Config):
+    """Size of the jointly trained text transformer; vocabulary and length are the tokenizer's."""
+
+    width: int = Field(1280, ge=8)
+    layers: int = Field(32, ge=1)
+    heads: int = Field(8, ge=1)
+    head_dim: int = Field(64, ge=8)
+    embedding_std: float = Field(0.02, gt=0)
+
+    def build(self, *, vocabulary_size: int, max_length: int) -> TextTransformerConfig:
+        return TextTransformerConfig(vocabulary_size=vocabulary_size, max_length=max_length, **self.model_dump())
+
+
+class SamplingConfig(Config):
+    """How pictures are sampled, with classifier-free guidance; `eta` is DDIM's alone."""
+
+    sampler: Literal["ddim", "plms", "dpm_solver_pp_2m", "unipc"] = "ddim"
+    num_steps: int = Field(50, ge=1)
+    guidance_scale: float = Field(5.0, ge=0)
+    eta: float = Field(0.0, ge=0)
+    batch_size: int = Field(16, ge=1)
+
+    @model_validator(mode="after")
+    def _eta_is_ddims(self) -> "SamplingConfig":
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(f"only ddim has an eta, got eta={self.eta} with sampler={self.sampler}: leave it 0")
+        return self
+
+
+class DiffusionConfig(Config):
+    """The `diffusion` stage: the cross-attention UNet and the text transformer, trained together on cached latents.
+
+    Args:
+        unet: a preset's name (the UNet of that published model), or its fields, or both.
+        text: the text transformer.
+        schedule: of the noise.
+        parameterization, loss, min_snr_gamma, vlb_weight: what the network predicts, and how it is scored.
+        caption_dropout: share of samples whose caption is replaced by the empty one, for classifier-free guidance.
+        shuffle_window: shards whose samples are mixed with each other (DESIGN: order of samples).
+        preview: how the grids during training are sampled, for `preview_prompts` captions.
+    """
+
+    unet: Annotated[UNetConfig, BeforeValidator(_unet)]
+    text: TextConfig = TextConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    parameterization: Literal["eps", "v", "x0"] = "eps"
+    loss: Literal["l1", "l2"] = "l2"
+    min_snr_gamma: float | None = Field(None, gt=0)
+    vlb_weight: float = Field(0.0, ge=0)
+    caption_dropout: float = Field(0.1, ge=0, le=1)
+    shuffle_window: int = Field(16, ge=1)
+    training: TrainingConfig
+    preview: SamplingConfig = runtime(SamplingConfig(num_steps=25))
+    preview_prompts: int = runtime(8, ge=1)

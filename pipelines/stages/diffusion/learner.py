@@ -1,0 +1,155 @@
+"""The diffusion model as something to be trained: see `pipelines.training.task`.
+
+Shapes: moments: (B, 2, C, h, w); noise, posterior_noise: (B, C, h, w); t: (B,); tokens: (B, L).
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ldm_core import checkpoint
+from ldm_core.conditioning import drop
+from ldm_core.latent_diffusion import LatentDiffusion, LatentDiffusionConfig
+from ldm_core.networks.posterior import DiagonalGaussian
+from ldm_core.objective import DiffusionObjective
+from ldm_core.schedule import NoiseSchedule
+from ldm_core.tokenizers.wordpiece import Tokenizer
+from pipelines.drawing.grids import grid
+from pipelines.shards.order import SampleOrder, SamplePosition
+from pipelines.shards.randomness import Purpose, generator
+from pipelines.stages.autoencoder.artifact import load_first_stage
+from pipelines.stages.diffusion.artifact import FILES, FOLDER
+from pipelines.stages.diffusion.config import DiffusionConfig
+from pipelines.stages.diffusion.sampling import sample_prompts
+from pipelines.stages.latents.artifact import Latents
+from pipelines.store.ledger import Artifact, ArtifactWriter
+from pipelines.training.outputs import commit_once
+
+PREVIEW_COLUMNS = 4
+PREVIEW_CELL_PIXELS = 128
+
+
+@dataclass(frozen=True)
+class DiffusionTask:
+    """Train the UNet and the text transformer of a model on cached latents."""
+
+    model: LatentDiffusionConfig
+    config: DiffusionConfig
+    seed: int
+    latents: Artifact
+    autoencoder: Artifact
+    prompts: tuple[str, ...]
+
+    def build(self, device: torch.device) -> DiffusionLearner:
+        return DiffusionLearner(self, device)
+
+
+class DiffusionLearner:
+    """One diffusion model in training, inside one worker."""
+
+    def __init__(self, task: DiffusionTask, device: torch.device) -> None:
+        self.task, self.device = task, device
+        self.diffusion_network = task.model.build_network()
+        self.network: nn.Module = self.diffusion_network
+        self.latents = Latents(task.latents)
+        self.order = SampleOrder(self.latents.reader.rows_per_shard, task.seed, task.config.shuffle_window)
+        self.objective = DiffusionObjective(
+            NoiseSchedule(task.model.schedule, device=device),
+            parameterization=task.model.parameterization,
+            loss=task.model.loss,
+            min_snr_gamma=task.config.min_snr_gamma,
+            vlb_weight=task.config.vlb_weight,
+        )
+        self.empty_tokens = torch.tensor(task.latents.details["empty_tokens"])
+
+    def load(self, samples: Sequence[SamplePosition]) -> dict[str, Tensor]:
+        """Moments and tokens of a batch, and everything random about it, in one fixed order of draws a sample."""
+        cached = [self.latents.get(sample.shard, sample.row) for sample in samples]
+        moments = np.stack([sample_moments for sample_moments, _ in cached])
+        shape = (len(samples), *moments.shape[2:])
+        posterior_noise, noise = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        t, uniform = np.empty(len(samples), np.int64), np.empty(len(samples), np.float64)
+        tokens = np.empty((len(samples), len(self.empty_tokens)), np.int64)
+        for i, sample in enumerate(samples):
+            random = generator(self.task.seed, Purpose.SAMPLE, sample.position)
+            captions = cached[i][1]
+            t[i] = random.integers(self.task.model.schedule.timesteps)
+            tokens[i] = captions[random.integers(len(captions))]
+            uniform[i] = random.random()
+            random.standard_normal(out=posterior_noise[i], dtype=np.float32)
+            random.standard_normal(out=noise[i], dtype=np.float32)
+        # Classifier-free guidance: the network also learns the empty caption (Ho & Salimans 2021).
+        dropped = drop(
+            torch.from_numpy(tokens), self.empty_tokens, self.task.config.caption_dropout, torch.from_numpy(uniform)
+        )
+        return {
+            "moments": torch.from_numpy(moments),
+            "posterior_noise": torch.from_numpy(posterior_noise),
+            "noise": torch.from_numpy(noise),
+            "t": torch.from_numpy(t),
+            "tokens": dropped,
+        }
+
+    def losses(self, network: Any, batch: dict[str, Tensor]) -> Tensor:
+        """(B,) losses of Eq. (3), on a fresh draw of the posterior rescaled by its measured std (Sec. 4.3.2)."""
+        moments = batch["moments"].float()
+        if moments.shape[1] == 2:
+            z0 = DiagonalGaussian.from_moments(moments).sample(noise=batch["posterior_noise"])
+        else:
+            z0 = moments[:, 0]
+        tokens = batch["tokens"]
+        return self.objective.loss(
+            lambda z_t, t: network(z_t, t, tokens), self.task.model.scale_factor * z0, batch["t"], batch["noise"]
+        )
+
+    def key(self, sample: SamplePosition) -> str:
+        return self.latents.reader.keys(sample.shard)[sample.row]
+
+    def fetch_ahead(self, position: int) -> None:
+        self.latents.reader.fetch_ahead(self.order.shards_ahead(position))
+
+    def preview(self) -> NDArray[np.uint8] | None:
+        """Pictures for the fixed prompts and seeds, with captions."""
+        prompts = self.task.prompts
+        if not prompts:
+            return None
+        pictures = sample_prompts(self._model, self._tokenizer, prompts, range(len(prompts)), self.task.config.preview)
+        scale = max(1, PREVIEW_CELL_PIXELS // pictures.shape[2])
+        return grid(pictures, PREVIEW_COLUMNS, prompts, scale=scale)
+
+    def save(self, writer: ArtifactWriter) -> dict[str, Any]:
+        """Commit the whole model, first stage and vocabulary included."""
+        with tempfile.TemporaryDirectory(prefix="ldm-") as folder:
+            checkpoint.save(self._model, folder, tokenizer=self._tokenizer)
+            for name in FILES:
+                commit_once(writer, f"{FOLDER}/{name}", partial(shutil.copyfile, Path(folder) / name))
+        parts = {"unet": self._model.unet, "text": self._model.conditioner, "first_stage": self._model.first_stage}
+        return {
+            "parameters": {
+                name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items() if part
+            }
+        }
+
+    @cached_property
+    def _model(self) -> LatentDiffusion:
+        """The whole model around the network in training: it shares the network's weights."""
+        model = self.task.model.build(device="meta")
+        model.unet, model.conditioner = self.diffusion_network.unet, self.diffusion_network.conditioner
+        model.first_stage = load_first_stage(self.task.autoencoder, self.device)  # type: ignore[assignment]
+        return model
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        with self.task.latents.storage.local_copy("vocab.txt") as path:
+            return Tokenizer.from_vocabulary_file(path, max_length=self.task.latents.details["max_length"])

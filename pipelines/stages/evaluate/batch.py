@@ -1,0 +1,76 @@
+"""One batch of prompts to one shard of pictures: what an actor of the pool does."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.compute.actor_pool import prepare_torch
+from pipelines.drawing.grids import encode_png
+from pipelines.shards.format import decode_image, read_shard, write_shard
+from pipelines.stages.diffusion.config import SamplingConfig
+from pipelines.stages.diffusion.sampling import sample_prompts
+from pipelines.store.ledger import Artifact, ArtifactWriter
+from pipelines.store.storage import Storage
+
+
+class SampleBatch:
+    """Holds the model; samples one batch a call into `samples/NNNNNN.tar`: KEY.png, KEY.txt, KEY.json (seed).
+
+    Args:
+        model: the diffusion artifact.
+        writer: of the artifact to make.
+        prompts: all captions that are to be sampled; picture i has seed `seed + i`.
+        seed: of the first picture.
+        sampling: steps and guidance.
+        device: of the model.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Artifact,
+        writer: ArtifactWriter,
+        prompts: list[str],
+        seed: int,
+        sampling: SamplingConfig,
+        device: str,
+    ) -> None:
+        from pipelines.stages.diffusion.artifact import load_model
+
+        prepare_torch(device)
+        self.writer, self.prompts, self.seed, self.sampling = writer, prompts, seed, sampling
+        self.model, self.tokenizer = load_model(model, device)
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        """Sample and commit `item`: `shard` (its name), `start` and `stop` (numbers of its pictures)."""
+        numbers = range(item["start"], item["stop"])
+        prompts, seeds = self.prompts[item["start"] : item["stop"]], [self.seed + number for number in numbers]
+        images = sample_prompts(self.model, self.tokenizer, prompts, seeds, self.sampling)
+        samples = [
+            (
+                f"{number:06d}",
+                {
+                    "png": encode_png(image),
+                    "txt": prompt.encode("utf-8", "replace"),
+                    "json": json.dumps({"seed": seed}).encode(),
+                },
+            )
+            for number, image, prompt, seed in zip(numbers, images, prompts, seeds, strict=True)
+        ]
+        with self.writer.storage.writer(item["shard"]) as path:
+            write_shard(path, samples)
+        self.writer.commit(item["shard"], rows=len(samples))
+        return {"rows": len(samples)}
+
+
+def read_images(storage: Storage, shards: list[str]) -> NDArray[np.uint8]:
+    """(N, H, W, 3) uint8 pictures of sample shards, in order."""
+    images = []
+    for shard in shards:
+        with storage.open(shard) as file:
+            images += [decode_image(sample["png"]) for sample in read_shard(file)]
+    return np.stack(images)

@@ -1,0 +1,37 @@
+"""What a recipe says about evaluation."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pipelines.config import Config, runtime
+from pipelines.stages.diffusion.config import SamplingConfig
+
+
+class EvaluateConfig(Config):
+    """The `evaluate` stage: pictures for fixed prompts and seeds from the final EMA weights.
+
+    Args:
+        prompts: captions to sample.
+        prompts_file: more of them: a .txt (one a line) or .jsonl (`prompt`, and what a detector expects)
+            file. Its sha256 is part of the key, its path is not.
+        training_captions: also sample this many captions of the training set, beside the pictures they belong
+            to.
+        sampling: DDIM steps and guidance.
+        detector: `shapes` reads colour and shape back from the pixels and reports `alignment_accuracy`.
+        workers: Ray actors, each with one model on one GPU (or CPU core).
+    """
+
+    prompts: tuple[str, ...] = ()
+    prompts_file: str | None = runtime(None)
+    training_captions: int = Field(8, ge=0)
+    sampling: SamplingConfig = SamplingConfig()
+    detector: Literal["shapes"] | None = None
+    workers: int | None = runtime(None, ge=1)
+    use_gpu: bool | None = runtime(None)
+
+    @model_validator(mode="after")
+    def _something_to_sample(self) -> "EvaluateConfig":
+        if not self.prompts and self.prompts_file is None and self.training_captions == 0:
+            raise ValueError("nothing to sample: give `prompts`, `prompts_file` or `training_captions`")
+        return self

@@ -1,0 +1,103 @@
+"""What evaluation asks for: prompts of the recipe, of a file, and captions of the training set with their pictures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import fsspec
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.errors import UserError
+from pipelines.shards.format import decode_image, image_of, read_shard
+from pipelines.stages.evaluate.config import EvaluateConfig
+from pipelines.store.ledger import Artifact
+from pipelines.store.storage import sha256_file
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One picture to sample.
+
+    Attributes:
+        text: the caption.
+        expected: what a detector should see, as the prompts file says; empty where nothing is known.
+    """
+
+    text: str
+    expected: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainingPair:
+    """A caption of the training set and its picture, (H, W, 3) uint8."""
+
+    caption: str
+    image: NDArray[np.uint8]
+
+
+def prompts_digest(config: EvaluateConfig) -> dict[str, str]:
+    """What the prompts file adds to the artifact's key: its sha256. Raises UserError where it is missing."""
+    return {} if config.prompts_file is None else {"prompts_file": sha256_file(config.prompts_file)}
+
+
+def load_prompts(config: EvaluateConfig) -> list[Prompt]:
+    """The recipe's prompts, then the file's.
+
+    Raises:
+        UserError: the file is missing, is not UTF-8, has a row without `prompt`, or holds none; says which
+            line.
+    """
+    prompts = [Prompt(text) for text in config.prompts]
+    if config.prompts_file is None:
+        return prompts
+    path = config.prompts_file
+    try:
+        with fsspec.open(path, "rt", encoding="utf-8") as file:
+            lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
+    except FileNotFoundError:
+        raise UserError(f"evaluate.prompts_file {path} is missing") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"evaluate.prompts_file {path} is not UTF-8 text ({error})") from error
+    if not lines:
+        raise UserError(f"evaluate.prompts_file {path} holds no prompts: write one a line")
+    parse = _json_prompt if path.endswith(".jsonl") else _text_prompt
+    return prompts + [parse(line, f"{path} line {number}") for number, line in lines]
+
+
+def load_training_pairs(pairs: Artifact, count: int) -> list[TrainingPair]:
+    """The first caption and the picture of `count` samples, evenly spaced over the first shards that hold so many."""
+    shards, available = [], 0
+    for record in pairs.shards():
+        if available >= count:
+            break
+        shards.append(record)
+        available += record.rows
+    count = min(count, available)
+    wanted = {position * available // count for position in range(count)}
+    chosen: list[TrainingPair] = []
+    start = 0
+    for record in shards:
+        with pairs.storage.open(record.name) as file:
+            for position, sample in enumerate(read_shard(file), start=start):
+                if position in wanted:
+                    caption = str(json.loads(sample["json"])["captions"][0])
+                    chosen.append(TrainingPair(caption, decode_image(image_of(sample))))
+        start += record.rows
+    return chosen
+
+
+def _text_prompt(line: str, place: str) -> Prompt:
+    return Prompt(line.rstrip("\r\n"))
+
+
+def _json_prompt(line: str, place: str) -> Prompt:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"evaluate.prompts_file {place} is not JSON ({error})") from error
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise UserError(f"evaluate.prompts_file {place} needs a string `prompt`, got {line.strip()[:80]}")
+    return Prompt(row.pop("prompt"), row)

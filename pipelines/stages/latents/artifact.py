@@ -1,0 +1,66 @@
+"""The latent cache as training reads it: posterior moments and token ids by (shard, row), kept in memory as long as
+they fit.
+
+moments: (2, C, h, w) mean and log-variance, (1, C, h, w) for VQ, float16; tokens: (captions, L) uint16.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.shards.format import decode_npy
+from pipelines.shards.reader import ShardReader
+from pipelines.store.ledger import Artifact
+
+LATENTS_FORMAT = 1
+CACHE_BYTES = 1 << 30
+
+Cached = tuple[NDArray[np.float16], NDArray[np.uint16]]
+
+
+class Latents:
+    """Samples of a latents artifact.
+
+    Args:
+        artifact: of the `latents` stage.
+        cache_bytes: of decoded samples kept in memory.
+
+    Raises:
+        UserError: where the artifact is of another stage or format.
+    """
+
+    def __init__(self, artifact: Artifact, *, cache_bytes: int = CACHE_BYTES) -> None:
+        self.reader = ShardReader(artifact.storage, artifact.require("latents", LATENTS_FORMAT).shards())
+        self._room = cache_bytes
+        self._kept: dict[tuple[int, int], Cached] = {}
+
+    def get(self, shard: int, row: int) -> Cached:
+        """Moments and the tokens of all captions of one sample."""
+        if (kept := self._kept.get((shard, row))) is not None:
+            return kept
+        files = self.reader.read(shard, row, ("latent.npy", "tokens.npy"))
+        sample = decode_npy(files["latent.npy"]), decode_npy(files["tokens.npy"])
+        size = sample[0].nbytes + sample[1].nbytes
+        if size <= self._room:
+            self._kept[shard, row] = sample
+            self._room -= size
+        return sample
+
+    def captions(self, limit: int) -> list[str]:
+        """The first `limit` distinct captions, in the order of the shards."""
+        distinct: dict[str, None] = {}
+        for caption in self._all_captions():
+            distinct.setdefault(caption)
+            if len(distinct) == limit:
+                break
+        return list(distinct)
+
+    def _all_captions(self) -> Iterator[str]:
+        for shard, rows in enumerate(self.reader.rows_per_shard):
+            for row in range(rows):
+                facts = json.loads(self.reader.read(shard, row, ("json",))["json"])
+                yield facts["captions"][0]

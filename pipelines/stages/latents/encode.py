@@ -1,0 +1,172 @@
+"""One shard of pairs to one shard of latents: what an actor of the pool does.
+
+images: (B, 3, H, W) in [-1, 1]
+moments: (B, 2, C, h, w) mean and log-variance, (B, 1, C, h, w) for VQ; fp16 as stored
+tokens: (captions, max_length) uint16
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.compute.actor_pool import prepare_torch
+from pipelines.errors import UserError
+from pipelines.shards.format import decode_image, decode_npy, encode_npy, image_of, read_shard, write_shard
+from pipelines.stages.latents.config import LatentsConfig
+from pipelines.stages.latents.statistics import LatentSums, total
+from pipelines.stages.latents.vocabulary import captions_of, load_vocabulary
+from pipelines.store.ledger import Artifact, ArtifactWriter
+
+BATCHES_AHEAD = 3
+
+
+def statistics_name(shard: str) -> str:
+    """Where the sums over a shard's latents stand: `stats/000000.json`."""
+    return f"stats/{shard.removesuffix('.tar')}.json"
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A sample of a pairs shard, decoded. `image`: (H, W, 3) uint8."""
+
+    key: str
+    image: NDArray[np.uint8]
+    captions: list[str]
+    json: bytes
+
+
+class EncodeShard:
+    """Holds the frozen first stage and the tokenizer; encodes one shard a call.
+
+    The bytes of a latents shard depend on the pairs shard, the first stage, the tokenizer and the config
+    alone: batches are cut at fixed places within the shard, whoever encodes it.
+    """
+
+    def __init__(
+        self,
+        *,
+        pairs: Artifact,
+        first_stage: Artifact,
+        writer: ArtifactWriter,
+        config: LatentsConfig,
+        device: str,
+    ) -> None:
+        from pipelines.stages.autoencoder.artifact import load_first_stage
+
+        prepare_torch(device)
+        self.pairs, self.writer, self.config, self.device = pairs, writer, config, device
+        self.first_stage: Any = load_first_stage(first_stage, device)
+        self.tokenizer = load_vocabulary(writer.storage, config.tokenizer)
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        """Encode, commit, and sum up one shard.
+
+        Args:
+            item: `shard` (its name), `rows` and `bytes` (of the pairs shard, from its manifest), `encoded`
+                (whether the latents are committed, and only their sums are missing).
+
+        Raises:
+            UserError: the pairs shard is missing or damaged, its pictures do not fit the first stage, or its
+                encoding is not finite.
+        """
+        shard = item["shard"]
+        if not item["encoded"]:
+            self._check_source(shard, item["bytes"])
+            with self.writer.storage.writer(shard) as path:
+                rows = write_shard(path, self._encoded_samples(shard))
+            if rows != item["rows"]:
+                raise UserError(
+                    f"{self.pairs.storage.url}/{shard} should hold {item['rows']} samples but holds {rows}: "
+                    "it is damaged; run `ldm run RECIPE --force pairs` to rebuild it"
+                )
+            self.writer.commit(shard, rows=rows)
+        self._commit_statistics(shard)
+        return {"shard": shard, "rows": item["rows"]}
+
+    def _check_source(self, shard: str, expected_bytes: int) -> None:
+        found = self.pairs.storage.size(shard)
+        if found != expected_bytes:
+            problem = "is missing" if found < 0 else f"has {found} bytes instead of {expected_bytes}"
+            raise UserError(
+                f"{self.pairs.storage.url}/{shard} {problem}: it was damaged after it was committed; run "
+                "`ldm run RECIPE --force pairs` to rebuild it"
+            )
+
+    def _commit_statistics(self, shard: str) -> None:
+        """Sums over what is stored, not over what was computed: they follow from the shard's bytes."""
+        shapes, sums = set(), []
+        with self.writer.storage.open(shard) as file:
+            for sample in read_shard(file):
+                moments = decode_npy(sample["latent.npy"])
+                shapes.add(moments.shape)
+                sums.append(LatentSums.of(moments))
+        if len(shapes) > 1:
+            raise UserError(f"latents of {shard} differ in shape ({sorted(shapes)}): set pairs.resize=center_crop")
+        shape = list(shapes.pop()) if shapes else None
+        self.writer.storage.write_json(statistics_name(shard), {"shape": shape, **total(sums).to_dict()})
+        self.writer.commit(statistics_name(shard))
+
+    def _encoded_samples(self, shard: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+        for batch in self._decoded_batches(shard):
+            moments = self._encode(batch)
+            tokens = self.tokenizer.encode([caption for pair in batch for caption in pair.captions])
+            ends = np.cumsum([len(pair.captions) for pair in batch])
+            for pair, latent, ids in zip(batch, moments, np.split(tokens, ends[:-1]), strict=True):
+                yield (
+                    pair.key,
+                    {"latent.npy": encode_npy(latent), "tokens.npy": encode_npy(ids), "json": pair.json},
+                )
+
+    def _decoded_batches(self, shard: str) -> Iterator[list[_Pair]]:
+        """Batches of the shard's samples, in order; threads decode the next ones while one is encoded."""
+        waiting: deque[list[Future[_Pair]]] = deque()
+        with (
+            self.pairs.storage.open(shard) as file,
+            ThreadPoolExecutor(self.config.decode_threads) as threads,
+        ):
+            samples = read_shard(file)
+            while batch := list(islice(samples, self.config.batch_size)):
+                waiting.append([threads.submit(_decode, sample) for sample in batch])
+                if len(waiting) > BATCHES_AHEAD:
+                    yield [pair.result() for pair in waiting.popleft()]
+            for futures in waiting:
+                yield [pair.result() for pair in futures]
+
+    def _encode(self, batch: list[_Pair]) -> NDArray[np.float16]:
+        """(B, 2 or 1, C, h, w) fp16 moments of the batch's pictures."""
+        import torch
+
+        if len(shapes := {pair.image.shape for pair in batch}) > 1:
+            raise UserError(
+                f"pictures must have one size, but {batch[0].key} and its neighbours have {sorted(shapes)}: "
+                "set pairs.resize=center_crop"
+            )
+        pixels = torch.from_numpy(np.stack([pair.image for pair in batch])).to(self.device)
+        images = pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1)
+        autocast = torch.autocast(self.device, torch.bfloat16, enabled=self.config.precision == "bf16")
+        with torch.inference_mode(), autocast:
+            try:
+                moments = self.first_stage.encode(images).moments
+            except ValueError as error:
+                raise UserError(f"{batch[0].key} does not fit the first stage: {error}") from error
+        stored = moments.half().cpu().numpy()
+        finite = np.isfinite(stored).reshape(len(batch), -1).all(axis=1)
+        if not finite.all():
+            key = batch[int(np.argmin(finite))].key
+            raise UserError(
+                f"the first stage encodes sample {key} to values that are not finite in fp16: train it again "
+                "with a smaller learning rate, or check its weights file"
+            )
+        return stored
+
+
+def _decode(sample: dict[str, Any]) -> _Pair:
+    return _Pair(sample["__key__"], decode_image(image_of(sample)), captions_of(sample), sample["json"])

@@ -1,0 +1,231 @@
+"""What a recipe says about its image-text pairs."""
+
+import ipaddress
+import re
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pipelines.config import Config, runtime
+from pipelines.store.storage import holds_password
+
+
+class Columns(Config):
+    """Names of a table's columns; None is filled by the names that data sets use (URL, TEXT, file_name…).
+
+    A table has either `url` (downloaded) or `image` (a path relative to the table, or the picture's bytes).
+    `text` may hold a string or a list of strings.
+    """
+
+    url: str | None = None
+    image: str | None = None
+    text: str | None = None
+
+
+class Download(Config):
+    """How pictures are fetched over HTTP. Connections are those of one worker process; there is one a CPU.
+
+    Args:
+        connect_to: requests for a host go to another address, as curl's option of that name does it:
+            `{pictures.example: "127.0.0.1:8080"}`. The addresses named here may be private ones.
+        connections: open at once.
+        connections_per_host: the same, to any one host.
+        connect_timeout_s: until a connection stands.
+        read_timeout_s: the longest pause between two pieces of an answer; rounded to whole seconds, at least one.
+        timeout_s: of one attempt, from the request to the last byte.
+        retries: further attempts after what can succeed later: timeouts, broken connections, 408, 425, 429 and 5xx.
+        max_retry_after_s: a server that asks for a longer pause (Retry-After) is not asked again before it is over; its
+            rows fail until then.
+        max_redirects: followed for one picture.
+        allow_private_addresses: also fetch from every loopback and private address.
+        allow_addresses: single networks that may be fetched from although they are private: `["10.1.0.0/16"]`.
+        user_agent: what servers are told we are; `X-Robots-Tag` directives for this name count too.
+    """
+
+    connect_to: dict[str, str] = runtime({})
+    connections: int = runtime(128, ge=1)
+    connections_per_host: int = runtime(32, ge=1)
+    connect_timeout_s: float = runtime(5.0, gt=0)
+    read_timeout_s: float = runtime(10.0, gt=0)
+    timeout_s: float = runtime(20.0, gt=0)
+    retries: int = runtime(2, ge=0)
+    max_retry_after_s: float = runtime(30.0, ge=0)
+    max_redirects: int = runtime(5, ge=0)
+    allow_private_addresses: bool = runtime(False)
+    allow_addresses: tuple[str, ...] = runtime(())
+    user_agent: str = runtime("ldm-pipelines/0.1")
+
+    @field_validator("connect_to")
+    @classmethod
+    def _host_to_address(cls, value: dict[str, str]) -> dict[str, str]:
+        for host, address in value.items():
+            target, _, port = address.rpartition(":")
+            if not target or not port.isdigit():
+                raise ValueError(f"connect_to.{host} must be ADDRESS:PORT, got {address!r}")
+            if host.replace(".", "").isdigit() or ":" in host:
+                raise ValueError(f"connect_to takes names of hosts, got {host!r}: set allow_private_addresses instead")
+        return {host.lower(): address for host, address in value.items()}
+
+    @field_validator("allow_addresses")
+    @classmethod
+    def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for network in value:
+            try:
+                ipaddress.ip_network(network)
+            except ValueError as error:
+                raise ValueError(f"allow_addresses takes networks (10.1.0.0/16), got {network!r}: {error}") from None
+        return value
+
+
+class Rule(Config):
+    """What a filter asks of one value. Everything that is given must hold.
+
+    Args:
+        min, max: bounds of a number, both allowed values.
+        one_of, not_one_of: of a text, without regard to case.
+        matches, not_matches: a regular expression found (or not) anywhere in a text.
+        keep_missing: whether rows without the value pass.
+    """
+
+    min: float | None = None
+    max: float | None = None
+    one_of: tuple[str, ...] | None = None
+    not_one_of: tuple[str, ...] | None = None
+    matches: str | None = None
+    not_matches: str | None = None
+    keep_missing: bool = False
+
+    @field_validator("matches", "not_matches")
+    @classmethod
+    def _expression(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"{value!r} is not a regular expression: {error}") from None
+        return value
+
+    @model_validator(mode="after")
+    def _asks_something(self) -> "Rule":
+        if all(getattr(self, name) is None for name in type(self).model_fields if name != "keep_missing"):
+            raise ValueError("a filter needs one of min, max, one_of, not_one_of, matches, not_matches")
+        return self
+
+
+class Buckets(Config):
+    """The sizes that `resize: buckets` sorts pictures into: sides are multiples of `step`, areas at most image_size².
+
+    Args:
+        step: pixels.
+        max_aspect: of the longest bucket, long side / short side.
+    """
+
+    step: int = Field(64, ge=8)
+    max_aspect: float = Field(2.0, ge=1.0)
+
+
+class Scoring(Config):
+    """The models behind `filters.clip_score` and `filters.aesthetic_score`; they run on a pool of actors.
+
+    Args:
+        clip: folder of a CLIP model, as open_clip or transformers lay it out.
+        aesthetic_head: weights (.safetensors, .pth) of linear layers that turn the normalised embedding of a picture
+            into one number, as LAION's predictors do.
+        batch_size: pictures at once.
+        workers, use_gpu: of the pool; None for what the cluster has.
+    """
+
+    clip: str = runtime(min_length=1)
+    aesthetic_head: str | None = runtime(None)
+    batch_size: int = runtime(32, ge=1)
+    workers: int | None = runtime(None, ge=1)
+    use_gpu: bool | None = runtime(None)
+
+
+class PairsConfig(Config):
+    """The `pairs` stage: raw image-text pairs to WebDataset shards.
+
+    Args:
+        source: a table (.parquet .csv .tsv .jsonl), a folder of pictures with captions or of parquet files,
+            WebDataset tars; a local path, a glob or any fsspec URL. Known by content: it may move.
+        format: what the source is; `auto` looks at it.
+        columns: of a table; the field's usual names are found without it.
+        limit: only the first rows of the source.
+        image_size: pixels of the shorter side after resizing.
+        resize: `center_crop` (a square of exactly `image_size`), `keep_ratio` (shorter side), `border` (the whole
+            picture on a white square), `buckets` (cropped to the nearest of several aspect ratios; a shard for each)
+            or `none`.
+        buckets: the sizes of `resize: buckets`.
+        upscale: enlarge pictures that are smaller than asked for. Otherwise `center_crop` and `buckets` leave them out
+            as `too_small`, the other modes keep their size.
+        min_size: source pictures with a shorter side (pixels) below this are `too_small`.
+        jpeg_scale: JPEGs are decoded at the `smallest` of the scales 1/8, 1/4, 1/2 and 1 that is still at least 1.5
+            times as large as needed, at the `next` larger one, or in `full`.
+        encode: how pictures are stored; `quality` for jpg and webp.
+        pass_through: store a picture's own bytes where nothing about it would change.
+        max_image_bytes, max_image_pixels: larger source pictures are `too_large`; checked before decoding.
+        max_caption_bytes: rows whose captions are longer (UTF-8) are `caption_too_long`.
+        opt_out: rows whose server answers with one of these `X-Robots-Tag` directives are `opt_out`.
+        filters: rules by name: of a source's column (`similarity`, `punsafe`, …), of the caption (`caption_words`,
+            `caption_characters`, `caption`), of the picture (`width`, `height`, `size` (shorter side), `aspect` (long
+            side / short side), `entropy` (bits of the grey values), `sharpness` (variance of the Laplacian)) or of a
+            model (`clip_score`, `aesthetic_score`). Rows that fail are `filtered:NAME`.
+        scoring: the model that `clip_score` and `aesthetic_score` come from.
+        deduplicate: drop later rows whose source bytes (or URL) were seen at a smaller row.
+        near_duplicates: also drop later rows whose perceptual hash (64 bits) differs in at most so many bits.
+        rows_per_shard: input rows of one shard; the unit of work, of commit and of retry.
+        retry: `failed` fetches rows of a finished artifact again whose failure may have passed, and adds shards.
+        download: how pictures behind URLs are fetched.
+        workers: processes that make shards; None for one a CPU of the cluster.
+        shards_in_flight: that one worker fetches at once, so that slow hosts of one shard do not hold up the next.
+    """
+
+    source: str = runtime(min_length=1)
+    format: Literal["auto", "table", "folder", "webdataset"] = "auto"
+    columns: Columns = Columns()
+    limit: int | None = Field(None, ge=1)
+    image_size: int = Field(256, ge=8)
+    resize: Literal["center_crop", "keep_ratio", "border", "buckets", "none"] = "center_crop"
+    buckets: Buckets = Buckets()
+    upscale: bool = False
+    min_size: int = Field(0, ge=0)
+    jpeg_scale: Literal["smallest", "next", "full"] = "smallest"
+    encode: Literal["jpg", "webp", "png"] = "jpg"
+    quality: int = Field(95, ge=1, le=100)
+    pass_through: bool = True
+    max_image_bytes: int = Field(50_000_000, ge=1)
+    max_image_pixels: int = Field(100_000_000, ge=1)
+    max_caption_bytes: int = Field(1_000_000, ge=1)
+    opt_out: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
+    filters: dict[str, Rule] = Field(default_factory=dict)
+    scoring: Scoring | None = None
+    deduplicate: bool = True
+    near_duplicates: int | None = Field(None, ge=0, le=7)
+    rows_per_shard: int = Field(1000, ge=1, le=10_000)
+    retry: Literal["failed"] | None = runtime(None)
+    download: Download = runtime(Download())
+    workers: int | None = runtime(None, ge=1)
+    shards_in_flight: int = runtime(8, ge=1)
+
+    @field_validator("source")
+    @classmethod
+    def _no_password(cls, value: str) -> str:
+        if holds_password(value):
+            # Without the value: it would be shown.
+            raise ValueError("a source's URL must not hold a password: set it in the environment (AWS_PROFILE)")
+        return value
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> "PairsConfig":
+        scores = sorted({"clip_score", "aesthetic_score"} & self.filters.keys())
+        if scores and self.scoring is None:
+            raise ValueError(f"filters.{scores[0]} needs a model: give pairs.scoring.clip")
+        if "aesthetic_score" in scores and self.scoring is not None and self.scoring.aesthetic_head is None:
+            raise ValueError("filters.aesthetic_score needs pairs.scoring.aesthetic_head")
+        if self.resize == "buckets" and self.image_size % self.buckets.step:
+            raise ValueError(
+                f"image_size must be a multiple of buckets.step, {self.buckets.step}; got {self.image_size}"
+            )
+        if self.near_duplicates is not None and not self.deduplicate:
+            raise ValueError("near_duplicates needs deduplicate: true")
+        return self

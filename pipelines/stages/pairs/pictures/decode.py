@@ -1,0 +1,109 @@
+"""From the bytes of any picture to the bytes that are stored: decoded by content, bounded, upright, RGB, resized.
+
+The input is hostile: sizes are checked before pixels are decoded, and whatever a decoder raises becomes a status of the
+row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipelines.stages.pairs.config import PairsConfig
+from pipelines.stages.pairs.filters import check_values
+from pipelines.stages.pairs.pictures.color import needs_conversion, to_srgb
+from pipelines.stages.pairs.pictures.encode import encode
+from pipelines.stages.pairs.pictures.jpeg import Jpeg, UnusualError, read_jpeg
+from pipelines.stages.pairs.pictures.measures import entropy, perceptual_hash, sharpness
+from pipelines.stages.pairs.pictures.raster import Raster
+from pipelines.stages.pairs.pictures.resize import Geometry, plan, resize
+from pipelines.stages.pairs.rows import RejectedError
+
+_MEASURES = {"entropy": entropy, "sharpness": sharpness}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An encoded picture as it is stored, and what is known of it.
+
+    Attributes:
+        width, height: pixels, as stored.
+        original_width, original_height: of what it was made from, upright.
+        format: of what it was made from, as Pillow names formats.
+        bucket: `WIDTHxHEIGHT` with `resize: buckets`.
+        phash: 64 bits, signed, where near duplicates are asked for; None for pictures that are nearly flat.
+        entropy, sharpness: where a filter asks for them.
+    """
+
+    data: bytes
+    width: int
+    height: int
+    original_width: int
+    original_height: int
+    format: str
+    bucket: str | None = None
+    phash: int | None = None
+    entropy: float | None = None
+    sharpness: float | None = None
+
+
+def make_picture(data: bytes, config: PairsConfig) -> Picture:
+    """Decode, turn upright, resize and encode again.
+
+    Args:
+        data: the file, in any of the formats of `raster`, whatever its name said.
+        config: sizes, limits, filters and the format of the result.
+
+    Raises:
+        RejectedError: `too_large`, `not_an_image`, `too_small`, `decode_error`, `encode_error` or `filtered:NAME`.
+    """
+    if len(data) > config.max_image_bytes:
+        raise RejectedError("too_large")
+    if jpeg := read_jpeg(data):
+        try:
+            return _make(data, jpeg, config)
+        except UnusualError:
+            pass
+    return _make(data, Raster(data, config), config)
+
+
+def _make(data: bytes, source: Jpeg | Raster, config: PairsConfig) -> Picture:
+    size = (source.width, source.height)
+    width, height = size if source.turn < 5 else size[::-1]
+    _check_size(width, height, config)
+    geometry = plan(width, height, config)
+    pixels = source.load(geometry.whole if source.turn < 5 else geometry.whole[::-1], config)
+    stored = to_srgb(resize(pixels, geometry, source.turn), source.profile)
+    measured = {name: measure(stored) for name, measure in _MEASURES.items() if name in config.filters}
+    check_values(measured, config)
+    if not (config.pass_through and _is_unchanged(source, geometry, config)):
+        data = encode(stored, config)
+    return Picture(
+        data,
+        *geometry.stored,
+        original_width=width,
+        original_height=height,
+        format=source.format,
+        bucket=geometry.bucket,
+        phash=perceptual_hash(stored) if config.near_duplicates is not None else None,
+        entropy=measured.get("entropy"),
+        sharpness=measured.get("sharpness"),
+    )
+
+
+def _check_size(width: int, height: int, config: PairsConfig) -> None:
+    if width * height > config.max_image_pixels:
+        raise RejectedError("too_large")
+    shorter, longer = sorted((width, height))
+    if shorter < max(config.min_size, 1):
+        raise RejectedError("too_small")
+    if config.filters:
+        check_values({"width": width, "height": height, "size": shorter, "aspect": longer / shorter}, config)
+
+
+def _is_unchanged(source: Jpeg | Raster, geometry: Geometry, config: PairsConfig) -> bool:
+    return (
+        geometry.whole == geometry.stored == (source.width, source.height)
+        and source.turn == 1
+        and not needs_conversion(source.profile)
+        and source.is_exactly(config.encode)
+    )

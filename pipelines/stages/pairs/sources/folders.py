@@ -1,0 +1,129 @@
+"""A folder of pictures with a text file of the same name beside each."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import posixpath
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, overload
+
+from pipelines.errors import UserError
+from pipelines.stages.pairs.rows import RejectedError, Row, captions_of, plain
+from pipelines.stages.pairs.sources.files import filesystem_of, is_local, map_in_threads, read_file
+from pipelines.stages.pairs.sources.fingerprint import digest_files
+
+if TYPE_CHECKING:
+    import fsspec
+    import pyarrow as pa
+
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm")
+MAX_CAPTION_BYTES = 2**24
+# What is wrong with a caption's file, as the status of the row; a picture without one has an empty caption.
+_CAPTION_STATUS = {"missing_file": None, "too_large": "caption_too_long"}
+
+
+class Names(Sequence[str]):
+    """Millions of names in the memory of their bytes; cheap to pickle."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        encoded = [name.encode("utf-8", "surrogateescape") for name in names]
+        self._bytes = b"".join(encoded)
+        self._ends = array("q", itertools.accumulate(map(len, encoded)))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        end = self._ends[index]
+        number = index % len(self)
+        return self._bytes[self._ends[number - 1] if number else 0 : end].decode("utf-8", "surrogateescape")
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """`a/dog.jpg` with its caption in `a/dog.txt`, for all pictures at any depth, in the order of their paths.
+
+    The text file is one caption, whole and unchanged but for a byte order mark.
+
+    Args:
+        url: of the folder.
+        names: paths of the pictures, relative to it, sorted.
+    """
+
+    url: str
+    names: Sequence[str]
+
+    @property
+    def total(self) -> int:
+        return len(self.names)
+
+    @property
+    def downloads(self) -> bool:
+        return False
+
+    @property
+    def extra_types(self) -> Mapping[str, pa.DataType]:
+        import pyarrow as pa
+
+        return {"file": pa.string()}
+
+    def digest(self) -> str:
+        filesystem, base = filesystem_of(self.url)
+
+        def files() -> Iterator[tuple[str, str]]:
+            names = (n for name in self.names for n in (name, _caption_name(name)))
+            return ((name, posixpath.join(base, name)) for name in names)
+
+        return digest_files(filesystem, files)
+
+    def read(self, start: int, stop: int) -> list[Row]:
+        filesystem, base = filesystem_of(self.url)
+        read = functools.partial(self._row, filesystem, base)
+        indexes = range(start, min(stop, self.total))
+        return list(map(read, indexes) if is_local(filesystem) else map_in_threads(read, indexes))
+
+    def _row(self, filesystem: fsspec.AbstractFileSystem, base: str, index: int) -> Row:
+        name = self.names[index]
+        status: str | None = None
+        caption = ""
+        try:
+            path = posixpath.join(base, _caption_name(name))
+            caption = read_file(filesystem, path, MAX_CAPTION_BYTES).decode("utf-8-sig")
+        except RejectedError as error:
+            status = _CAPTION_STATUS.get(error.status, "unreadable_caption")
+        except UnicodeDecodeError:
+            status = "unreadable_caption"
+        load = functools.partial(read_file, filesystem, posixpath.join(base, name))
+        return Row(index=index, captions=captions_of(caption), load=load, extra={"file": plain(name)}, status=status)
+
+
+def open_folder(url: str, paths: list[str]) -> FolderSource:
+    """The pictures among the files of a folder.
+
+    Raises:
+        UserError: no picture, or none with a text file beside it.
+    """
+    base = filesystem_of(url)[1].rstrip("/") + "/"
+    names = sorted(path.removeprefix(base) for path in paths)
+    pictures = tuple(name for name in names if name.lower().endswith(PICTURE_SUFFIXES))
+    if not pictures:
+        raise UserError(f"{url} holds no pictures ({', '.join(PICTURE_SUFFIXES)}), no tars and no table")
+    if not {_caption_name(name) for name in pictures} & set(names):
+        raise UserError(
+            f"{url} holds {len(pictures)} pictures but no captions: put a .txt beside each or a metadata.jsonl "
+            "(file_name, text) in the folder, or point `pairs.source` at a table"
+        )
+    return FolderSource(url=url, names=Names(pictures))
+
+
+def _caption_name(name: str) -> str:
+    return posixpath.splitext(name)[0] + ".txt"

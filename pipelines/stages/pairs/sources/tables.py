@@ -1,0 +1,200 @@
+"""Tables of pairs: parquet (LAION's own format, in any number of parts) and the text formats."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import posixpath
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipelines.stages.pairs.config import Columns
+from pipelines.stages.pairs.rows import RejectedError, Row, captions_of, extra_names, plain, url_of, widest
+from pipelines.stages.pairs.sources.columns import ResolvedColumns, resolve_columns
+from pipelines.stages.pairs.sources.files import filesystem_of, is_local, map_in_threads, read_file
+from pipelines.stages.pairs.sources.fingerprint import digest_files
+from pipelines.stages.pairs.sources.parquet_parts import read_column, read_footer, read_parquet
+from pipelines.stages.pairs.sources.text_tables import TEXT_SUFFIXES, TextIndex, index_text, read_text
+from pipelines.store.ledger import digest_json
+
+if TYPE_CHECKING:
+    import fsspec
+    import pyarrow as pa
+
+TABLE_SUFFIXES = (".parquet", *TEXT_SUFFIXES)
+# Rows looked at to learn what a column holds.
+_SAMPLE_ROWS = 100
+_STEP_ROWS = 1000
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """What every part was asked for once.
+
+    Attributes:
+        ends: number of rows up to the end of each part.
+        types: of all columns of all parts, in order; None for those that hold no plain value.
+        indexes: of the parts that are text.
+    """
+
+    ends: array[int]
+    types: dict[str, pa.DataType | None]
+    indexes: tuple[TextIndex, ...]
+
+
+@dataclass(frozen=True)
+class TableSource:
+    """Pairs listed in a table of one or more files (parts) of the same columns.
+
+    Args:
+        urls: the parts, in order, all of one suffix.
+        wanted: columns named by the recipe.
+        pictures: folder that relative picture paths start from.
+    """
+
+    urls: tuple[str, ...]
+    wanted: Columns
+    pictures: str
+
+    @functools.cached_property
+    def _survey(self) -> _Survey:
+        types: dict[str, pa.DataType | None] = {}
+        counts, indexes = array("q"), []
+        for rows, found, index in map_in_threads(_survey_part, self.urls):
+            counts.append(rows)
+            for name, kind in found.items():
+                known = types.setdefault(name, kind)
+                types[name] = widest(known, kind) if known is not None and kind is not None else None
+            indexes += [index] if index is not None else []
+        return _Survey(array("q", itertools.accumulate(counts)), types, tuple(indexes))
+
+    @property
+    def total(self) -> int:
+        return self._survey.ends[-1]
+
+    @property
+    def downloads(self) -> bool:
+        return self.columns.image is None
+
+    @functools.cached_property
+    def columns(self) -> ResolvedColumns:
+        names = list(self._survey.types)
+        head = self._values(0, min(_SAMPLE_ROWS, self.total))
+        first = {name: next((row[name] for row in head if row.get(name)), None) for name in names}
+
+        def exists(path: str) -> bool:
+            resolved = self._picture_path(path)
+            return resolved is not None and bool(self._place[0].exists(resolved))
+
+        return resolve_columns(self.urls[0], names, self.wanted, first, exists)
+
+    @functools.cached_property
+    def extra_types(self) -> Mapping[str, pa.DataType]:
+        """Types of the columns carried over; in text formats by all their values, in parquet by the schemas."""
+        types = self._survey.types
+        return {new: kind for old, new in self._carried.items() if (kind := types[old]) is not None}
+
+    @functools.cached_property
+    def _carried(self) -> dict[str, str]:
+        return extra_names([name for name in self._survey.types if name not in self.columns.used])
+
+    def digest(self) -> str:
+        """By the bytes of the table, and of the pictures that stand beside it."""
+        filesystem = filesystem_of(self.urls[0])[0]
+        table = digest_files(filesystem, lambda: [("", filesystem_of(url)[1]) for url in self.urls], always_read=True)
+        column = self.columns.image
+        if column is None or self._survey.types.get(column) is None:
+            return table
+        return digest_json([table, digest_files(self._place[0], lambda: self._named_pictures(column))])
+
+    def _named_pictures(self, column: str) -> Iterator[tuple[str, str]]:
+        """What a column says and the path it means, where it names a picture."""
+        for value in self._column(column):
+            if isinstance(value, str) and (path := self._picture_path(value)) is not None:
+                yield value, path
+
+    def _column(self, column: str) -> Iterator[Any]:
+        if not self._survey.indexes:
+            for url in self.urls:
+                yield from read_column(url, column)
+            return
+        for start in range(0, self.total, _STEP_ROWS):
+            yield from (row.get(column) for row in self._values(start, min(start + _STEP_ROWS, self.total)))
+
+    def read(self, start: int, stop: int) -> list[Row]:
+        values = self._values(start, min(stop, self.total))
+        return [self._row(index, row) for index, row in enumerate(values, start)]
+
+    def _values(self, start: int, stop: int) -> list[dict[str, Any]]:
+        ends, rows = self._survey.ends, []
+        part = bisect_right(ends, start)
+        while start < stop:
+            begin, end = ends[part - 1] if part else 0, min(stop, ends[part])
+            rows += self._read_part(part, start - begin, end - begin)
+            start, part = max(start, end), part + 1
+        return rows
+
+    def _read_part(self, part: int, start: int, stop: int) -> list[dict[str, Any]]:
+        if start >= stop:
+            return []
+        if self._survey.indexes:
+            return read_text(self.urls[part], self._survey.indexes[part], start, stop)
+        return read_parquet(self.urls[part], start, stop)
+
+    @functools.cached_property
+    def _place(self) -> tuple[fsspec.AbstractFileSystem, str]:
+        return filesystem_of(self.pictures)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Looked at once here, not once in every worker.
+        _ = self.extra_types
+        # Handles of remote stores do not travel between processes.
+        return {name: value for name, value in self.__dict__.items() if name != "_place"}
+
+    def _row(self, index: int, values: dict[str, Any]) -> Row:
+        columns, names = self.columns, self._carried
+        return Row(
+            index=index,
+            captions=captions_of(values.get(columns.text)),
+            url=url_of(values.get(columns.url)) if columns.url else None,
+            load=self._loader(values.get(columns.image)) if columns.image else None,
+            extra={names[n]: plain(value) for n, value in values.items() if n in names and not _is_picture(value)},
+        )
+
+    def _loader(self, value: Any) -> Callable[[int], bytes]:
+        """How to read what the image column says: bytes, a path, or both as Hugging Face's tables have them."""
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+
+        def load(max_bytes: int) -> bytes:
+            if isinstance(value, bytes):
+                if len(value) > max_bytes:
+                    raise RejectedError("too_large")
+                return value
+            path = self._picture_path(value) if isinstance(value, str) and value else None
+            if path is None:
+                raise RejectedError("missing_file")
+            return read_file(self._place[0], path, max_bytes)
+
+        return load
+
+    def _picture_path(self, name: str) -> str | None:
+        # A table may name any place, but not another kind of store than it is read from.
+        if "://" in name:
+            return None
+        filesystem, base = self._place
+        return posixpath.normpath(posixpath.join(base, name if is_local(filesystem) else name.lstrip("/")))
+
+
+def _is_picture(value: Any) -> bool:
+    return isinstance(value, bytes) or (isinstance(value, dict) and isinstance(value.get("bytes"), bytes))
+
+
+def _survey_part(url: str) -> tuple[int, Mapping[str, pa.DataType | None], TextIndex | None]:
+    if url.lower().endswith(TEXT_SUFFIXES):
+        index = index_text(url)
+        return index.rows, index.types, index
+    return *read_footer(url), None

@@ -1,0 +1,94 @@
+"""A contact sheet: pictures of a data set, drawn at random, with their captions."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from pipelines.drawing.grids import Image8, grid
+from pipelines.shards.tar_windows import Tar, random_samples
+from pipelines.stages.pairs.pictures.raster import FORMATS
+from pipelines.store.ledger import MANIFEST, read_manifest
+from pipelines.store.storage import Storage
+
+SAMPLES = 48
+COLUMNS = 8
+CELL_PIXELS = 176
+FONT_PIXELS = 12
+CAPTION_LINES = 4
+# Stored pictures of other people's tars may be anything.
+MOST_PIXELS = 100_000_000
+PICTURES = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff")
+_MOUNT, _UNREADABLE = (238, 238, 238), (200, 120, 120)
+
+
+def tars_of(storage: Storage) -> list[Tar]:
+    """The shards of an artifact, finished or not."""
+    if storage.exists(MANIFEST):
+        sizes = {record.name: record.bytes for record in read_manifest(storage).files if record.rows}
+    else:
+        sizes = storage.sizes()
+    return [Tar(storage, name, size) for name, size in sorted(sizes.items()) if name.endswith(".tar")]
+
+
+def contact_sheet(tars: Sequence[Tar], count: int = SAMPLES) -> Image8 | None:
+    """Draw at most so many samples: always the same of the same tars.
+
+    Each picture is as large as its cell allows, on grey where it has another shape; what cannot be decoded is a red
+    cell.
+
+    Returns:
+        (height, width, 3) uint8 RGB; None where no sample has a picture.
+
+    Raises:
+        UserError: a store does not answer.
+    """
+    samples = [(sample, name) for _, sample in random_samples(tars, count) if (name := _picture_name(sample))]
+    if not samples:
+        return None
+    cells = np.stack([_cell(sample[name]) for sample, name in samples])
+    captions = [_caption(sample) for sample, _ in samples]
+    return grid(cells, COLUMNS, captions, font_pixels=FONT_PIXELS, caption_lines=CAPTION_LINES)
+
+
+def _picture_name(sample: Mapping[str, bytes]) -> str | None:
+    return next((name for kind in PICTURES for name in sample if name.rpartition(".")[2] == kind), None)
+
+
+def _caption(sample: Mapping[str, bytes]) -> str:
+    if "txt" in sample:
+        return sample["txt"].decode("utf-8", "replace")
+    try:
+        facts: Any = json.loads(sample.get("json", b"{}"))
+    except (ValueError, RecursionError):
+        return ""
+    captions = facts.get("captions") if isinstance(facts, dict) else None
+    return next((text for text in captions if isinstance(text, str)), "") if isinstance(captions, list) else ""
+
+
+def _cell(data: bytes) -> Image8:
+    """(CELL_PIXELS, CELL_PIXELS, 3) uint8."""
+    side = (CELL_PIXELS, CELL_PIXELS)
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError("too many pixels")
+            image.draft("RGB", side)
+            small = ImageOps.contain(_flat(image), side, Image.Resampling.BICUBIC)
+    # Whatever a decoder answers to hostile bytes.
+    except Exception:
+        return np.full((*side, 3), _UNREADABLE, np.uint8)
+    cell = Image.new("RGB", side, _MOUNT)
+    cell.paste(small, ((side[0] - small.width) // 2, (side[1] - small.height) // 2))
+    return np.asarray(cell)
+
+
+def _flat(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")

@@ -1,0 +1,220 @@
+"""The HTTP client of a worker process: a thread of its own that keeps many hosts busy at once.
+
+The oldest row whose host has a connection to spare goes next. A host that is slow, broken or asks us to wait keeps back
+its own rows only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import threading
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+from yarl import URL
+
+from pipelines.stages.pairs.config import Download
+from pipelines.stages.pairs.rows import RejectedError
+from pipelines.stages.pairs.web.fetch import Fetcher, RetryLaterError, Room, parse_url
+
+BACKOFF_S = 0.25
+# A host that failed this often in a row without an answer is not asked again for a while: otherwise a dead host with a
+# thousand pictures would take a thousand time limits.
+GIVE_UP_AFTER_FAILURES = 8
+GIVE_UP_FOR_S = 60.0
+# Bodies that wait to be decoded, or are larger than usual and on their way.
+ROOM_BYTES = 64 * 2**20
+_MOST_HOSTS_REMEMBERED = 10_000
+
+# Called in the client's thread with the position of a URL and its body, or the status of what went wrong.
+Deliver = Callable[[int, bytes | str], None]
+
+
+@dataclass(order=True, slots=True)
+class _Request:
+    sequence: int
+    position: int = field(compare=False)
+    url: URL = field(compare=False)
+    deliver: Deliver = field(compare=False)
+    attempts: int = field(default=0, compare=False)
+
+
+@dataclass(slots=True)
+class _Host:
+    waiting: list[_Request] = field(default_factory=list)
+    active: int = 0
+    failures: int = 0
+    closed_until: float = 0.0
+    closed_status: str = ""
+
+
+class Client:
+    """Fetches URLs; use it as a context manager. Its methods may be called from any thread.
+
+    Args:
+        config: limits, retries, where to connect.
+        max_bytes: larger bodies are `too_large`.
+        opt_out: directives of `X-Robots-Tag` that are respected.
+        room_bytes: for bodies that are not given back yet.
+    """
+
+    def __init__(
+        self, config: Download, *, max_bytes: int, opt_out: Collection[str] = (), room_bytes: int = ROOM_BYTES
+    ) -> None:
+        self._config = config
+        self._max_bytes, self._opt_out = max_bytes, opt_out
+        self._room = Room(room_bytes)
+        self._hosts: dict[str, _Host] = {}
+        # (sequence of the host's oldest waiting row, host): whose turn it is.
+        self._ready: list[tuple[int, str]] = []
+        self._active = 0
+        self._sequence = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._started = threading.Event()
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._serve, name="downloads", daemon=True)
+
+    def __enter__(self) -> Client:
+        self._thread.start()
+        self._started.wait()
+        if self._failure is not None:
+            raise self._failure
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._loop.call_soon_threadsafe(self._stopping.set)
+        self._thread.join()
+
+    def fetch(self, urls: Sequence[str], deliver: Deliver) -> None:
+        """Fetch every URL, in any order, and deliver each once: its body, or a status.
+
+        A body counts as held in memory until `give_back`; while too many are, no more are fetched.
+        """
+        self._loop.call_soon_threadsafe(self._enqueue, list(urls), deliver)
+
+    def give_back(self, size: int) -> None:
+        """Say that a delivered body of so many bytes is done with."""
+        self._loop.call_soon_threadsafe(self._give_back, size)
+
+    def _serve(self) -> None:
+        import uvloop
+
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(self._main())
+        except Exception as error:
+            self._failure = error
+            self._started.set()
+
+    async def _main(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stopping = asyncio.Event()
+        self._fetcher = Fetcher(self._config, max_bytes=self._max_bytes, opt_out=self._opt_out, room=self._room)
+        self._started.set()
+        await self._stopping.wait()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._fetcher.close()
+
+    def _enqueue(self, urls: Sequence[str], deliver: Deliver) -> None:
+        for position, url in enumerate(urls):
+            self._sequence += 1
+            try:
+                request = _Request(self._sequence, position, parse_url(url), deliver)
+            except ValueError:
+                deliver(position, "bad_url")
+                continue
+            self._wait_in_line(request)
+        self._pump()
+
+    def _wait_in_line(self, request: _Request) -> None:
+        name = request.url.host or ""
+        host = self._hosts.setdefault(name, _Host())
+        heapq.heappush(host.waiting, request)
+        if host.waiting[0] is request:
+            self._offer(name, host)
+
+    def _offer(self, name: str, host: _Host) -> None:
+        if host.waiting and host.active < self._config.connections_per_host:
+            heapq.heappush(self._ready, (host.waiting[0].sequence, name))
+
+    def _pump(self) -> None:
+        """Start whatever may be started. A host may be offered more often than it has rows: then it is passed over."""
+        # The more bodies wait to be decoded, the fewer are asked for: many half-read answers cost more than few.
+        while self._ready and self._active < self._config.connections * self._room.free:
+            sequence, name = heapq.heappop(self._ready)
+            host = self._hosts.get(name)
+            if host is None or not host.waiting or host.waiting[0].sequence != sequence:
+                continue
+            if host.active >= self._config.connections_per_host:
+                continue
+            request = heapq.heappop(host.waiting)
+            if host.closed_until > self._loop.time():
+                request.deliver(request.position, host.closed_status)
+            else:
+                host.active += 1
+                self._active += 1
+                task = self._loop.create_task(self._attempt(request, host))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+            self._offer(name, host)
+
+    async def _attempt(self, request: _Request, host: _Host) -> None:
+        name = request.url.host or ""
+        try:
+            answer: bytes | str | None = await self._fetcher.fetch(request.url)
+            host.failures = 0
+        except RejectedError as error:
+            answer = error.status
+            host.failures = 0
+        except RetryLaterError as later:
+            answer = self._later(request, host, later)
+        except ValueError:
+            # What the parser of URLs lets through and libcurl does not take.
+            answer = "bad_url"
+        except Exception:
+            # Every row gets an answer, whatever a hostile server made of the client.
+            answer = self._later(request, host, RetryLaterError("connection_error"))
+        finally:
+            host.active -= 1
+            self._active -= 1
+        if answer is not None:
+            request.deliver(request.position, answer)
+        self._offer(name, host)
+        if not host.waiting and not host.active:
+            self._forget(name, host)
+        self._pump()
+
+    def _later(self, request: _Request, host: _Host, later: RetryLaterError) -> str | None:
+        """Put a request back in line after a pause; returns its status where it is not tried again."""
+        host.failures = 0 if later.answered else host.failures + 1
+        now = self._loop.time()
+        if later.after_s > self._config.max_retry_after_s:
+            host.closed_until, host.closed_status = now + later.after_s, later.status
+        elif host.failures >= GIVE_UP_AFTER_FAILURES:
+            host.closed_until, host.closed_status = now + GIVE_UP_FOR_S, later.status
+        if request.attempts >= self._config.retries or host.closed_until > now:
+            return later.status
+        pause = max(later.after_s, BACKOFF_S * 2**request.attempts)
+        request.attempts += 1
+        self._loop.call_later(pause, self._again, request)
+        return None
+
+    def _again(self, request: _Request) -> None:
+        self._wait_in_line(request)
+        self._pump()
+
+    def _forget(self, name: str, host: _Host) -> None:
+        # What a host did matters while it may be asked again; millions of hosts are asked once.
+        if not host.failures and not host.closed_until:
+            self._hosts.pop(name, None)
+        elif len(self._hosts) > _MOST_HOSTS_REMEMBERED:
+            idle = [n for n, h in self._hosts.items() if not h.waiting and not h.active]
+            for old in idle[: len(idle) // 2]:
+                del self._hosts[old]
+
+    def _give_back(self, size: int) -> None:
+        self._room.give_back(size)
+        self._pump()

@@ -1,0 +1,296 @@
+"""The artifact ledger: where results live, how they are named, and when they count as finished.
+
+An artifact is a folder `ROOT/STAGE/KEY/`. Its key is a hash of everything that can change its contents; its
+`manifest.json`, written last, says that it is finished. A sharded artifact is committed shard by shard: first the
+data, then a small record `commits/NAME.json`. Nothing committed is ever replaced: a forced re-run builds a new
+*generation* beside the old one, and only if its contents differ does the old folder get a `superseded.json` that points
+to the new one.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipelines.errors import UserError
+from pipelines.store.storage import Storage, encode_json, sha256_file
+
+MANIFEST = "manifest.json"
+SUPERSEDED = "superseded.json"
+COMMITS = "commits"
+# What a training stage writes last, before its manifest.
+DETAILS = "details.json"
+READERS = 32
+
+
+class FileRecord(BaseModel):
+    """One committed file: a shard, a weights file, a grid. `rows` counts samples (0 for files that hold none)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    rows: int = 0
+    bytes: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What `manifest.json` holds: the proof that an artifact is finished, and all that a reader must know about it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    stage: str
+    key: str
+    format_version: int
+    code_version: str
+    config: dict[str, Any]
+    identity: dict[str, Any]
+    upstream: dict[str, str]
+    files: list[FileRecord]
+    details: dict[str, Any]
+    seconds: float
+
+    @property
+    def rows(self) -> int:
+        return sum(file.rows for file in self.files)
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
+
+    @property
+    def content(self) -> str:
+        """A digest of the contents: equal for two artifacts that hold the same bytes under the same names."""
+        files = sorted((file for file in self.files if not _is_log(file.name)), key=lambda f: f.name)
+        return digest_json([[file.name, file.sha256] for file in files])
+
+
+def _is_log(name: str) -> bool:
+    """Files whose contents depend on how often something is logged, which is no part of a key."""
+    return name == "history.json" or name.startswith("previews/")
+
+
+def digest_json(value: Any) -> str:
+    """sha256 of the canonical JSON (sorted keys, no spaces) of a value, in hexadecimal."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def artifact_key(identity: Mapping[str, Any]) -> str:
+    """The first 16 hexadecimal digits of sha256 over canonical JSON."""
+    return digest_json(dict(identity))[:16]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished artifact, as later stages see it."""
+
+    stage: str
+    key: str
+    storage: Storage
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        return read_manifest(self.storage)
+
+    @property
+    def details(self) -> dict[str, Any]:
+        return self.manifest.details
+
+    @property
+    def reference(self) -> str:
+        """The key, and how often samples were added since: what the keys of later stages are made of."""
+        additions = self.details.get("additions", 0)
+        return f"{self.key}+{additions}" if additions else self.key
+
+    def shards(self, suffix: str = ".tar") -> list[FileRecord]:
+        """The committed shards, in order, whose names end with `suffix`."""
+        return sorted((f for f in self.manifest.files if f.name.endswith(suffix)), key=lambda f: f.name)
+
+    def check_sizes(self) -> None:
+        """Refuse an artifact whose files are missing or of another size than the manifest says; reads no data.
+
+        Raises:
+            UserError: naming the first such file and the command that mends it.
+        """
+        for record in self.manifest.files:
+            if (size := self.storage.size(record.name)) != record.bytes:
+                found = "is missing" if size < 0 else f"has {size} bytes"
+                raise UserError(
+                    f"{self.storage.url}/{record.name} {found} but was committed with {record.bytes} bytes: "
+                    f"it was damaged afterwards; rebuild it with `ldm run RECIPE --force {self.stage}`"
+                )
+
+    def require(self, stage: str, format_version: int) -> "Artifact":
+        """Refuse an artifact of another stage or of a format that this code does not read.
+
+        Raises:
+            UserError: naming both sides and the command that mends it.
+        """
+        found = self.manifest
+        if found.stage != stage or found.format_version != format_version:
+            raise UserError(
+                f"{self.storage.url} holds {found.stage} of format {found.format_version}, but {stage} of format "
+                f"{format_version} is needed: run `ldm run RECIPE --force {stage}`"
+            )
+        if found.key != self.key:
+            raise UserError(
+                f"{self.storage.url} says its key is {found.key}, but {self.key} was asked for: the folder was copied "
+                f"or renamed; move it away and run `ldm run RECIPE --from {stage}`"
+            )
+        return self
+
+
+def read_manifest(storage: Storage) -> Manifest:
+    try:
+        return Manifest.model_validate(storage.read_json(MANIFEST))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{storage.url}/{MANIFEST} is not a manifest ({place}: {first['msg']})") from error
+
+
+class ArtifactWriter:
+    """The folder of an artifact that is being made: commits files one by one, then the manifest.
+
+    Safe to pickle into Ray tasks. Two writers that race on one shard write the same bytes; the first commit stands.
+    """
+
+    def __init__(self, stage: str, key: str, storage: Storage) -> None:
+        self.stage, self.key, self.storage = stage, key, storage
+
+    def committed(self) -> dict[str, FileRecord]:
+        """Every file committed so far, by name.
+
+        Raises:
+            UserError: a committed file has another size now; it is never redone silently.
+        """
+        folder = self.storage / COMMITS
+        names = folder.names("*.json")
+        with ThreadPoolExecutor(READERS) as readers:
+            # Object stores answer slowly, but many at once; on a local disk threads only cost.
+            read = map if folder.is_local else readers.map
+            records = [FileRecord.model_validate(record) for record in read(folder.read_json, names)]
+        sizes = self.storage.sizes() if records else {}
+        for name, record in zip(names, records, strict=True):
+            size = sizes[record.name] if record.name in sizes else self.storage.size(record.name)
+            if size != record.bytes:
+                raise UserError(
+                    f"{self.storage.url}/{record.name} was committed with {record.bytes} bytes but has {max(size, 0)}: "
+                    f"it was damaged afterwards; remove {record.name.partition('.')[0]}.* and "
+                    f"{COMMITS}/{name.partition('.')[0]}.* there, then run the same command again to rebuild them"
+                )
+        return {record.name: record for record in records}
+
+    def commit(self, name: str, *, rows: int = 0, sha256: str | None = None) -> FileRecord:
+        """Record a file that is already in place as committed; keeps the earlier record where there is one.
+
+        Args:
+            rows: samples in the file.
+            sha256: of its contents, where the caller has computed it; else the file is read once more.
+
+        Raises:
+            UserError: the file is missing.
+        """
+        record_name = f"{COMMITS}/{name.replace('/', '__')}.json"
+        if sha256 is None:
+            if self.storage.exists(record_name):
+                return self._earlier(record_name)
+            with self.storage.open(name) as file:
+                sha256 = sha256_file(file)
+        if (size := self.storage.size(name)) < 0:
+            raise UserError(f"{self.storage.url}/{name} is missing: it cannot be committed")
+        record = FileRecord(name=name, rows=rows, bytes=size, sha256=sha256)
+        if self.storage.create(record_name, encode_json(record.model_dump())):
+            return record
+        return self._earlier(record_name)
+
+    def _earlier(self, record_name: str) -> FileRecord:
+        return FileRecord.model_validate(self.storage.read_json(record_name))
+
+    def finish(
+        self,
+        *,
+        format_version: int,
+        config: dict[str, Any],
+        identity: dict[str, Any],
+        upstream: dict[str, str],
+        details: dict[str, Any],
+        seconds: float,
+        code_version: str,
+    ) -> Manifest:
+        """Write the manifest over every committed file: from now on the artifact is finished."""
+        manifest = Manifest(
+            stage=self.stage,
+            key=self.key,
+            format_version=format_version,
+            code_version=code_version,
+            config=config,
+            identity=identity,
+            upstream=upstream,
+            files=sorted(self.committed().values(), key=lambda f: f.name),
+            details=details,
+            seconds=round(seconds, 3),
+        )
+        self.storage.write_json(MANIFEST, manifest.model_dump(mode="json"))
+        return manifest
+
+
+class Ledger:
+    """All artifacts under one root."""
+
+    def __init__(self, root: Storage) -> None:
+        self.root = root
+
+    def storage(self, stage: str, key: str) -> Storage:
+        return self.root / stage / key
+
+    def resolve(self, stage: str, identity: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """The key that stands for an identity today: follows `superseded.json` to the newest generation."""
+        key = artifact_key(identity)
+        while self.storage(stage, key).exists(SUPERSEDED):
+            identity = {**identity, "generation": identity.get("generation", 0) + 1}
+            key = artifact_key(identity)
+        return key, identity
+
+    def find(self, stage: str, key: str) -> Artifact | None:
+        """The finished artifact of that key, or None."""
+        storage = self.storage(stage, key)
+        return Artifact(stage, key, storage) if storage.exists(MANIFEST) else None
+
+    def started(self, stage: str, key: str) -> bool:
+        return bool((self.storage(stage, key)).names("*"))
+
+    def supersede(self, old: Artifact, new: Artifact) -> Artifact:
+        """Settle a forced re-run. Equal contents: the old artifact stays (healed where a file of it was damaged) and
+        the new one goes.
+
+        Otherwise the old one stays on disk, and its key points to the new one from now on.
+        """
+        try:
+            same = old.manifest.content == new.manifest.content
+        except UserError:
+            same = False
+        if not same:
+            old.storage.write_json(SUPERSEDED, {"by": new.key})
+            return new
+        for record in old.manifest.files:
+            if not self._intact(old.storage, record):
+                with new.storage.local_copy(record.name) as good, old.storage.writer(record.name) as target:
+                    target.write_bytes(good.read_bytes())
+        # In this order, so that what is left after a kill is an unfinished artifact, never one that looks whole.
+        for name in (MANIFEST, DETAILS, COMMITS, ""):
+            new.storage.remove(name)
+        return old
+
+    @staticmethod
+    def _intact(storage: Storage, record: FileRecord) -> bool:
+        if storage.size(record.name) != record.bytes:
+            return False
+        with storage.open(record.name) as file:
+            return sha256_file(file) == record.sha256

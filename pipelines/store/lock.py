@@ -1,0 +1,204 @@
+"""One driver a root: the second is refused with the first's identity, or takes over where the first is dead.
+
+On a local root the kernel keeps the lock and gives it back when its holder dies, however it dies. In an object store
+it is a lease, `.lock.json`, whose holder raises a counter every few seconds. No clocks are compared: whoever finds the
+lease watches the counter for a while by his own, and takes the lease over if it does not move. Renewal and takeover are
+conditional on the contents last seen, so that of two exactly one succeeds, and a holder that was suspended finds out.
+
+A driver that lost its root may still finish a few files before it notices. That is harmless: the first commit of a file
+stands, and where two drivers may write different bytes (what servers answer) each writes to a place of its own first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipelines.errors import UserError
+from pipelines.store.storage import Storage, encode_json
+
+LOCK = ".lock"
+LEASE = ".lock.json"
+BEAT_S = 5.0
+# Without a beat for so many, a holder counts as dead.
+WATCHED_BEATS = 4
+# Without a renewal for so many (the store cannot be reached), a holder gives up by itself.
+PATIENCE_BEATS = 60
+
+
+class Hold(Protocol):
+    """A root that is ours."""
+
+    def check(self) -> None:
+        """Raise UserError where it is ours no longer."""
+
+
+@contextlib.contextmanager
+def exclusive(root: Storage, beat_s: float = BEAT_S) -> Iterator[Hold]:
+    """Hold a root alone while the block runs.
+
+    Args:
+        root: the folder; a local one is created.
+        beat_s: seconds between two renewals, in object stores.
+
+    Raises:
+        UserError: another process holds it (named by pid, host and since when), or the root cannot be written.
+    """
+    if root.is_local:
+        with _flock(root) as hold:
+            yield hold
+        return
+    lease = _Lease(root, beat_s)
+    lease.take()
+    try:
+        yield lease
+    finally:
+        lease.release()
+
+
+def _identity() -> str:
+    return f"pid {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S %z')}"
+
+
+def _in_use(root: Storage, holder: str) -> UserError:
+    return UserError(f"root {root.url} is in use by {holder}: wait for it, or choose another --root")
+
+
+class _Flock:
+    def check(self) -> None:
+        return None
+
+
+@contextlib.contextmanager
+def _flock(root: Storage) -> Iterator[_Flock]:
+    folder = Path(root.path())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"cannot write to root {root.url}: {error.strerror}; choose another with --root") from error
+    with os.fdopen(descriptor, "r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise _in_use(root, file.read().strip() or "another process") from None
+        file.truncate(0)
+        file.write(_identity())
+        file.flush()
+        yield _Flock()
+        file.truncate(0)
+
+
+class _Lease:
+    """The lease of one driver on a root in an object store, renewed by a thread of its own."""
+
+    def __init__(self, root: Storage, beat_s: float) -> None:
+        self.root, self.beat_s = root, beat_s
+        self.token, self.holder = uuid.uuid4().hex, _identity()
+        self.beat = 0
+        # Of what we wrote last; None where that is not known, since an answer was lost.
+        self.version: str | None = None
+        self.thief: str | None = None
+        self.renewed_at = time.monotonic()
+        self.turn = threading.Lock()
+        self.released = threading.Event()
+        self.thread = threading.Thread(target=self._renew_regularly, name="ldm-lease", daemon=True)
+
+    def take(self) -> None:
+        """Create the lease, or take it over from a holder that is dead; UserError where its holder lives."""
+        while (version := self.root.replace(LEASE, self._record(), None)) is None:
+            if (seen := self._watch()) is None:
+                continue
+            if (version := self.root.replace(LEASE, self._record(), seen)) is None:
+                continue
+            # In stores that know no conditions two may think that they have it; the last one is right.
+            time.sleep(self.beat_s)
+            if (found := self._read()) is None or found["token"] != self.token:
+                raise _in_use(self.root, found["holder"] if found else "another process")
+            break
+        self.version, self.renewed_at = version, time.monotonic()
+        self.thread.start()
+
+    def check(self) -> None:
+        # After a suspension the thread may not have had its turn yet.
+        if time.monotonic() - self.renewed_at > 2 * self.beat_s:
+            with contextlib.suppress(UserError):
+                self._renew()
+        if self.thief:
+            raise UserError(
+                f"root {self.root.url} was taken over by {self.thief} while this run did not answer: this run stops; "
+                "what it committed is kept"
+            )
+        if (silent_s := time.monotonic() - self.renewed_at) > PATIENCE_BEATS * self.beat_s:
+            raise UserError(
+                f"{self.root.url}/{LEASE} could not be renewed for {silent_s:.0f} s: check the network and the store, "
+                "then run the same command again; what is committed is kept"
+            )
+
+    def release(self) -> None:
+        """Remove the lease if it is still ours."""
+        self.released.set()
+        self.thread.join()
+        # What cannot be removed now is taken over later, as a dead holder's is.
+        with contextlib.suppress(UserError):
+            if (found := self._read()) and found["token"] == self.token:
+                self.root.remove(LEASE)
+
+    def _record(self) -> bytes:
+        return encode_json({"holder": self.holder, "token": self.token, "beat": self.beat, "beat_s": self.beat_s})
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            record: dict[str, Any] = self.root.read_json(LEASE)
+        except UserError:
+            if self.root.version(LEASE) is None:
+                return None
+            raise
+        return record
+
+    def _watch(self) -> str | None:
+        """The version of a lease whose counter stands still; None where the lease is gone.
+
+        Raises:
+            UserError: it moves, so that its holder lives.
+        """
+        # The version first: if it is older than the record, taking over fails, and that is safe.
+        version, first = self.root.version(LEASE), self._read()
+        if version is None or first is None:
+            return None
+        for _ in range(WATCHED_BEATS):
+            time.sleep(first["beat_s"])
+            if (now := self._read()) is None:
+                return None
+            if (now["token"], now["beat"]) != (first["token"], first["beat"]):
+                raise _in_use(self.root, now["holder"])
+        return version
+
+    def _renew_regularly(self) -> None:
+        while not self.released.wait(self.beat_s) and not self.thief:
+            with contextlib.suppress(UserError):
+                self._renew()
+
+    def _renew(self) -> None:
+        with self.turn:
+            while not self.thief:
+                # Stores without versions give "": there, the token must be looked at every time.
+                version = self.version or self.root.version(LEASE)
+                if not self.version:
+                    found = self._read()
+                    if found is None or found["token"] != self.token:
+                        self.thief = found["holder"] if found else "another process, which has ended"
+                        return
+                self.beat += 1
+                self.version = self.root.replace(LEASE, self._record(), version)
+                if self.version is not None:
+                    self.renewed_at = time.monotonic()
+                    return

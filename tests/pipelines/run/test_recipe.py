@@ -1,0 +1,79 @@
+"""Recipes: what is refused, in which words, and what round-trips."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs.recipes import FOLDER, recipe_path
+from pipelines.errors import MisuseError, UserError
+from pipelines.run.recipe import load_recipe, parse_recipe
+
+DEMO = FOLDER / "demo.yaml"
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_valid_and_its_resolved_form_is_a_recipe(path: Path) -> None:
+    recipe = load_recipe(path, ("pairs.source=somewhere",))
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("pairs.sorce=x", "unknown key 'pairs.sorce'; did you mean 'source'"),
+        ("dffusion.x=1", "unknown key 'dffusion'; did you mean 'diffusion'"),
+        ("diffusion.unet.model_chanels=64", "did you mean 'model_channels'"),
+        ("diffusion.training.steps=0", "diffusion.training.steps: Input should be greater than or equal to 1, got 0"),
+        ("autoencoder.model=kl-f9", "kl-f9"),
+        ("autoencoder.training=null", "either `weights`"),
+        ("pairs.encode=gif", "pairs.encode"),
+        (
+            "pairs.image_size=128",
+            "pairs.image_size must be diffusion.unet.latent_size x the first stage's downsampling",
+        ),
+        ("diffusion.text.width=64", "diffusion.unet.context_dim must be diffusion.text.width, 64, got 128"),
+        ("pairs.source=", "pairs.source"),
+        ("pairs", "--set takes section.key=value, but got 'pairs'"),
+        ("pairs.limit=[1", "not valid YAML"),
+    ],
+)
+def test_a_wrong_override_is_refused_in_one_line_that_says_what_to_do(override: str, message: str) -> None:
+    with pytest.raises(MisuseError) as caught:
+        load_recipe(DEMO, (override,))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_missing_section_is_named() -> None:
+    with pytest.raises(MisuseError, match=r"pairs.source is missing: add it to the recipe or pass --set pairs.source="):
+        parse_recipe({**yaml.safe_load(DEMO.read_text()), "pairs": {}})
+
+
+def test_an_unreadable_recipe_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot read recipe"):
+        load_recipe(tmp_path / "missing.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(MisuseError, match="not valid YAML"):
+        load_recipe(tmp_path / "bad.yaml")
+
+
+def test_an_unknown_recipe_name_suggests_the_nearest() -> None:
+    with pytest.raises(MisuseError, match="did you mean 'demo'"):
+        recipe_path("dmo")
+
+
+def test_fields_laid_over_a_preset_keep_the_rest_of_it() -> None:
+    recipe = load_recipe(DEMO, ("autoencoder.model=kl-f8", "autoencoder.model.base_channels=64"))
+    assert recipe.autoencoder.model.base_channels == 64
+    assert recipe.autoencoder.model.channel_mult == (1, 2, 4, 4)
+
+
+def test_only_what_can_change_the_output_is_part_of_the_identity() -> None:
+    base = load_recipe(DEMO)
+    workers = load_recipe(DEMO, ("pairs.workers=7", "diffusion.training.workers=4", "pairs.source=/moved/elsewhere"))
+    quality = load_recipe(DEMO, ("pairs.quality=80",))
+    assert workers.pairs.identity() == base.pairs.identity()
+    assert workers.diffusion.identity() == base.diffusion.identity()
+    assert quality.pairs.identity() != base.pairs.identity()

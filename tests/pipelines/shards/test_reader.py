@@ -1,0 +1,105 @@
+"""Random access to samples, local and remote; damage is named, never read."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from pipelines.errors import UserError
+from pipelines.shards.format import write_shard
+from pipelines.shards.reader import ShardReader
+from pipelines.store.ledger import ArtifactWriter, FileRecord
+from pipelines.store.storage import Storage
+
+
+def sample(shard: int, row: int) -> tuple[str, dict[str, bytes]]:
+    return f"{shard:05d}{row:04d}", {"txt": f"caption {shard} {row}".encode(), "latent.npy": bytes([shard, row]) * 300}
+
+
+def write(storage: Storage, rows: tuple[int, ...]) -> list[FileRecord]:
+    writer = ArtifactWriter("latents", "key", storage)
+    for shard, count in enumerate(rows):
+        with storage.writer(f"{shard:06d}.tar") as path:
+            write_shard(path, [sample(shard, row) for row in range(count)])
+        writer.commit(f"{shard:06d}.tar", rows=count)
+    return sorted(writer.committed().values(), key=lambda record: record.name)
+
+
+@pytest.fixture(params=["local", "memory"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    if request.param == "local":
+        return Storage(str(tmp_path / "shards"))
+    return Storage(f"memory://{request.node.name.replace('[', '-').strip(']')}")
+
+
+def test_any_sample_can_be_read_in_any_order(storage: Storage) -> None:
+    reader = ShardReader(storage, write(storage, (3, 0, 4)))
+    assert reader.rows_per_shard == [3, 0, 4]
+    assert reader.keys(2) == [f"00002{row:04d}" for row in range(4)]
+    for shard, row in [(2, 3), (0, 0), (2, 0), (0, 2), (2, 3)]:
+        assert reader.read(shard, row) == sample(shard, row)[1]
+    assert reader.read(0, 1, ["txt"]) == {"txt": b"caption 0 1"}
+    reader.close()
+
+
+def test_more_shards_than_open_files_are_read_from_many_threads(storage: Storage) -> None:
+    reader = ShardReader(storage, write(storage, (4,) * 6), max_open=2, cache_bytes=30_000)
+
+    def read_all(start: int) -> int:
+        places = [(shard, row) for shard in range(6) for row in range(4)]
+        return sum(reader.read(*place) == sample(*place)[1] for place in places[start:] + places[:start])
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(read_all, (0, 5, 10, 15))) == [24] * 4
+    reader.close()
+
+
+def test_fetched_shards_stay_within_their_bound_and_go_at_the_end() -> None:
+    storage = Storage("memory://bounded")
+    records = write(storage, (4,) * 8)
+    reader = ShardReader(storage, records, cache_bytes=2 * records[0].bytes)
+    for shard in range(8):
+        reader.fetch_ahead([shard])
+        reader.read(shard, 0)
+        assert reader._cache is not None
+        kept = sum(file.stat().st_size for file in Path(reader._cache.name).iterdir())
+        assert kept <= 3 * records[0].bytes
+    folder = Path(reader._cache.name)
+    reader.close()
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: os.truncate(path, 1000), r"000001.tar has 1000 bytes, but \d+ were committed: `ldm verify"),
+        (lambda path: path.unlink(), "000001.tar is missing: `ldm verify"),
+        (lambda path: path.write_bytes(b"x" * path.stat().st_size), "000001.tar is not a whole tar"),
+    ],
+)
+def test_a_damaged_shard_is_named(tmp_path: Path, damage: object, message: str) -> None:
+    storage = Storage(str(tmp_path))
+    reader = ShardReader(storage, write(storage, (3, 3)))
+    assert callable(damage)
+    damage(tmp_path / "000001.tar")
+    with pytest.raises(UserError, match=message):
+        reader.read(1, 0)
+    assert reader.read(0, 0) == sample(0, 0)[1]
+
+
+def test_sizes_are_checked_before_anything_is_read(storage: Storage) -> None:
+    records = write(storage, (3, 3))
+    ShardReader(storage, records).check_sizes()
+    with fsspec.open(f"{storage.url}/000000.tar", "wb") as file:
+        file.write(b"short")
+    with pytest.raises(UserError, match=r"000000.tar has 5 bytes, but \d+ were committed"):
+        ShardReader(storage, records).check_sizes()
+
+
+def test_another_number_of_samples_than_committed_is_refused(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    (record,) = write(storage, (3,))
+    with pytest.raises(UserError, match="holds 3 samples, but 4 were committed"):
+        ShardReader(storage, [record.model_copy(update={"rows": 4})]).read(0, 0)

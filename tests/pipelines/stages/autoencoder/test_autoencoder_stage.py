@@ -1,0 +1,196 @@
+"""The autoencoder stage: training with a real Ray, importing weights, and what it holds out."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from ldm_core import presets
+from ldm_core.networks.autoencoder import build_first_stage
+from pipelines.errors import UserError
+from pipelines.stages.autoencoder.artifact import first_stage_config, load_first_stage
+from pipelines.stages.autoencoder.config import AutoencoderConfig
+from pipelines.stages.autoencoder.learner import AutoencoderTask
+from pipelines.stages.autoencoder.pictures import HELD_OUT_LIMIT, held_out, open_pairs
+from pipelines.stages.autoencoder.reconstruction import ReconstructionLoss
+from pipelines.stages.autoencoder.stage import STAGE
+from pipelines.stages.autoencoder.weights import save_first_stage
+from tests.tiny_artifacts import contents, pairs_artifact, run_stage
+
+TRAINING = {
+    "steps": 6,
+    "batch_size": 4,
+    "learning_rate": 1e-3,
+    "warmup_steps": 2,
+    "ema_decay": 0.5,
+    "workers": 2,
+    "use_gpu": False,
+    "log_every_steps": 2,
+    "sample_every_steps": 3,
+}
+
+
+def config(**changes: object) -> AutoencoderConfig:
+    return AutoencoderConfig.model_validate({"model": "tiny-kl-f8"} | changes)
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    torch.manual_seed(1)
+    model = presets.first_stage("tiny-kl-f8")
+    save_first_stage(build_first_stage(model), model, tmp_path / "pretrained")
+    return tmp_path / "pretrained"
+
+
+def test_a_first_stage_is_trained_and_can_be_loaded(ray_cluster: None, tmp_path: Path) -> None:
+    pairs = pairs_artifact(tmp_path, rows=(40, 0, 60))
+    artifact = run_stage(STAGE, config(training=TRAINING), tmp_path, {"pairs": pairs})
+    assert sorted(contents(artifact)) == [
+        "first_stage/config.json",
+        "first_stage/model.safetensors",
+        "history.json",
+        "previews/step_00000003.png",
+        "previews/step_00000006.png",
+        "reconstructions.png",
+    ]
+    assert artifact.details["trained"] is True
+    assert artifact.details["steps"] == 6
+    assert artifact.details["encoder_sha256"] == contents(artifact)["first_stage/model.safetensors"]
+    assert np.isfinite(artifact.details["psnr_db"])
+    assert [entry["step"] for entry in artifact.storage.read_json("history.json")] == [2, 4, 6]
+    assert first_stage_config(artifact) == presets.first_stage("tiny-kl-f8")
+    first_stage = load_first_stage(artifact)
+    assert not first_stage.training
+    assert not any(weight.requires_grad for weight in first_stage.parameters())
+    assert artifact.details["psnr_held_out"] is True
+    with Image.open(artifact.storage.path("reconstructions.png")) as grid:
+        assert grid.width > 8 * 128, "eight originals above their reconstructions"
+        assert grid.height < 3 * 128
+
+
+def test_pretrained_weights_are_taken_as_they_are(tmp_path: Path, weights: Path) -> None:
+    pairs = pairs_artifact(tmp_path, rows=(9,))
+    artifact = run_stage(STAGE, config(weights=str(weights)), tmp_path, {"pairs": pairs})
+    assert artifact.details["trained"] is False
+    assert artifact.details["psnr_held_out"] is False, "none of nine pictures is held out by its hash"
+    loaded = load_first_stage(artifact).state_dict()
+    for name, tensor in load_file(weights / "model.safetensors").items():
+        assert torch.equal(loaded[name], tensor)
+    file = run_stage(
+        STAGE, config(weights=str(weights / "model.safetensors")), tmp_path, {"pairs": pairs}, key="from-file"
+    )
+    assert contents(file) == contents(artifact)
+
+
+def test_other_weights_make_another_key(tmp_path: Path, weights: Path) -> None:
+    given = config(weights=str(weights))
+    before = STAGE.identity(given, 0, {"pairs": "k"})
+    tensors = load_file(weights / "model.safetensors")
+    tensors["encoder.conv_in.bias"] += 1
+    save_file(tensors, weights / "model.safetensors")
+    assert STAGE.identity(given, 0, {"pairs": "k"})["inputs"] != before["inputs"]
+
+
+def test_weights_of_another_model_are_refused_by_name(tmp_path: Path, weights: Path) -> None:
+    tensors = load_file(weights / "model.safetensors")
+    del tensors["quant_conv.bias"]
+    tensors["encoder.conv_in.weight"] = torch.zeros(16, 1, 3, 3)
+    tensors["stranger"] = torch.zeros(1)
+    save_file(tensors, weights / "model.safetensors")
+    expected = (
+        "are not those of autoencoder.model: missing: quant_conv.bias; unexpected: stranger; "
+        "misshapen: encoder.conv_in.weight (16, 1, 3, 3) instead of (16, 3, 3, 3); set autoencoder.model"
+    )
+    with pytest.raises(UserError, match=re.escape(expected)):
+        run_stage(STAGE, config(weights=str(weights)), tmp_path, {"pairs": pairs_artifact(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "autoencoder.weights: no file at .*x.safetensors; give"), (b"junk", "is not a readable safetensors file")],
+)
+def test_a_bad_weights_file_is_one_line(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "x.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        run_stage(STAGE, config(weights=str(path)), tmp_path, {"pairs": pairs_artifact(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("rows", "side", "message"),
+    [((0, 0), 32, "holds no samples"), ((3,), 36, "36x36 pixels do not divide by .* factor 8: set pairs.image_size")],
+)
+def test_pictures_that_cannot_be_trained_on_are_refused_at_once(
+    tmp_path: Path, rows: tuple[int, ...], side: int, message: str
+) -> None:
+    pairs = pairs_artifact(tmp_path, rows=rows, side=side)
+    with pytest.raises(UserError, match=message):
+        run_stage(STAGE, config(training=TRAINING), tmp_path, {"pairs": pairs})
+
+
+def test_held_out_pictures_are_never_trained_on(tmp_path: Path) -> None:
+    pairs = pairs_artifact(tmp_path, rows=(150, 150))
+    kept_out = tuple(held_out(open_pairs(pairs)))
+    assert 0 < len(kept_out) <= HELD_OUT_LIMIT
+    task = AutoencoderTask(config=config(training=TRAINING), seed=0, pairs=pairs, held_out=kept_out)
+    learner = task.build(torch.device("cpu"))
+    epoch = [learner.order.sample(position) for position in range(learner.order.samples_per_epoch)]
+    trained = {learner.key(sample) for sample in epoch}
+    every = {key for shard in range(2) for key in learner.reader.keys(shard)}
+    assert every - trained == {learner.reader.keys(shard)[row] for shard, row in kept_out}
+
+
+def test_the_choice_of_held_out_pictures_does_not_depend_on_what_else_is_there(tmp_path: Path) -> None:
+    small, large = (pairs_artifact(tmp_path, rows=rows, name=str(rows), side=8) for rows in ((150,), (150, 90)))
+    assert [place for place in held_out(open_pairs(large)) if place[0] == 0] == held_out(open_pairs(small))
+
+
+@pytest.mark.parametrize(("preset", "loss_kind"), [("tiny-kl-f8", "l1"), ("tiny-kl-f8", "l2"), ("tiny-vq-f4", "l1")])
+def test_the_loss_falls_and_every_weight_gets_a_gradient(preset: str, loss_kind: str) -> None:
+    torch.manual_seed(0)
+    model = presets.first_stage(preset)
+    network = ReconstructionLoss(build_first_stage(model), config(training=TRAINING, reconstruction_loss=loss_kind))
+    x = torch.rand(4, 3, 32, 32) * 0.4 + torch.rand(4, 3, 1, 1) - 0.7
+    noise = torch.randn(4, model.embed_dim, 32 // model.downsampling_factor, 32 // model.downsampling_factor)
+    optimizer = torch.optim.Adam(network.parameters(), 2e-3)
+    losses = []
+    for _ in range(12):
+        loss = network(x, noise).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.8 * losses[0]
+    assert [name for name, weight in network.named_parameters() if weight.grad is None] == []
+
+
+def test_the_kl_term_is_a_mean_over_elements() -> None:
+    """Golden value: the posterior N(1, e^2) has KL (1 + e^2 - 1 - 2) / 2 nats an element."""
+    model = presets.first_stage("tiny-kl-f8")
+    first_stage = build_first_stage(model)
+    torch.nn.init.zeros_(first_stage.quant_conv.weight)
+    with torch.no_grad():
+        assert first_stage.quant_conv.bias is not None
+        first_stage.quant_conv.bias.copy_(torch.tensor([1.0] * 4 + [2.0] * 4))
+    x, noise = torch.zeros(2, 3, 16, 16), torch.zeros(2, 4, 2, 2)
+    with_kl, without = (
+        ReconstructionLoss(first_stage, config(training=TRAINING, kl_weight=kl_weight))(x, noise)
+        for kl_weight in (1.0, 0.0)
+    )
+    expected = (1 + np.e**2 - 1 - 2) / 2
+    torch.testing.assert_close(with_kl - without, torch.full((2,), expected, dtype=torch.float32))
+
+
+def test_the_configuration_written_is_the_one_read(tmp_path: Path) -> None:
+    pairs = pairs_artifact(tmp_path, rows=(2,))
+    model = presets.first_stage("tiny-vq-f4")
+    save_first_stage(build_first_stage(model), model, tmp_path / "vq")
+    artifact = run_stage(STAGE, config(model="tiny-vq-f4", weights=str(tmp_path / "vq")), tmp_path, {"pairs": pairs})
+    assert first_stage_config(artifact) == model
+    assert json.loads(artifact.storage.read_bytes("first_stage/config.json"))["codebook_size"] == 256

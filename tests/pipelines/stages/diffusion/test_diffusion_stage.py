@@ -1,0 +1,220 @@
+"""The diffusion stage: reproducible batches, training with a real Ray, and what does not fit together."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ldm_core.latent_diffusion import LatentDiffusionConfig
+from ldm_core.tokenizers.wordpiece import Tokenizer, build_vocabulary
+from pipelines.errors import MisuseError, UserError
+from pipelines.shards.format import encode_npy, write_shard
+from pipelines.stages.diffusion.artifact import load_model
+from pipelines.stages.diffusion.config import DiffusionConfig
+from pipelines.stages.diffusion.learner import DiffusionLearner, DiffusionTask
+from pipelines.stages.diffusion.stage import STAGE, _model_config
+from pipelines.store.ledger import Artifact, ArtifactWriter
+from pipelines.store.storage import Storage
+from tests.tiny_artifacts import WORDS, contents, finish, first_stage_artifact, run_stage
+
+LENGTH = 8
+
+
+def latents_artifact(root: Path, encoder_sha256: str, rows: tuple[int, ...] = (9, 0, 12)) -> Artifact:
+    tokenizer = Tokenizer.from_vocabulary(build_vocabulary(WORDS, size=64), max_length=LENGTH)
+    writer = ArtifactWriter("latents", "latents", Storage(str(root)) / "latents/latents")
+    random = np.random.default_rng(0)
+    for shard, count in enumerate(rows):
+        samples = []
+        for row in range(count):
+            captions = [" ".join(random.choice(WORDS, 2)) for _ in range(2)]
+            moments = random.standard_normal((2, 4, 4, 4)).astype(np.float16)
+            files = {
+                "latent.npy": encode_npy(moments),
+                "tokens.npy": encode_npy(tokenizer.encode(captions)),
+                "json": json.dumps({"captions": captions}).encode(),
+            }
+            samples.append((f"{shard:05d}{row:04d}", files))
+        with writer.storage.writer(f"{shard:06d}.tar") as path:
+            write_shard(path, samples)
+        writer.commit(f"{shard:06d}.tar", rows=count)
+    with writer.storage.writer("vocab.txt") as path:
+        tokenizer.write(path)
+    writer.commit("vocab.txt")
+    details = {
+        "encoder_sha256": encoder_sha256,
+        "vocabulary_size": tokenizer.vocabulary_size,
+        "max_length": LENGTH,
+        "latent_shape": [4, 4, 4],
+        "scale_factor": 0.5,
+        "empty_tokens": tokenizer.encode([""])[0].tolist(),
+    }
+    return finish(writer, details)
+
+
+def config(**changes: Any) -> DiffusionConfig:
+    unet = {
+        "latent_size": 4,
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": 32,
+        "num_res_blocks": 1,
+        "channel_mult": (1, 2),
+        "attention_downsampling": (1,),
+        "num_heads": 2,
+        "context_dim": 32,
+    }
+    training = {
+        "steps": 6,
+        "batch_size": 4,
+        "learning_rate": 1e-3,
+        "ema_decay": 0.5,
+        "workers": 2,
+        "use_gpu": False,
+        "log_every_steps": 2,
+        "sample_every_steps": 3,
+    }
+    values = {
+        "unet": unet,
+        "text": {"width": 32, "layers": 1, "heads": 2, "head_dim": 16},
+        "training": training,
+        "preview": {"num_steps": 2},
+        "preview_prompts": 3,
+    }
+    return DiffusionConfig.model_validate(values | changes)
+
+
+@pytest.fixture
+def upstream(tmp_path: Path) -> dict[str, Artifact]:
+    autoencoder = first_stage_artifact(tmp_path)
+    return {"autoencoder": autoencoder, "latents": latents_artifact(tmp_path, autoencoder.details["encoder_sha256"])}
+
+
+def learner(upstream: dict[str, Artifact], **changes: Any) -> DiffusionLearner:
+    settings = config(**changes)
+    model = _model_config(settings, upstream["latents"], upstream["autoencoder"])
+    task = DiffusionTask(
+        model=model,
+        config=settings,
+        seed=0,
+        latents=upstream["latents"],
+        autoencoder=upstream["autoencoder"],
+        prompts=("red circle",),
+    )
+    return task.build(torch.device("cpu"))
+
+
+def test_a_model_is_trained_and_samples_pictures(
+    ray_cluster: None, tmp_path: Path, upstream: dict[str, Artifact]
+) -> None:
+    artifact = run_stage(STAGE, config(), tmp_path, upstream)
+    assert sorted(contents(artifact)) == [
+        "history.json",
+        "model/config.json",
+        "model/model.safetensors",
+        "model/vocab.txt",
+        "previews/step_00000003.png",
+        "previews/step_00000006.png",
+    ]
+    assert set(artifact.details["parameters"]) == {"unet", "text", "first_stage"}
+    model, tokenizer = load_model(artifact)
+    assert model.scale_factor == 0.5
+    tokens = torch.from_numpy(tokenizer.encode(["red circle"]).astype(np.int64))
+    empty = torch.from_numpy(tokenizer.encode([""]).astype(np.int64))
+    images = model.sample(tokens, unconditional=empty, seeds=[0], num_steps=2, guidance_scale=3.0)
+    assert images.shape == (1, 3, 32, 32)
+    assert images.isfinite().all()
+
+
+def test_a_batch_is_the_same_for_any_number_of_workers_and_after_any_restart(upstream: dict[str, Artifact]) -> None:
+    one, other = learner(upstream), learner(upstream)
+    other.load(other.order.slice(400, 8, 0, 1))
+    for cursor in (0, 16, 120):
+        whole = one.load(one.order.slice(cursor, 8, 0, 1))
+        parts = [other.load(other.order.slice(cursor, 8, rank, 4)) for rank in range(4)]
+        for name, tensor in whole.items():
+            assert torch.equal(torch.cat([part[name] for part in parts]), tensor), name
+
+
+def test_each_epoch_draws_anew(upstream: dict[str, Artifact]) -> None:
+    trainer = learner(upstream)
+    epoch = trainer.order.samples_per_epoch
+    place = trainer.order.sample(5)[2:]
+    again = next(p for p in range(epoch, 2 * epoch) if trainer.order.sample(p)[2:] == place)
+    first, second = (trainer.load([trainer.order.sample(position)]) for position in (5, again))
+    assert torch.equal(first["moments"], second["moments"])
+    for name in ("noise", "posterior_noise"):
+        assert not torch.equal(first[name], second[name])
+
+
+def test_all_captions_are_used_and_some_are_dropped(upstream: dict[str, Artifact]) -> None:
+    trainer = learner(upstream, caption_dropout=0.25)
+    batch = trainer.load([trainer.order.sample(position) for position in range(2100)])
+    empty = (batch["tokens"] == trainer.empty_tokens).all(dim=1).float().mean()
+    assert float(empty) == pytest.approx(0.25, abs=0.04)
+    seen = {tuple(tokens) for tokens in batch["tokens"].tolist()}
+    for shard, rows in enumerate(trainer.latents.reader.rows_per_shard):
+        for row in range(rows):
+            assert {tuple(tokens) for tokens in trainer.latents.get(shard, row)[1].tolist()} <= seen
+    assert batch["t"].min() < 20
+    assert batch["t"].max() > 980
+
+
+def test_the_loss_of_an_untrained_network_is_that_of_predicting_nothing(upstream: dict[str, Artifact]) -> None:
+    """The output convolution starts at zero, so the eps loss is E[noise^2] = 1 (Eq. 3)."""
+    trainer = learner(upstream)
+    losses = trainer.losses(trainer.network, trainer.load([trainer.order.sample(p) for p in range(256)]))
+    assert losses.shape == (256,)
+    assert float(losses.detach().mean()) == pytest.approx(1.0, abs=0.05)
+
+
+def test_the_network_sees_scaled_draws_of_the_posterior(upstream: dict[str, Artifact]) -> None:
+    """Sec. 4.3.2: z = scale_factor * (mean + std * noise), noised to timestep t."""
+    trainer = learner(upstream)
+    batch = trainer.load([trainer.order.sample(position) for position in range(4)])
+    inputs = []
+
+    def network(z_t: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        inputs.append(z_t)
+        return torch.zeros_like(z_t)
+
+    trainer.losses(network, batch)
+    mean, logvar = batch["moments"].float().unbind(1)
+    z0 = 0.5 * (mean + (0.5 * logvar).exp() * batch["posterior_noise"])
+    alpha_bar = trainer.objective.schedule.alphas_cumprod[batch["t"]].view(-1, 1, 1, 1)
+    torch.testing.assert_close(inputs[0], alpha_bar.sqrt() * z0 + (1 - alpha_bar).sqrt() * batch["noise"])
+
+
+def test_latents_of_another_encoder_are_refused(tmp_path: Path, upstream: dict[str, Artifact]) -> None:
+    foreign = latents_artifact(tmp_path / "foreign", "0" * 64)
+    with pytest.raises(UserError, match=r"made by encoder 000000000000, but autoencoder .* --from latents"):
+        run_stage(STAGE, config(), tmp_path, {**upstream, "latents": foreign})
+
+
+def test_a_unet_of_another_size_is_refused(tmp_path: Path, upstream: dict[str, Artifact]) -> None:
+    unet = replace(config().unet, latent_size=8)
+    with pytest.raises(MisuseError, match=r"diffusion.unet.latent_size is 8, but the latents are 4x4: set it to"):
+        run_stage(STAGE, config(unet=unet), tmp_path, upstream)
+    with pytest.raises(MisuseError, match="context_dim must be the conditioner's width"):
+        run_stage(STAGE, config(text={"width": 64, "layers": 1}), tmp_path, upstream)
+
+
+def test_a_truncated_latents_shard_is_refused_before_any_worker_starts(
+    tmp_path: Path, upstream: dict[str, Artifact]
+) -> None:
+    path = Path(upstream["latents"].storage.path("000002.tar"))
+    path.write_bytes(path.read_bytes()[:-2048])
+    with pytest.raises(UserError, match=r"000002.tar has \d+ bytes, but \d+ were committed: `ldm verify"):
+        run_stage(STAGE, config(), tmp_path, upstream)
+
+
+def test_the_model_is_what_recipe_and_latents_say(upstream: dict[str, Artifact]) -> None:
+    model = learner(upstream, parameterization="v", loss="l1").task.model
+    assert isinstance(model, LatentDiffusionConfig)
+    assert (model.parameterization, model.loss, model.scale_factor) == ("v", "l1", 0.5)
+    assert model.conditioner is not None
+    assert model.conditioner.max_length == LENGTH

@@ -1,0 +1,145 @@
+"""What one actor does with one shard, without Ray."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines.errors import UserError
+from pipelines.shards.format import decode_npy, read_shard, write_shard
+from pipelines.stages.latents.config import LatentsConfig, TokenizerConfig
+from pipelines.stages.latents.encode import EncodeShard
+from pipelines.stages.latents.vocabulary import commit_vocabulary
+from pipelines.store.ledger import Artifact, ArtifactWriter
+from pipelines.store.storage import Storage
+from tests.tiny_artifacts import first_stage_artifact, pair_sample, pairs_artifact
+
+CONFIG = LatentsConfig(tokenizer=TokenizerConfig(size=64, max_length=8), batch_size=3)
+
+
+@pytest.fixture(autouse=True)
+def threads_of_the_test_process_stay() -> object:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def encoder(
+    root: Path, *, preset: str = "tiny-kl-f8", config: LatentsConfig = CONFIG, rows: tuple[int, ...] = (4,)
+) -> EncodeShard:
+    pairs = pairs_artifact(root, rows=rows)
+    writer = ArtifactWriter("latents", "key", Storage(str(root / "latents" / "key")))
+    commit_vocabulary(config.tokenizer, pairs, writer)
+    return EncodeShard(
+        pairs=pairs,
+        first_stage=first_stage_artifact(root, preset=preset),
+        writer=writer,
+        config=config,
+        device="cpu",
+    )
+
+
+def item(pairs: Artifact, number: int = 0) -> dict[str, object]:
+    record = pairs.shards()[number]
+    return {"shard": record.name, "rows": record.rows, "bytes": record.bytes, "encoded": False}
+
+
+def replace_shard(pairs: Artifact, samples: list[tuple[str, dict[str, bytes]]]) -> dict[str, object]:
+    """Another shard in the place of the first one; the item that names it as the manifest would."""
+    path = Path(pairs.storage.path("000000.tar"))
+    rows = write_shard(path, samples)
+    return {"shard": "000000.tar", "rows": rows, "bytes": path.stat().st_size, "encoded": False}
+
+
+def test_latent_of_a_sample_does_not_depend_on_the_samples_after_its_batch(tmp_path: Path) -> None:
+    encode = encoder(tmp_path, rows=(7,))
+    samples = list(read_shard(Path(encode.pairs.storage.path("000000.tar"))))
+    encode(item(encode.pairs))
+    whole = [s["latent.npy"] for s in read_shard(Path(encode.writer.storage.path("000000.tar")))]
+    encode.writer.storage.remove()
+    first = [(s["__key__"], {name: s[name] for name in ("png", "json")}) for s in samples[:3]]
+    encode(replace_shard(encode.pairs, first))
+    assert [s["latent.npy"] for s in read_shard(Path(encode.writer.storage.path("000000.tar")))] == whole[:3]
+
+
+def test_first_stage_of_the_vq_kind_is_cached_before_quantization(tmp_path: Path) -> None:
+    encode = encoder(tmp_path, preset="tiny-vq-f4")
+    encode(item(encode.pairs))
+    shapes = {decode_npy(s["latent.npy"]).shape for s in read_shard(Path(encode.writer.storage.path("000000.tar")))}
+    assert shapes == {(1, 3, 8, 8)}
+
+
+def test_bf16_is_close_to_fp32(tmp_path: Path) -> None:
+    latents = []
+    for precision in ("fp32", "bf16"):
+        encode = encoder(tmp_path / precision, config=CONFIG.model_copy(update={"precision": precision}))
+        encode(item(encode.pairs))
+        shard = Path(encode.writer.storage.path("000000.tar"))
+        latents.append(np.stack([decode_npy(s["latent.npy"]).astype(float) for s in read_shard(shard)]))
+    assert 0 < np.abs(latents[0] - latents[1]).max() < 0.1
+
+
+def test_missing_statistics_are_made_from_the_committed_shard(tmp_path: Path) -> None:
+    encode = encoder(tmp_path)
+    work = item(encode.pairs)
+    encode(work)
+    statistics = encode.writer.storage.read_bytes("stats/000000.json")
+    encode.writer.storage.remove("stats")
+    encode.writer.storage.remove("commits/stats__000000.json.json")
+    encode.pairs.storage.remove("000000.tar")
+    encode({**work, "encoded": True})
+    assert encode.writer.storage.read_bytes("stats/000000.json") == statistics
+
+
+def test_truncated_shard_is_refused(tmp_path: Path) -> None:
+    encode = encoder(tmp_path)
+    work = item(encode.pairs)
+    shard = Path(encode.pairs.storage.path("000000.tar"))
+    shard.write_bytes(shard.read_bytes()[:-512])
+    with pytest.raises(UserError, match=r"000000\.tar has \d+ bytes instead of \d+: it was damaged after it was comm"):
+        encode(work)
+    assert not encode.writer.storage.exists("000000.tar")
+
+
+def test_shard_with_fewer_samples_than_its_manifest_says_is_refused(tmp_path: Path) -> None:
+    encode = encoder(tmp_path)
+    with pytest.raises(UserError, match="should hold 5 samples but holds 4"):
+        encode({**item(encode.pairs), "rows": 5})
+    assert "000000.tar" not in encode.writer.committed()
+
+
+def test_encoding_that_is_not_finite_names_the_sample(tmp_path: Path) -> None:
+    encode = encoder(tmp_path)
+    with torch.no_grad():
+        encode.first_stage.quant_conv.bias[0] = 70_000.0
+    with pytest.raises(UserError, match="encodes sample 000000000 to values that are not finite in fp16"):
+        encode(item(encode.pairs))
+    assert "000000.tar" not in encode.writer.committed()
+
+
+def test_pictures_of_several_sizes_are_refused(tmp_path: Path) -> None:
+    encode = encoder(tmp_path)
+    random = np.random.default_rng(0)
+    work = replace_shard(encode.pairs, [pair_sample(random, "000000000", 32), pair_sample(random, "000000001", 64)])
+    with pytest.raises(UserError, match=r"pictures must have one size.*set pairs\.resize=center_crop"):
+        encode(work)
+
+
+def test_pictures_that_do_not_fit_the_first_stage_are_refused(tmp_path: Path) -> None:
+    encode = encoder(tmp_path)
+    work = replace_shard(encode.pairs, [pair_sample(np.random.default_rng(0), "000000000", 20)])
+    with pytest.raises(UserError, match="000000000 does not fit the first stage: images must be"):
+        encode(work)
+
+
+def test_pictures_are_read_as_rgb_in_minus_one_to_one(tmp_path: Path) -> None:
+    encode = encoder(tmp_path)
+    seen = []
+    encode.first_stage.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), (255, 0, 51)).save(buffer, "PNG")
+    encode(replace_shard(encode.pairs, [("000000000", {"png": buffer.getvalue(), "json": b'{"captions": ["red"]}'})]))
+    np.testing.assert_allclose(seen[0][0, :, 0, 0], [1.0, -1.0, -0.6], atol=1e-6)

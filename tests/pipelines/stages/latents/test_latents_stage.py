@@ -1,0 +1,171 @@
+"""The latent cache, by real actors on real shards."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+
+from pipelines.errors import UserError
+from pipelines.shards.format import decode_image, decode_npy, read_shard
+from pipelines.stages.autoencoder.artifact import load_first_stage
+from pipelines.stages.latents.config import LatentsConfig, TokenizerConfig
+from pipelines.stages.latents.encode import EncodeShard
+from pipelines.stages.latents.stage import STAGE
+from pipelines.stages.latents.vocabulary import commit_vocabulary
+from pipelines.store.ledger import Artifact, ArtifactWriter, artifact_key
+from pipelines.store.storage import Storage
+from tests.tiny_artifacts import contents, first_stage_artifact, pairs_artifact, run_stage
+
+CONFIG = LatentsConfig(tokenizer=TokenizerConfig(size=64, max_length=8), batch_size=2, workers=1)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("latents")
+
+
+@pytest.fixture(scope="module")
+def upstream(root: Path) -> dict[str, Artifact]:
+    return {"pairs": pairs_artifact(root), "autoencoder": first_stage_artifact(root)}
+
+
+@pytest.fixture(scope="module")
+def latents(ray_cluster: None, root: Path, upstream: dict[str, Artifact]) -> Artifact:
+    return run_stage(STAGE, CONFIG, root, upstream)
+
+
+def test_every_pair_is_encoded_as_the_first_stage_encodes_it(latents: Artifact, upstream: dict[str, Artifact]) -> None:
+    first_stage = load_first_stage(upstream["autoencoder"])
+    keys = []
+    for record in latents.shards():
+        encoded = list(read_shard(Path(latents.storage.path(record.name))))
+        pairs = list(read_shard(Path(upstream["pairs"].storage.path(record.name))))
+        assert record.rows == len(encoded)
+        for pair, sample in zip(pairs, encoded, strict=True):
+            keys.append(sample["__key__"])
+            assert (sample["__key__"], sample["json"]) == (pair["__key__"], pair["json"])
+            picture = torch.from_numpy(decode_image(pair["png"])).permute(2, 0, 1)[None]
+            with torch.no_grad():
+                expected = first_stage.encode(picture / 127.5 - 1).moments[0].numpy()
+            stored = decode_npy(sample["latent.npy"])
+            assert stored.dtype == np.float16
+            np.testing.assert_allclose(stored, expected, atol=2e-2, rtol=2e-3)
+    assert keys == [f"{shard:05d}{row:04d}" for shard, rows in ((0, 5), (2, 4)) for row in range(rows)]
+
+
+def test_plain_webdataset_reads_the_cache(latents: Artifact) -> None:
+    samples = list(webdataset.WebDataset(latents.storage.path("000000.tar"), shardshuffle=False, empty_check=False))
+    assert len(samples) == 5
+    assert {"latent.npy", "tokens.npy", "json"} <= samples[0].keys()
+
+
+def test_every_caption_of_a_sample_is_tokenized(latents: Artifact) -> None:
+    from ldm_core.tokenizers.wordpiece import Tokenizer
+
+    tokenizer = Tokenizer.from_vocabulary_file(latents.storage.path("vocab.txt"), max_length=8)
+    for sample in read_shard(Path(latents.storage.path("000002.tar"))):
+        tokens = decode_npy(sample["tokens.npy"])
+        assert (tokens.dtype, tokens.shape) == (np.uint16, (2, 8))
+        np.testing.assert_array_equal(tokens, tokenizer.encode(json.loads(sample["json"])["captions"]))
+    assert latents.details["empty_tokens"] == tokenizer.encode([""])[0].tolist()
+    assert latents.details["tokenizer_sha256"] == tokenizer.digest
+    assert latents.details["vocabulary_size"] == tokenizer.vocabulary_size
+
+
+def test_details_describe_the_cache(latents: Artifact, upstream: dict[str, Artifact]) -> None:
+    moments = [
+        decode_npy(sample["latent.npy"]).astype(np.float64)
+        for record in latents.shards()
+        for sample in read_shard(Path(latents.storage.path(record.name)))
+    ]
+    mean, logvar = np.stack(moments).transpose(1, 0, 2, 3, 4)
+    variance = np.square(mean).mean() + np.exp(logvar).mean() - mean.mean() ** 2
+    details = latents.details
+    assert details["scale_factor"] == pytest.approx(1 / np.sqrt(variance), rel=1e-12)
+    assert (details["samples"], details["latent_shape"], details["moments"]) == (9, [4, 4, 4], 2)
+    assert details["encoder_sha256"] == upstream["autoencoder"].details["encoder_sha256"]
+
+
+def test_number_of_workers_and_threads_changes_neither_bytes_nor_key(
+    latents: Artifact, root: Path, upstream: dict[str, Artifact]
+) -> None:
+    config = CONFIG.model_copy(update={"workers": 2, "decode_threads": 1})
+    keys = {name: artifact.key for name, artifact in upstream.items()}
+    assert artifact_key(STAGE.identity(config, 0, keys)) == artifact_key(STAGE.identity(CONFIG, 7, keys))
+    again = run_stage(STAGE, config, root, upstream, key="two-workers")
+    assert contents(again) == contents(latents)
+    assert again.details == latents.details
+
+
+def encode_in_this_process(root: Path, upstream: dict[str, Artifact]) -> dict[str, str]:
+    """sha256 of every file that an uninterrupted run writes."""
+    writer = ArtifactWriter("latents", "whole", Storage(str(root / "latents" / "whole")))
+    commit_vocabulary(CONFIG.tokenizer, upstream["pairs"], writer)
+    threads = torch.get_num_threads()
+    encode = EncodeShard(
+        pairs=upstream["pairs"], first_stage=upstream["autoencoder"], writer=writer, config=CONFIG, device="cpu"
+    )
+    for record in upstream["pairs"].shards():
+        encode({"shard": record.name, "rows": record.rows, "bytes": record.bytes, "encoded": False})
+    torch.set_num_threads(threads)
+    return {name: record.sha256 for name, record in writer.committed().items()}
+
+
+def test_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(ray_cluster: None, tmp_path: Path) -> None:
+    """Kill -9 of the whole process tree after the first shard, and what else a kill can leave behind."""
+    upstream = {"pairs": pairs_artifact(tmp_path, rows=(40,) * 6), "autoencoder": first_stage_artifact(tmp_path)}
+    uninterrupted = encode_in_this_process(tmp_path, upstream)
+    commits = tmp_path / "latents" / "killed" / "commits"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.pipelines.stages.latents.killed_run", str(tmp_path)],
+        cwd=Path(__file__).parents[3],
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (commits / "000000.tar.json").exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (commits.parent / "manifest.json").exists()
+    first = (commits.parent / "000000.tar").stat().st_mtime_ns
+    # A kill between the data and its commit record leaves the one without the other.
+    (commits / "stats__000000.json.json").unlink(missing_ok=True)
+    (commits.parent / "000005.tar").write_bytes(b"cut off")
+    resumed = run_stage(STAGE, CONFIG, tmp_path, upstream, key="killed")
+    assert contents(resumed) == uninterrupted
+    assert (commits.parent / "000000.tar").stat().st_mtime_ns == first, "a committed shard was written again"
+
+
+def test_missing_pairs_shard_is_one_line_through_the_wrappers_of_ray(
+    ray_cluster: None, tmp_path: Path, upstream: dict[str, Artifact]
+) -> None:
+    pairs = pairs_artifact(tmp_path)
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nred\n")
+    tokenizer = TokenizerConfig(vocabulary=str(tmp_path / "vocab.txt"), max_length=8)
+    Path(pairs.storage.path("000002.tar")).unlink()
+    with pytest.raises(Exception) as caught:
+        run_stage(STAGE, CONFIG.model_copy(update={"tokenizer": tokenizer}), tmp_path, {**upstream, "pairs": pairs})
+    expected = r".*/000002\.tar is missing: .*run `ldm run RECIPE --force pairs` to rebuild it"
+    assert re.fullmatch(expected, str(caught.value))
+    assert not (tmp_path / "latents" / "key" / "manifest.json").exists()
+
+
+def test_pairs_without_samples_are_refused(tmp_path: Path, upstream: dict[str, Artifact]) -> None:
+    with pytest.raises(UserError, match="holds no samples"):
+        run_stage(STAGE, CONFIG, tmp_path, {**upstream, "pairs": pairs_artifact(tmp_path, rows=(0, 0))})
+
+
+def test_pairs_of_another_format_are_refused(tmp_path: Path, upstream: dict[str, Artifact]) -> None:
+    with pytest.raises(UserError, match="holds autoencoder of format 1, but pairs of format 2 is needed"):
+        run_stage(STAGE, CONFIG, tmp_path, {**upstream, "pairs": upstream["autoencoder"]})

@@ -1,0 +1,117 @@
+"""The ledger: keys, commits, refusals, generations."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.errors import UserError
+from pipelines.store.ledger import Artifact, ArtifactWriter, Ledger, artifact_key
+from pipelines.store.storage import Storage
+
+IDENTITY: dict[str, Any] = {"stage": "toy", "format_version": 1, "config": {"size": 3}}
+
+
+def make(ledger: Ledger, identity: dict[str, Any], contents: dict[str, bytes], version: int = 1) -> Artifact:
+    key = artifact_key(identity)
+    writer = ArtifactWriter("toy", key, ledger.storage("toy", key))
+    for name, data in contents.items():
+        writer.storage.write_bytes(name, data)
+        writer.commit(name, rows=1)
+    writer.finish(
+        format_version=version,
+        config={},
+        identity=identity,
+        upstream={},
+        details={},
+        seconds=1.0,
+        code_version="0",
+    )
+    artifact = ledger.find("toy", key)
+    assert artifact is not None
+    return artifact
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(Storage(str(tmp_path)))
+
+
+def test_the_key_does_not_depend_on_the_order_of_fields_but_on_every_value() -> None:
+    assert artifact_key({"a": 1, "b": [2]}) == artifact_key({"b": [2], "a": 1})
+    assert artifact_key({"a": 1, "b": [2]}) != artifact_key({"a": 1, "b": [3]})
+    assert len(artifact_key({})) == 16
+
+
+def test_an_artifact_without_a_manifest_is_not_finished(ledger: Ledger) -> None:
+    key = artifact_key(IDENTITY)
+    ledger.storage("toy", key).write_bytes("000000.tar", b"data")
+    assert ledger.find("toy", key) is None
+    assert ledger.started("toy", key)
+
+
+def test_a_shard_damaged_after_its_commit_is_reported_and_not_redone_silently(ledger: Ledger) -> None:
+    writer = ArtifactWriter("toy", "k", ledger.storage("toy", "k"))
+    writer.storage.write_bytes("000000.tar", b"whole shard")
+    writer.commit("000000.tar", rows=2)
+    Path(writer.storage.path("000000.tar")).write_bytes(b"whole")
+    with pytest.raises(UserError, match=r"000000.tar was committed with 11 bytes but has 5"):
+        writer.committed()
+
+
+def test_the_first_commit_of_a_shard_stands(ledger: Ledger) -> None:
+    writer = ArtifactWriter("toy", "k", ledger.storage("toy", "k"))
+    writer.storage.write_bytes("a", b"one")
+    first = writer.commit("a", rows=1)
+    assert writer.commit("a", rows=99) == first
+
+
+def test_a_truncated_or_missing_file_of_an_upstream_artifact_is_refused(ledger: Ledger) -> None:
+    artifact = make(ledger, IDENTITY, {"000000.tar": b"0123456789", "000001.tar": b"abc"})
+    artifact.check_sizes()
+    Path(artifact.storage.path("000000.tar")).write_bytes(b"0123")
+    with pytest.raises(UserError, match=r"000000.tar has 4 bytes but was committed with 10 .* --force toy"):
+        artifact.check_sizes()
+    artifact.storage.remove("000000.tar")
+    with pytest.raises(UserError, match=r"000000.tar is missing"):
+        artifact.check_sizes()
+
+
+def test_an_artifact_of_another_stage_format_or_key_is_refused_naming_both_sides(ledger: Ledger) -> None:
+    artifact = make(ledger, IDENTITY, {})
+    with pytest.raises(UserError, match=r"holds toy of format 1, but toy of format 2 is needed: .*--force toy"):
+        artifact.require("toy", 2)
+    with pytest.raises(UserError, match=r"holds toy of format 1, but latents"):
+        artifact.require("latents", 1)
+    copied = Artifact("toy", "0123456789abcdef", artifact.storage)
+    with pytest.raises(UserError, match=rf"says its key is {artifact.key}, but 0123456789abcdef was asked for"):
+        copied.require("toy", 1)
+
+
+def test_a_damaged_manifest_is_one_line(ledger: Ledger) -> None:
+    artifact = make(ledger, IDENTITY, {})
+    for contents, message in ((b"{", "not valid JSON"), (b"{}", "is not a manifest")):
+        artifact.storage.write_bytes("manifest.json", contents)
+        with pytest.raises(UserError, match=message):
+            _ = Artifact("toy", artifact.key, artifact.storage).manifest
+
+
+def test_a_forced_rerun_with_equal_bytes_keeps_the_old_artifact_and_heals_it(ledger: Ledger) -> None:
+    old = make(ledger, IDENTITY, {"a": b"same", "b": b"also"})
+    Path(old.storage.path("a")).write_bytes(b"XXXX")
+    new = make(ledger, {**IDENTITY, "generation": 1}, {"a": b"same", "b": b"also"})
+    assert ledger.supersede(old, new) is old
+    assert old.storage.read_bytes("a") == b"same"
+    assert not new.storage.exists()
+    assert ledger.resolve("toy", IDENTITY)[0] == old.key
+
+
+def test_a_forced_rerun_with_other_bytes_takes_over_and_nothing_is_lost(ledger: Ledger) -> None:
+    old = make(ledger, IDENTITY, {"a": b"first"})
+    new = make(ledger, {**IDENTITY, "generation": 1}, {"a": b"other"})
+    assert ledger.supersede(old, new) is new
+    assert ledger.resolve("toy", IDENTITY)[0] == new.key
+    assert old.storage.read_bytes("a") == b"first"
+    newer = make(ledger, {**IDENTITY, "generation": 2}, {"a": b"third"})
+    ledger.supersede(new, newer)
+    assert ledger.resolve("toy", IDENTITY)[0] == newer.key

@@ -1,0 +1,174 @@
+"""One driver a root, with real processes that are killed and suspended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pipelines.errors import UserError
+from pipelines.store import lock, object_store
+from pipelines.store.lock import LEASE, exclusive
+from pipelines.store.storage import Storage
+from tests.pipelines.store.s3 import BUCKET, S3, Plan, environment
+
+BEAT_S = 0.3
+# Holds the root, and checks it whenever it is asked to.
+HOLDER = f"""
+import sys
+from pipelines.errors import UserError
+from pipelines.store.lock import exclusive
+from pipelines.store.storage import Storage
+with exclusive(Storage(sys.argv[1]), beat_s={BEAT_S}) as hold:
+    print("held", flush=True)
+    for line in sys.stdin:
+        try:
+            hold.check()
+            print("ours", flush=True)
+        except UserError as error:
+            print(error, flush=True)
+"""
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def holder(s3_server: S3) -> Iterator[Start]:
+    """Starts a process that holds a root; ended after the test."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def start(root: Storage, endpoint: str = s3_server.url) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, root.url],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment(endpoint)},
+        )
+        processes.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def root(s3: S3, request: pytest.FixtureRequest) -> Storage:
+    return Storage(f"s3://{BUCKET}/{request.node.name}")
+
+
+def ask(process: subprocess.Popen[str]) -> str:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("?\n")
+    process.stdin.flush()
+    return process.stdout.readline().strip()
+
+
+def test_a_local_root_in_use_names_its_holder_and_is_free_once_that_is_killed(holder: Start, tmp_path: Path) -> None:
+    root = Storage(str(tmp_path / "root"))
+    first = holder(root)
+    with (
+        pytest.raises(UserError, match=rf"is in use by pid {first.pid} on .*, since 20.*: wait for it"),
+        exclusive(root),
+    ):
+        pass
+    first.kill()
+    first.wait()
+    with exclusive(root) as hold:
+        hold.check()
+
+
+def test_a_root_on_s3_in_use_names_its_holder_and_is_free_once_that_ends(holder: Start, root: Storage) -> None:
+    first = holder(root)
+    with pytest.raises(UserError, match=rf"is in use by pid {first.pid} on .*, since 20.*: wait for it"):
+        exclusive(root, BEAT_S).__enter__()
+    assert ask(first) == "ours"
+    first.communicate()
+    began = time.monotonic()
+    with exclusive(root, BEAT_S) as hold:
+        assert time.monotonic() - began < BEAT_S * lock.WATCHED_BEATS
+        hold.check()
+    assert not root.exists(LEASE)
+
+
+def test_the_root_of_a_killed_driver_is_taken_over_by_exactly_one(holder: Start, root: Storage) -> None:
+    first = holder(root)
+    first.kill()
+    first.wait()
+
+    def take(_: int) -> str:
+        try:
+            with exclusive(root, BEAT_S) as hold:
+                time.sleep(10 * BEAT_S)
+                hold.check()
+        except UserError as error:
+            return str(error)
+        return "ours"
+
+    with ThreadPoolExecutor(4) as threads:
+        outcomes = sorted(threads.map(take, range(4)))
+    assert outcomes[0] == "ours"
+    assert all(f"is in use by pid {os.getpid()}" in each for each in outcomes[1:])
+    assert not root.exists(LEASE)
+
+
+def test_a_driver_that_was_suspended_finds_that_it_lost_its_root_and_leaves_it(holder: Start, root: Storage) -> None:
+    first = holder(root)
+    first.send_signal(signal.SIGSTOP)
+    with exclusive(root, BEAT_S) as hold:
+        first.send_signal(signal.SIGCONT)
+        assert f"was taken over by pid {os.getpid()}" in ask(first)
+        first.communicate()
+        time.sleep(2 * BEAT_S)
+        hold.check()
+        assert root.exists(LEASE)
+
+
+def test_a_holder_outlives_a_store_that_fails_for_a_while(
+    s3_server: S3, root: Storage, use_s3: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_store, "PAUSES_S", (0.05,))
+    monkeypatch.setattr(object_store, "REQUEST_ATTEMPTS", 2)
+    with s3_server.behind(Plan({"lose_answer": 0.3}, seed=2)) as proxy:
+        use_s3(proxy.url)
+        with exclusive(root, 0.1) as hold:
+            for shares in ({"lose_answer": 0.3}, {"error": 1.0}, {}):
+                proxy.plan.shares = shares
+                beat = json.loads(s3_server.read(f"{root.name}/{LEASE}"))["beat"]
+                time.sleep(1.0)
+                hold.check()
+            assert json.loads(s3_server.read(f"{root.name}/{LEASE}"))["beat"] > beat
+            monkeypatch.setattr(lock, "PATIENCE_BEATS", 3)
+            proxy.plan.shares = {"error": 1.0}
+            time.sleep(0.5)
+            with pytest.raises(UserError, match=r"\.lock\.json could not be renewed for \d+ s: check the network"):
+                hold.check()
+            proxy.plan.shares = {}
+    assert not s3_server.objects(root.name)
+
+
+def test_stores_without_conditions_are_held_too() -> None:
+    root = Storage("memory://lock")
+    root.write_json(LEASE, {"holder": "pid 1 on dead", "token": "dead", "beat": 7, "beat_s": 0.05})
+    with exclusive(root, 0.05) as hold:
+        with pytest.raises(UserError, match=f"is in use by pid {os.getpid()}"):
+            exclusive(root, 0.05).__enter__()
+        hold.check()
+        root.write_json(LEASE, {"holder": "pid 2 on other", "token": "other", "beat": 0, "beat_s": 0.05})
+        time.sleep(0.2)
+        with pytest.raises(UserError, match="was taken over by pid 2 on other"):
+            hold.check()
+    assert root.exists(LEASE)
+    root.remove()
