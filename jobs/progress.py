@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pipelines.drawing.formatting import format_bytes, format_seconds
-from pipelines.run.walk import STAGE_NAMES, PlannedStage, RunObserver, RunResult, StageRow
+from pipelines.run.plan import STAGE_NAMES, PlannedStage
+from pipelines.run.results import RunObserver, RunResult, StageRow
 
 LOG_EVERY_S = 10.0
 ETA_WINDOW_S = 120.0

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ldm_core.conditioning import FrozenTextConfig, build_conditioner
-from ldm_core.latent_diffusion import LatentDiffusion, LatentDiffusionConfig
-from ldm_core.networks.autoencoder import AutoencoderKL, FirstStageConfig, VQAutoencoder, build_first_stage
-from ldm_core.networks.clip_text import ClipTextConfig
-from ldm_core.networks.text_transformer import TextTransformerConfig
+from ldm_core.conditioning import FrozenTextConfig
+from ldm_core.conditioning.build import build_conditioner
+from ldm_core.configs.first_stage import FirstStageConfig
+from ldm_core.configs.model import LatentDiffusionConfig
+from ldm_core.configs.text import ClipTextConfig, TextTransformerConfig
+from ldm_core.latent_diffusion import LatentDiffusion
+from ldm_core.networks.autoencoder import AutoencoderKL, VQAutoencoder, build_first_stage
 from ldm_core.weights.finite import check_finite
 from ldm_core.weights.named_tensors import NamedTensors, differences
 from ldm_core.weights.weights_files import open_stem, read_json, write_json, write_weights

@@ -6,111 +6,32 @@ inputs: what the conditioner takes, e.g. token ids (B, L).
 
 import contextlib
 import dataclasses
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ldm_core import guidance, objective, samplers
-from ldm_core.conditioning import (
-    CONDITIONER_KINDS,
-    Conditioner,
-    ConditionerConfig,
-    Conditioning,
-    build_conditioner,
-    concat_channels,
-    context_dim,
-    kind_of,
-)
-from ldm_core.configs.values import check_keys, component
-from ldm_core.networks.autoencoder import FirstStageConfig, build_first_stage
-from ldm_core.networks.unet import PreparedContext, UNet, UNetConfig
-from ldm_core.schedule import NoiseSchedule, ScheduleConfig
+from ldm_core.conditioning import Conditioner, Conditioning
+from ldm_core.conditioning.build import build_conditioner
+from ldm_core.configs.model import LatentDiffusionConfig
+from ldm_core.networks.autoencoder import build_first_stage
+from ldm_core.networks.unet import PreparedContext, UNet
+from ldm_core.schedule import NoiseSchedule
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LatentDiffusionConfig:
-    """Everything that decides what a model computes, apart from its weights.
+def build_model(config: LatentDiffusionConfig, device: torch.device | str | None = None) -> "LatentDiffusion":
+    """Build the model with random weights; on device "meta" it takes no memory."""
+    with torch.device(device or torch.get_default_device()):
+        return LatentDiffusion(config)
 
-    Args:
-        first_stage: the autoencoder whose latents are diffused.
-        unet: the denoising network.
-        conditioner: what the UNet is conditioned on, see `conditioning`; None for an unconditional model.
-        schedule: forward process.
-        parameterization: what the UNet predicts, "eps", "v" or "x0".
-        loss: "l1" or "l2", what it was trained with.
-        scale_factor: latents are multiplied by it before diffusion: 1 / their std (Sec. 4.3.2, appendix G).
 
-    Raises:
-        ValueError: when the parts do not fit each other.
-    """
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
-
-    first_stage: FirstStageConfig
-    unet: UNetConfig
-    conditioner: ConditionerConfig | None = None
-    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
-    parameterization: objective.Parameterization = "eps"
-    loss: objective.LossKind = "l2"
-    scale_factor: float = 1.0
-
-    def __post_init__(self) -> None:
-        objective.check_parameterization(
-            self.parameterization, self.loss, zero_terminal_snr=self.schedule.zero_terminal_snr
-        )
-        if not (math.isfinite(self.scale_factor) and self.scale_factor > 0):
-            raise ValueError(f"scale_factor must be a positive number, got {self.scale_factor}")
-        latent_channels = self.first_stage.embed_dim
-        wanted = latent_channels + concat_channels(self.conditioner, latent_channels)
-        if (self.unet.in_channels, self.unet.out_channels) != (wanted, latent_channels):
-            raise ValueError(
-                f"the UNet must take the first stage's {latent_channels} latent channels and those of its conditioner, "
-                f"{wanted} in all, and give {latent_channels}; got in_channels={self.unet.in_channels}, "
-                f"out_channels={self.unet.out_channels}"
-            )
-        width = context_dim(self.conditioner)
-        if self.unet.context_dim != width:
-            raise ValueError(
-                "the UNet's context_dim must be the conditioner's width (None without one), "
-                f"got context_dim={self.unet.context_dim}, width={width}"
-            )
-
-    def build(self, device: torch.device | str | None = None) -> "LatentDiffusion":
-        """The model with random weights; device "meta" costs no memory."""
-        with torch.device(device or torch.get_default_device()):
-            return LatentDiffusion(self)
-
-    def build_network(self, device: torch.device | str | None = None) -> "DiffusionNetwork":
-        """Only the part that the diffusion stage trains, with random weights."""
-        with torch.device(device or torch.get_default_device()):
-            return DiffusionNetwork(UNet(self.unet), build_conditioner(self.conditioner) if self.conditioner else None)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A nested dict of plain values that JSON can hold."""
-        values = dataclasses.asdict(self)
-        if self.conditioner is not None:
-            values["conditioner"]["kind"] = kind_of(self.conditioner)
-        return values
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "LatentDiffusionConfig":
-        """The config of `to_dict()`'s result, also after a passage through JSON.
-
-        Raises:
-            ValueError: for unknown or missing keys, or values that do not fit each other.
-        """
-        parts: dict[str, type] = {"first_stage": FirstStageConfig, "unet": UNetConfig, "schedule": ScheduleConfig}
-        check_keys(cls, values, "model config")
-        arguments = dict(values)
-        if arguments.get("conditioner") is not None:
-            arguments["conditioner"], parts["conditioner"] = _kind(arguments["conditioner"])
-        for name, kind in parts.items():
-            if arguments.get(name) is not None:
-                arguments[name] = component(kind, arguments[name], name)
-        return cls(**arguments)
+def build_network(config: LatentDiffusionConfig, device: torch.device | str | None = None) -> "DiffusionNetwork":
+    """Build the part that the diffusion stage trains (UNet and conditioner), with random weights."""
+    conditioner = config.conditioner
+    with torch.device(device or torch.get_default_device()):
+        return DiffusionNetwork(UNet(config.unet), build_conditioner(conditioner) if conditioner else None)
 
 
 class DiffusionNetwork(nn.Module):
@@ -368,12 +289,3 @@ def _to(inputs: Any, device: torch.device) -> Any:
         moved = {field.name: _to(getattr(inputs, field.name), device) for field in dataclasses.fields(inputs)}
         return dataclasses.replace(inputs, **moved)
     return inputs
-
-
-def _kind(values: Any) -> tuple[Mapping[str, Any], type]:
-    """A saved conditioner without its kind, and the config that the kind names."""
-    if not isinstance(values, Mapping) or values.get("kind") not in CONDITIONER_KINDS:
-        found = values.get("kind") if isinstance(values, Mapping) else values
-        raise ValueError(f"conditioner.kind must be one of {', '.join(CONDITIONER_KINDS)}, got {found!r}")
-    rest = {key: value for key, value in values.items() if key != "kind"}
-    return rest, CONDITIONER_KINDS[values["kind"]]

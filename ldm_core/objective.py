@@ -7,16 +7,13 @@ Source: Eq. (1)-(3) and appendix B of the paper; v: Salimans & Ho 2022; min-SNR-
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ldm_core.configs.objective import LossKind, Parameterization, _check_known, check_parameterization
 from ldm_core.schedule import NoiseSchedule
-
-Parameterization = Literal["eps", "v", "x0"]
-LossKind = Literal["l1", "l2"]
-PARAMETERIZATIONS: tuple[Parameterization, ...] = ("eps", "v", "x0")
 
 
 class Prediction(NamedTuple):
@@ -107,20 +104,6 @@ def vlb_weights(parameterization: Parameterization, schedule: NoiseSchedule) -> 
     weights = of_x0 * x0_error[parameterization]
     weights[0] = weights[1]
     return weights.float().to(schedule.betas.device)
-
-
-def check_parameterization(parameterization: str, loss: str, *, zero_terminal_snr: bool) -> None:
-    """Raise ValueError for an unknown choice, or one that cannot learn at the schedule's last timestep."""
-    _check_known(parameterization)
-    if loss not in ("l1", "l2"):
-        raise ValueError(f"loss must be l1 or l2, got {loss!r}")
-    if parameterization == "eps" and zero_terminal_snr:
-        raise ValueError("with zero_terminal_snr the last timestep teaches eps nothing: use parameterization v or x0")
-
-
-def _check_known(parameterization: str) -> None:
-    if parameterization not in PARAMETERIZATIONS:
-        raise ValueError(f"parameterization must be eps, v or x0, got {parameterization!r}")
 
 
 class DiffusionObjective:

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_core.checkpoint_formats.diffusers.names import CLIP_TEXT_TABLE, current_clip_name
 from ldm_core.conditioning import FrozenClipConditioner, FrozenTextConditioner, FrozenTextConfig
-from ldm_core.networks.clip_text import ClipTextConfig, ClipTextLayer, ClipTextTransformer
+from ldm_core.configs.text import ClipTextConfig
+from ldm_core.networks.clip_text import ClipTextLayer, ClipTextTransformer
 from ldm_core.tokenizers.from_file import FileTokenizer, tokenizer_from_folder
+from ldm_core.tokenizers.open_clip import open_clip_tokenizer
+from ldm_core.weights.clip_names import CLIP_TEXT_TABLE, current_clip_name
 from ldm_core.weights.name_mapping import Table, entries
 from ldm_core.weights.named_tensors import differences
 from ldm_core.weights.weights_files import open_foreign_weights, open_tensors, read_json
@@ -113,22 +115,6 @@ def open_clip_text_encoder(architecture: str, weights: str | Path, *, unused_lay
     names = {entry.ours: entry.theirs[0] for entry in entries(conditioner.transformer, _OPEN_CLIP_TABLE)}
     _load_clip(conditioner, _open_clip_weights(path), names, origin=path)
     return TextEncoder(conditioner, open_clip_tokenizer(max_length=config.max_length), _digest([path]))
-
-
-def open_clip_tokenizer(*, max_length: int = 77) -> FileTokenizer:
-    """CLIP's tokenizer from the vocabulary that the open_clip package ships, padding with id 0 as OpenCLIP does."""
-    import gzip
-
-    from open_clip.tokenizer import SimpleTokenizer, default_bpe
-
-    original = SimpleTokenizer()
-    renamed = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
-    vocabulary = {renamed.get(token, token): index for token, index in original.encoder.items()}
-    with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
-        lines = file.read().split("\n")
-    # After the header, as many merges as there are tokens beyond 2 x 256 bytes and the two special ones.
-    merges = lines[1 : len(vocabulary) - 2 * 256 - 2 + 1]
-    return FileTokenizer.clip(vocabulary, merges, max_length=max_length, pad_token="!")
 
 
 def _wrapped(settings: Mapping[str, Any], folder: Path, max_length: int | None) -> FrozenTextConditioner:

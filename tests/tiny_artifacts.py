@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 
 from pipelines.config import Config
-from pipelines.shards.format import PAIRS_FORMAT, write_shard
+from pipelines.shards.format import write_shard
 from pipelines.stage import Stage, StageContext
+from pipelines.stages.pairs.artifact import PAIRS_FORMAT
 from pipelines.store.ledger import Artifact, ArtifactWriter
 from pipelines.store.storage import Storage
 from pipelines.tracking import null_stage_tracker
@@ -57,7 +58,7 @@ def first_stage_artifact(root: Path, *, preset: str = "tiny-kl-f8", name: str = 
 
     from ldm_core import presets
     from ldm_core.networks.autoencoder import build_first_stage
-    from pipelines.stages.autoencoder.weights import save_first_stage
+    from pipelines.stages.autoencoder.artifact import save_first_stage
 
     writer = ArtifactWriter("autoencoder", name, Storage(str(root)) / "autoencoder" / name)
     torch.manual_seed(0)
@@ -73,9 +74,9 @@ def diffusion_artifact(root: Path, *, max_length: int = 77, name: str = "diffusi
     import torch
 
     from ldm_core import checkpoint, presets
-    from ldm_core.latent_diffusion import LatentDiffusionConfig
-    from ldm_core.networks.text_transformer import TextTransformerConfig
-    from ldm_core.networks.unet import UNetConfig
+    from ldm_core.configs.model import LatentDiffusionConfig
+    from ldm_core.configs.text import TextTransformerConfig
+    from ldm_core.configs.unet import UNetConfig
     from ldm_core.tokenizers.wordpiece import Tokenizer, build_vocabulary
 
     tokenizer = Tokenizer.from_vocabulary(build_vocabulary(WORDS, size=64), max_length=max_length)

@@ -59,8 +59,7 @@ def export(checkpoint: str, folder: str, layout: str, max_shard_gib: float, as_j
 def _export(source: Path, target: Path, layout: str, max_shard_gib: float) -> tuple[str, str | None]:
     """Write one layout; what was written, in its own terms, and what there is to say about it."""
     from ldm_core import checkpoint
-    from ldm_core.checkpoint_formats.compvis import checkpoint as compvis
-    from ldm_core.checkpoint_formats.diffusers import folder as diffusers
+    from ldm_core.checkpoint_formats import compvis, diffusers
 
     config = checkpoint.read_config(source / checkpoint.CONFIG_FILE)
     whole = checkpoint.is_whole_model(config)

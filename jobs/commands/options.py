@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 import click
 
 from pipelines.errors import MisuseError
+from pipelines.run.plan import STAGE_NAMES, Selection
 from pipelines.run.recipe import Recipe, load_recipe
-from pipelines.run.walk import STAGE_NAMES, Selection
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

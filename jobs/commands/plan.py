@@ -9,7 +9,7 @@ from jobs.commands.options import open_recipe, recipe_options, selection, select
 from jobs.console import console, emit_json, json_option
 from pipelines.drawing.formatting import format_bytes, format_seconds
 from pipelines.run.estimate import Estimate, estimate
-from pipelines.run.walk import plan as plan_pipeline
+from pipelines.run.plan import plan as plan_pipeline
 
 
 @click.command()

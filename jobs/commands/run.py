@@ -10,7 +10,7 @@ from jobs.commands.options import open_recipe, recipe_options, selection, select
 from jobs.console import console, emit_json, json_option
 from jobs.progress import Display, stage_table
 from pipelines.drawing.formatting import format_seconds
-from pipelines.run.walk import RunResult
+from pipelines.run.results import RunResult
 from pipelines.run.walk import run as run_pipeline
 
 

@@ -12,8 +12,9 @@ from jobs.demo.dataset import PICTURES_HOST, SLOW_HOST, DemoData, prepare
 from jobs.demo.web import DemoWeb
 from jobs.progress import Display
 from jobs.recipes import recipe_path
+from pipelines.run.plan import STAGE_NAMES, Selection
 from pipelines.run.recipe import load_recipe
-from pipelines.run.walk import STAGE_NAMES, RunResult, Selection
+from pipelines.run.results import RunResult
 from pipelines.run.walk import run as run_pipeline
 
 NEXT = """

@@ -6,8 +6,8 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-from ldm_core.latent_diffusion import LatentDiffusionConfig
-from ldm_core.networks.autoencoder import FirstStageConfig
+from ldm_core.configs.first_stage import FirstStageConfig
+from ldm_core.configs.model import LatentDiffusionConfig
 from ldm_core.weights.named_tensors import NamedTensors
 
 if TYPE_CHECKING:

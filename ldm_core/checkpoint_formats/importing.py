@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm_core import presets
-from ldm_core.checkpoint_formats.compvis import checkpoint as compvis
-from ldm_core.checkpoint_formats.diffusers import folder as diffusers
+from ldm_core.checkpoint_formats import compvis, diffusers
 from ldm_core.checkpoint_formats.imported import Config, Imported
-from ldm_core.networks.clip_text import ClipTextConfig
-from ldm_core.networks.text_transformer import TextTransformerConfig
+from ldm_core.configs.text import ClipTextConfig, TextTransformerConfig
 from ldm_core.weights.weights_files import open_tensors, read_json
 
 if TYPE_CHECKING:
@@ -143,8 +141,8 @@ def _tokenizer(config: Config, path: str | Path | None, source: Path) -> AnyToke
 def _published_clip_tokenizer(text: ClipTextConfig) -> FileTokenizer | None:
     """OpenAI's, from the vocabulary that the open_clip package ships; None where it is not that one, or not there."""
     try:
-        from ldm_core.pretrained import open_clip_tokenizer
         from ldm_core.tokenizers.from_file import CLIP_END, FileTokenizer
+        from ldm_core.tokenizers.open_clip import open_clip_tokenizer
 
         theirs = open_clip_tokenizer(max_length=text.max_length)
     except ImportError:

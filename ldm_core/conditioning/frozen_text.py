@@ -6,45 +6,13 @@ come with the model's own file, or from `pretrained`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
-
 import torch
 from torch import Tensor, nn
 
 from ldm_core.conditioning.interface import Conditioner, Conditioning
-from ldm_core.networks.clip_text import ClipTextConfig, ClipTextTransformer
+from ldm_core.configs.text import ClipTextConfig, FrozenTextConfig
+from ldm_core.networks.clip_text import ClipTextTransformer
 from ldm_core.networks.ids import check_tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class FrozenTextConfig:
-    """A text encoder of the transformers library.
-
-    Args:
-        architecture: its config.json, with `model_type`.
-        width: D of the context, the encoder's hidden size.
-        max_length: longest token sequence.
-        pad_id: the token that fills captions up; it is not attended to. None where the encoder attends to padding.
-
-    Raises:
-        ValueError: no `model_type`, or a number is not positive.
-    """
-
-    architecture: Mapping[str, Any] = field(hash=False)
-    width: int
-    max_length: int
-    pad_id: int | None = 0
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
-
-    def __post_init__(self) -> None:
-        if "model_type" not in self.architecture:
-            raise ValueError("FrozenTextConfig.architecture must be the encoder's config.json, it has no 'model_type'")
-        for name in ("width", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"FrozenTextConfig.{name} must be at least 1, got {getattr(self, name)}")
 
 
 class _Frozen(Conditioner):

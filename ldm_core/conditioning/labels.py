@@ -2,39 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
-
 import torch
 from torch import Tensor, nn
 
 from ldm_core.conditioning.interface import Conditioner, Conditioning
+from ldm_core.configs.conditioning import ClassConfig
 from ldm_core.networks.ids import check_ids
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassConfig:
-    """Shape of a class embedding.
-
-    Args:
-        classes: labels are 0 ... classes - 1.
-        width: D of the context.
-        unconditional_class: the last label stands for no class, as classifier-free guidance needs.
-
-    Raises:
-        ValueError: a number is not positive.
-    """
-
-    classes: int
-    width: int
-    unconditional_class: bool = False
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
-
-    def __post_init__(self) -> None:
-        for name in ("classes", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"ClassConfig.{name} must be at least 1, got {getattr(self, name)}")
 
 
 class ClassConditioner(Conditioner):

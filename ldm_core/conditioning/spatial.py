@@ -6,39 +6,14 @@ Shapes: H, W: size of the image; h, w: of its latent. Images are in [-1, 1].
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_core.conditioning.interface import Conditioner, Conditioning, Encode
+from ldm_core.configs.conditioning import LowResolutionConfig, MaskedImageConfig, SemanticMapConfig
 from ldm_core.networks.ids import check_ids
-
-
-@dataclass(frozen=True, kw_only=True)
-class SemanticMapConfig:
-    """Shape of a rescaled semantic map (Sec. 4.3.2: semantic synthesis).
-
-    Args:
-        classes: labels are 0 ... classes - 1.
-        halvings: how often the map is halved, log2 of the first stage's downsampling factor.
-        out_channels: channels that a learned 1x1 convolution maps the classes to.
-
-    Raises:
-        ValueError: a number is out of range.
-    """
-
-    classes: int
-    halvings: int
-    out_channels: int = 3
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
-
-    def __post_init__(self) -> None:
-        for name, least in (("classes", 1), ("halvings", 0), ("out_channels", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"SemanticMapConfig.{name} must be at least {least}, got {getattr(self, name)}")
 
 
 class SemanticMapConditioner(Conditioner):
@@ -79,26 +54,6 @@ class SemanticMapConditioner(Conditioner):
         return Conditioning(concat=self.channel_mapper(channels))
 
 
-@dataclass(frozen=True, kw_only=True)
-class LowResolutionConfig:
-    """Super-resolution: the small image has the latent's height and width (Sec. 4.4).
-
-    Args:
-        channels: of the small image.
-
-    Raises:
-        ValueError: no channels.
-    """
-
-    channels: int = 3
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
-
-    def __post_init__(self) -> None:
-        if self.channels < 1:
-            raise ValueError(f"LowResolutionConfig.channels must be at least 1, got {self.channels}")
-
-
 class LowResolutionConditioner(Conditioner):
     """Small images (B, 3, h, w), as they are, beside the latent."""
 
@@ -126,13 +81,6 @@ class MaskedImage:
 
     image: Tensor
     mask: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskedImageConfig:
-    """Inpainting: the latent of the image without what is to be filled in, and the mask (Sec. 4.5)."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
 
 class MaskedImageConditioner(Conditioner):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ldm_core.conditioning.interface import Conditioner, Conditioning
-from ldm_core.networks.text_transformer import TextTransformer, TextTransformerConfig
+from ldm_core.configs.text import TextTransformerConfig
+from ldm_core.networks.text_transformer import TextTransformer
 
 
 class TextConditioner(Conditioner):

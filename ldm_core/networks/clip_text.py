@@ -5,56 +5,12 @@ Its weights come from CLIP or OpenCLIP (see `pretrained`). Shapes: tokens: (B, L
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm_core.configs.text import ClipTextConfig
 from ldm_core.networks.ids import check_tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClipTextConfig:
-    """Shape of a CLIP text transformer; the defaults are those of ViT-L/14.
-
-    Args:
-        vocabulary_size: number of token ids.
-        max_length: longest token sequence.
-        width: D of the context.
-        layers, heads: of the transformer; heads divide the width.
-        feed_forward_width: of the hidden layer of the feed-forward networks.
-        activation: "quick_gelu", x sigmoid(1.702 x), as OpenAI trained; "gelu" as OpenCLIP mostly did.
-        unused_layers: layers at the end that are left out; the last norm still follows.
-
-    Raises:
-        ValueError: a number is out of range.
-    """
-
-    vocabulary_size: int = 49_408
-    max_length: int = 77
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
-    feed_forward_width: int = 3072
-    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
-    unused_layers: int = 0
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
-
-    def __post_init__(self) -> None:
-        for name in ("vocabulary_size", "max_length", "width", "layers", "heads", "feed_forward_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"ClipTextConfig.{name} must be at least 1, got {getattr(self, name)}")
-        if self.width % self.heads:
-            raise ValueError(f"ClipTextConfig.width must be a multiple of heads={self.heads}, got {self.width}")
-        if self.activation not in ("quick_gelu", "gelu"):
-            raise ValueError(f'ClipTextConfig.activation must be "quick_gelu" or "gelu", got {self.activation!r}')
-        if not 0 <= self.unused_layers < self.layers:
-            raise ValueError(
-                f"ClipTextConfig.unused_layers must be from 0 to {self.layers - 1}, got {self.unused_layers}"
-            )
 
 
 class ClipTextLayer(nn.Module):

@@ -16,7 +16,7 @@ from ldm_core.presets.first_stages import FIRST_STAGE_CONFIGS
 from ldm_core.presets.unets import UNET_CONFIGS
 
 if TYPE_CHECKING:
-    from ldm_core.latent_diffusion import LatentDiffusionConfig
+    from ldm_core.configs.model import LatentDiffusionConfig
     from ldm_core.presets.models import MODEL_CONFIGS as MODEL_CONFIGS
 
 T = TypeVar("T")

@@ -5,20 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from ldm_core.conditioning import (
-    ClassConfig,
-    ConditionerConfig,
-    LayoutConfig,
-    LowResolutionConfig,
-    MaskedImageConfig,
-    SemanticMapConfig,
-)
-from ldm_core.latent_diffusion import LatentDiffusionConfig
-from ldm_core.networks.clip_text import ClipTextConfig
-from ldm_core.networks.text_transformer import TextTransformerConfig
+from ldm_core.conditioning import ClassConfig, LayoutConfig, LowResolutionConfig, MaskedImageConfig, SemanticMapConfig
+from ldm_core.configs.conditioning import ConditionerConfig
+from ldm_core.configs.model import LatentDiffusionConfig
+from ldm_core.configs.schedule import ScheduleConfig
+from ldm_core.configs.text import ClipTextConfig, TextTransformerConfig
 from ldm_core.presets.first_stages import FIRST_STAGE_CONFIGS
 from ldm_core.presets.unets import UNET_CONFIGS
-from ldm_core.schedule import ScheduleConfig
 
 BERT_VOCABULARY_SIZE = 30_522
 

@@ -22,12 +22,9 @@ from torch import Tensor
 
 from ldm_core.objective import Prediction
 from ldm_core.samplers.editing import img2img_start, masked
-from ldm_core.samplers.grid import Spacing, timestep_grid
-from ldm_core.samplers.multistep import dpm_solver_pp_2m, plms
 from ldm_core.samplers.noise import NoiseSource, initial_noise, seeded_noise
-from ldm_core.samplers.singlestep import ddim, ddpm
-from ldm_core.samplers.solvers import unipc
-from ldm_core.samplers.steps import Callback, Denoise
+from ldm_core.samplers.solvers import ddim, ddpm, dpm_solver_pp_2m, plms, unipc
+from ldm_core.samplers.steps import Callback, Denoise, Spacing, timestep_grid
 
 FewStepSampler = Callable[..., Tensor]
 # They share their arguments; DDIM alone has eta and noise besides, DDPM visits every timestep.

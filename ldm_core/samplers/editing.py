@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from ldm_core.objective import Prediction
-from ldm_core.samplers.grid import Spacing, timestep_grid
-from ldm_core.samplers.steps import Denoise
+from ldm_core.samplers.steps import Denoise, Spacing, timestep_grid
 from ldm_core.schedule import NoiseSchedule
 
 

@@ -60,8 +60,9 @@ def write_contact_sheet(url: str, target: Path) -> None:
         UserError: there is no tar with pictures, or the file cannot be written.
     """
     from pipelines.drawing.grids import encode_png
-    from pipelines.stages.pairs.stage import WORK
-    from pipelines.stages.pairs.summary.contact_sheet import Tar, contact_sheet, tars_of
+    from pipelines.shards.tar_windows import Tar
+    from pipelines.stages.pairs.shard.staged import WORK
+    from pipelines.stages.pairs.summary.contact_sheet import contact_sheet, tars_of
     from pipelines.stages.pairs.summary.unfinished import tars_in_the_making
 
     storage = Storage(url)
@@ -157,7 +158,7 @@ def _summary(storage: Storage) -> dict[str, Any]:
 
 
 def _is_unfinished(storage: Storage) -> bool:
-    from pipelines.stages.pairs.stage import WORK
+    from pipelines.stages.pairs.shard.staged import WORK
 
     return storage.exists(COMMITS) or storage.exists(WORK)
 
@@ -170,7 +171,8 @@ def _unfinished_artifacts(root: Storage) -> list[Storage]:
 
 def _unfinished(storage: Storage) -> dict[str, Any]:
     """How far an artifact is that a run makes now, or was making when it ended."""
-    from pipelines.stages.pairs.stage import STAGE, WORK
+    from pipelines.stages.pairs.shard.staged import WORK
+    from pipelines.stages.pairs.stage import STAGE
     from pipelines.stages.pairs.summary.unfinished import survey
 
     stage, key = storage.url.rstrip("/").split("/")[-2:]

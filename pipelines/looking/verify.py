@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from pipelines.errors import UserError
-from pipelines.shards.format import IMAGE_EXTENSIONS, decode_npy, require_end_of_archive
+from pipelines.shards.format import decode_npy, require_end_of_archive
+from pipelines.stages.pairs.artifact import IMAGE_EXTENSIONS
 from pipelines.store.ledger import MANIFEST, FileRecord, read_manifest
 from pipelines.store.storage import Storage, sha256_file
 

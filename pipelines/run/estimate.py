@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pipelines.run.plan import PlannedStage
 from pipelines.run.recipe import Recipe
-from pipelines.run.walk import PlannedStage
 from pipelines.store.ledger import MANIFEST, Manifest, read_manifest
 from pipelines.store.storage import Storage
 
@@ -43,7 +43,7 @@ def estimate(recipe: Recipe, walk: list[PlannedStage]) -> list[Estimate]:
 
 
 def _pairs(recipe: Recipe, before: dict[str, Estimate]) -> tuple[int | None, int | None]:
-    from pipelines.stages.pairs.stage import count_rows
+    from pipelines.stages.pairs.work import count_rows
 
     rows = count_rows(recipe.pairs)
     if rows is None:

@@ -11,9 +11,8 @@ import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
 from pipelines.compute.cluster import ClusterConfig
-from pipelines.config import Config, runtime
+from pipelines.config import Config, merge, runtime
 from pipelines.errors import MisuseError, UserError
-from pipelines.presets import merge
 from pipelines.stages.autoencoder.config import AutoencoderConfig
 from pipelines.stages.diffusion.config import DiffusionConfig
 from pipelines.stages.evaluate.config import EvaluateConfig

@@ -16,10 +16,6 @@ import numpy as np
 
 from pipelines.errors import UserError
 
-# Of the artifact that the pairs stage writes and others read; raised when its bytes or their meaning change.
-PAIRS_FORMAT = 2
-IMAGE_EXTENSIONS = ("jpg", "webp", "png")
-
 
 class ShardWriter:
     """Writes a tar of samples, one after the other; the same samples give the same bytes on any machine.
@@ -173,25 +169,3 @@ def decode_npy(data: bytes) -> np.ndarray:
         return cast(np.ndarray, np.load(io.BytesIO(data), allow_pickle=False))
     except EOFError as error:
         raise ValueError(f"not a whole .npy file ({len(data)} bytes): {error}") from error
-
-
-def decode_image(data: bytes) -> np.ndarray:
-    """A picture stored in a shard as uint8 (H, W, 3) RGB."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data)) as image:
-        return np.array(image.convert("RGB"))
-
-
-def image_of(sample: Mapping[str, Any]) -> bytes:
-    """The encoded picture of a pairs sample, whichever of the formats it is stored in.
-
-    Raises:
-        UserError: the sample has no picture.
-    """
-    for extension in IMAGE_EXTENSIONS:
-        if extension in sample:
-            return cast(bytes, sample[extension])
-    raise UserError(
-        f"sample {sample.get('__key__')} has no picture ({', '.join(IMAGE_EXTENSIONS)}): has {sorted(sample)}"
-    )

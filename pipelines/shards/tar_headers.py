@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from pipelines.stages.pairs.sources.files import filesystem_of, is_local, read_range
+from pipelines.store.ranges import filesystem_of, is_local, read_range
 
 _BLOCK = 512
 _END = bytes(_BLOCK)

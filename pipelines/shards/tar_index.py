@@ -11,8 +11,7 @@ from itertools import islice
 
 from pipelines.errors import UserError
 from pipelines.shards.tar_headers import HeaderReader, TarError, members
-from pipelines.stages.pairs.sources.files import readable
-from pipelines.stages.pairs.sources.fingerprint import stamp
+from pipelines.store.ranges import readable, stamp
 
 _STEP_ROWS = 1000
 

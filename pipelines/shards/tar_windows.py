@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from pipelines.stages.pairs.sources.files import map_in_threads
 from pipelines.store import object_store
+from pipelines.store.ranges import map_in_threads
 from pipelines.store.storage import Storage
 
 # Bytes read at one place; more only where a sample is larger.

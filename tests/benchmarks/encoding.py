@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from ldm_core.networks.autoencoder import AutoencoderKL, FirstStageConfig, build_first_stage
+from ldm_core.configs.first_stage import FirstStageConfig
+from ldm_core.networks.autoencoder import AutoencoderKL, build_first_stage
 from tests.benchmarks import peers
 from tests.benchmarks.shapes import OURS, THEIRS, Call, Shape
 

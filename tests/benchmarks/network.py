@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ldm_core.configs.model import LatentDiffusionConfig
 from ldm_core.ema import EMA
-from ldm_core.latent_diffusion import LatentDiffusionConfig
 from tests.benchmarks.shapes import Shape
 from tests.benchmarks.timing import Timing, count_flops, interleaved, release_memory
 from tests.benchmarks.train_step import random_batch, training_step

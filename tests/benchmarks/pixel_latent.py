@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from ldm_core import presets
-from ldm_core.networks.unet import UNetConfig
+from ldm_core.configs.unet import UNetConfig
 from tests.benchmarks.shapes import Shape
 from tests.benchmarks.timing import Timing, interleaved
 from tests.benchmarks.train_step import initial_unet, our_step, random_batch

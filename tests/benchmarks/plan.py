@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from ldm_core import presets
-from ldm_core.latent_diffusion import LatentDiffusionConfig
-from ldm_core.networks.autoencoder import FirstStageConfig
-from ldm_core.networks.unet import UNetConfig
+from ldm_core.configs.first_stage import FirstStageConfig
+from ldm_core.configs.model import LatentDiffusionConfig
+from ldm_core.configs.unet import UNetConfig
 from tests.benchmarks import pixel_latent
 
 PARTS = ("train", "sample", "encode", "pixel", "sweep")

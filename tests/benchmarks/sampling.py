@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm_core.latent_diffusion import LatentDiffusion, LatentDiffusionConfig
+from ldm_core.configs.model import LatentDiffusionConfig
+from ldm_core.latent_diffusion import LatentDiffusion
 from ldm_core.samplers import initial_noise
 from tests.benchmarks import peers
 from tests.benchmarks.shapes import OURS, THEIRS, Call, Shape

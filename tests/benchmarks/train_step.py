@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm_core.configs.unet import UNetConfig
 from ldm_core.ema import EMA
-from ldm_core.networks.unet import UNet, UNetConfig
+from ldm_core.networks.unet import UNet
 from tests.benchmarks import peers
 from tests.benchmarks.shapes import OURS, THEIRS, Call, Shape
 

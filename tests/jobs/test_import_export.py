@@ -14,7 +14,7 @@ from torch import nn
 
 import ldm_core
 from ldm_core import checkpoint, presets
-from ldm_core.checkpoint_formats.compvis import checkpoint as compvis
+from ldm_core.checkpoint_formats import compvis
 from ldm_core.latent_diffusion import LatentDiffusion
 from ldm_core.networks.autoencoder import build_first_stage
 from ldm_core.tokenizers.wordpiece import Tokenizer, build_vocabulary

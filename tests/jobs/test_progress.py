@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from jobs.progress import Display, _Running, _sparkline
-from pipelines.run.walk import StageRow
+from pipelines.run.results import StageRow
 
 
 def test_the_time_left_leaves_out_the_start_and_what_an_earlier_run_has_done(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,9 @@ import pytest
 
 from jobs.recipes import recipe_path
 from pipelines.looking.verify import verify_path
+from pipelines.run.plan import Selection
 from pipelines.run.recipe import load_recipe
-from pipelines.run.walk import Selection, run
+from pipelines.run.walk import run
 
 TINY = (
     "pairs.limit=120",

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 
 from ldm_core import samplers
+from ldm_core.configs.schedule import ScheduleConfig
 from ldm_core.guidance import classifier_free, image_guidance
 from ldm_core.objective import Prediction, to_prediction
-from ldm_core.schedule import NoiseSchedule, ScheduleConfig
+from ldm_core.schedule import NoiseSchedule
 
 
 class Recorder:

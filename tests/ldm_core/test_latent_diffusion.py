@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ldm_core import guidance, presets, samplers
-from ldm_core.latent_diffusion import LatentDiffusion, LatentDiffusionConfig
-from ldm_core.networks.text_transformer import TextTransformerConfig
+from ldm_core.configs.model import LatentDiffusionConfig
+from ldm_core.configs.schedule import ScheduleConfig
+from ldm_core.configs.text import TextTransformerConfig
+from ldm_core.latent_diffusion import LatentDiffusion
 from ldm_core.objective import DiffusionObjective, Prediction
-from ldm_core.schedule import ScheduleConfig
 
 CONFIG = presets.get("tiny-txt2img")
 assert isinstance(CONFIG.conditioner, TextTransformerConfig)

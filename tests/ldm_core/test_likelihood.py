@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from ldm_core.configs.schedule import ScheduleConfig
 from ldm_core.likelihood import variational_bound
 from ldm_core.samplers import seeded_noise
-from ldm_core.schedule import NoiseSchedule, ScheduleConfig
+from ldm_core.schedule import NoiseSchedule
 
 MEAN, STD = 0.7, 0.4
 SCHEDULE = NoiseSchedule(ScheduleConfig(timesteps=50, beta_start=0.005, beta_end=0.2))

@@ -4,17 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_core.objective import (
-    PARAMETERIZATIONS,
-    DiffusionObjective,
-    Parameterization,
-    target,
-    to_eps,
-    to_prediction,
-    to_x0,
-    vlb_weights,
-)
-from ldm_core.schedule import NoiseSchedule, ScheduleConfig
+from ldm_core.configs.objective import PARAMETERIZATIONS, Parameterization
+from ldm_core.configs.schedule import ScheduleConfig
+from ldm_core.objective import DiffusionObjective, target, to_eps, to_prediction, to_x0, vlb_weights
+from ldm_core.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule(ScheduleConfig())
 

@@ -9,11 +9,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ldm_core import checkpoint, load, objective, presets
+from ldm_core.configs.first_stage import FirstStageConfig
+from ldm_core.configs.model import LatentDiffusionConfig
+from ldm_core.configs.schedule import ScheduleConfig
 from ldm_core.ema import EMA
-from ldm_core.latent_diffusion import LatentDiffusionConfig
-from ldm_core.networks.autoencoder import FirstStageConfig
 from ldm_core.networks.posterior import DiagonalGaussian
-from ldm_core.schedule import NoiseSchedule, ScheduleConfig
+from ldm_core.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule(ScheduleConfig())
 Z = torch.zeros(1, 4, 8, 8)

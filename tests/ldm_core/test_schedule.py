@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from ldm_core.schedule import NoiseSchedule, ScheduleConfig
+from ldm_core.configs.schedule import ScheduleConfig
+from ldm_core.schedule import NoiseSchedule
 
 
 def test_scaled_linear_betas_are_linear_in_their_root_between_the_given_ends() -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm_core.networks.autoencoder import FirstStageConfig, build_first_stage
+from ldm_core.configs.first_stage import FirstStageConfig
+from ldm_core.networks.autoencoder import build_first_stage
 from ldm_core.networks.posterior import DiagonalGaussian, PointPosterior
 from ldm_core.tiling import tiled_decode, tiled_encode
 

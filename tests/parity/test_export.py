@@ -15,20 +15,21 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ldm_core import presets, samplers
-from ldm_core.checkpoint_formats.compvis import checkpoint as compvis
+from ldm_core.checkpoint_formats import compvis
 from ldm_core.checkpoint_formats.diffusers import defaults as diffusers_defaults
-from ldm_core.checkpoint_formats.diffusers.folder import export_folder, import_folder
+from ldm_core.checkpoint_formats.diffusers import export_folder, import_folder
 from ldm_core.checkpoint_formats.diffusers.names import text_transformer_weights
 from ldm_core.checkpoint_formats.diffusers.write_config import first_stage_config, unet_config
 from ldm_core.conditioning import TextConditioner
-from ldm_core.latent_diffusion import LatentDiffusion, LatentDiffusionConfig
-from ldm_core.networks.autoencoder import FirstStageConfig, build_first_stage
-from ldm_core.networks.clip_text import ClipTextConfig
-from ldm_core.networks.text_transformer import TextTransformerConfig
-from ldm_core.pretrained import open_clip_tokenizer
+from ldm_core.configs.first_stage import FirstStageConfig
+from ldm_core.configs.model import LatentDiffusionConfig
+from ldm_core.configs.schedule import ScheduleConfig
+from ldm_core.configs.text import ClipTextConfig, TextTransformerConfig
+from ldm_core.latent_diffusion import LatentDiffusion
+from ldm_core.networks.autoencoder import build_first_stage
 from ldm_core.samplers import initial_noise
-from ldm_core.schedule import ScheduleConfig
 from ldm_core.tokenizers.from_file import CLIP_END, FileTokenizer
+from ldm_core.tokenizers.open_clip import open_clip_tokenizer
 from ldm_core.tokenizers.wordpiece import Tokenizer, build_vocabulary
 
 diffusers = pytest.importorskip("diffusers")

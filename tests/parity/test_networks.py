@@ -9,10 +9,13 @@ from torch import Tensor, nn
 
 from ldm_core.checkpoint_formats.diffusers import names as weights
 from ldm_core.checkpoint_formats.diffusers import write_config as theirs
-from ldm_core.networks.autoencoder import FirstStageConfig, VQAutoencoder, build_first_stage
+from ldm_core.configs.first_stage import FirstStageConfig
+from ldm_core.configs.text import TextTransformerConfig
+from ldm_core.configs.unet import UNetConfig
+from ldm_core.networks.autoencoder import VQAutoencoder, build_first_stage
 from ldm_core.networks.posterior import DiagonalGaussian
-from ldm_core.networks.text_transformer import TextTransformer, TextTransformerConfig
-from ldm_core.networks.unet import UNet, UNetConfig
+from ldm_core.networks.text_transformer import TextTransformer
+from ldm_core.networks.unet import UNet
 
 diffusers = pytest.importorskip("diffusers")
 

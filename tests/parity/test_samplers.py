@@ -15,9 +15,10 @@ from diffusers import (
 from torch import Tensor
 
 from ldm_core import samplers
+from ldm_core.configs.schedule import ScheduleConfig
 from ldm_core.objective import to_prediction
 from ldm_core.samplers import Prediction, Spacing
-from ldm_core.schedule import NoiseSchedule, ScheduleConfig
+from ldm_core.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule(ScheduleConfig())
 BETAS: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}

@@ -1,0 +1,21 @@
+"""Checkpoints of the paper's code release: `.ckpt` and `.safetensors` files of whole models and of first stages."""
+
+from ldm_core.checkpoint_formats.compvis.checkpoint import (
+    export_folder,
+    export_state,
+    import_checkpoint,
+    infer_preset,
+    is_whole_model,
+    load_configuration,
+    schedule_buffers,
+)
+
+__all__ = [
+    "export_folder",
+    "export_state",
+    "import_checkpoint",
+    "infer_preset",
+    "is_whole_model",
+    "load_configuration",
+    "schedule_buffers",
+]

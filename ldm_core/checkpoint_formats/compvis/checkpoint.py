@@ -22,8 +22,10 @@ from ldm_core.checkpoint_formats.compvis.names import (
 )
 from ldm_core.checkpoint_formats.imported import Config
 from ldm_core.conditioning import MaskedImageConfig
-from ldm_core.latent_diffusion import LatentDiffusion, LatentDiffusionConfig
-from ldm_core.networks.autoencoder import AutoencoderKL, FirstStageConfig, VQAutoencoder, build_first_stage
+from ldm_core.configs.first_stage import FirstStageConfig
+from ldm_core.configs.model import LatentDiffusionConfig
+from ldm_core.latent_diffusion import LatentDiffusion
+from ldm_core.networks.autoencoder import AutoencoderKL, VQAutoencoder, build_first_stage
 from ldm_core.schedule import NoiseSchedule
 from ldm_core.weights.name_mapping import Entry, their_shapes, to_ours, to_theirs
 from ldm_core.weights.named_tensors import NamedTensors, differences, some

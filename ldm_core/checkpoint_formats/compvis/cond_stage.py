@@ -6,17 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldm_core.checkpoint_formats.compvis.settings import check, needed
-from ldm_core.conditioning import (
-    ClassConfig,
-    ConditionerConfig,
-    LayoutConfig,
-    LowResolutionConfig,
-    MaskedImageConfig,
-    SemanticMapConfig,
-)
-from ldm_core.networks.clip_text import ClipTextConfig
-from ldm_core.networks.text_transformer import TextTransformerConfig
-from ldm_core.networks.unet import UNetConfig
+from ldm_core.conditioning import ClassConfig, LayoutConfig, LowResolutionConfig, MaskedImageConfig, SemanticMapConfig
+from ldm_core.configs.conditioning import ConditionerConfig
+from ldm_core.configs.text import ClipTextConfig, TextTransformerConfig
+from ldm_core.configs.unet import UNetConfig
 
 ENCODERS = "ldm.modules.encoders.modules"
 IMAGENET_CLASSES = 1000

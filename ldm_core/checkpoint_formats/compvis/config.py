@@ -10,11 +10,11 @@ from typing import Any
 
 from ldm_core.checkpoint_formats.compvis.cond_stage import from_cond_stage, to_cond_stage
 from ldm_core.checkpoint_formats.compvis.settings import Settings, check, differing, needed, section
-from ldm_core.conditioning import kind_of
-from ldm_core.latent_diffusion import LatentDiffusionConfig
-from ldm_core.networks.autoencoder import FirstStageConfig
-from ldm_core.networks.unet import UNetConfig
-from ldm_core.schedule import ScheduleConfig
+from ldm_core.configs.conditioning import kind_of
+from ldm_core.configs.first_stage import FirstStageConfig
+from ldm_core.configs.model import LatentDiffusionConfig
+from ldm_core.configs.schedule import ScheduleConfig
+from ldm_core.configs.unet import UNetConfig
 
 # What they call "linear" is linear in sqrt(beta).
 SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear", "cosine": "cosine"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import nn
 
-from ldm_core.checkpoint_formats.diffusers.names import CLIP_TEXT_TABLE
 from ldm_core.conditioning import (
     ClassConditioner,
     FrozenClipConditioner,
@@ -28,6 +27,7 @@ from ldm_core.networks.clip_text import ClipTextLayer, ClipTextTransformer
 from ldm_core.networks.text_transformer import TextTransformer
 from ldm_core.networks.unet import UNet, UNetBlock
 from ldm_core.networks.vector_quantizer import VectorQuantizer
+from ldm_core.weights.clip_names import CLIP_TEXT_TABLE
 from ldm_core.weights.name_mapping import (
     Children,
     Entry,

@@ -19,18 +19,18 @@ from ldm_core.checkpoint_formats.diffusers import read_config as reading
 from ldm_core.checkpoint_formats.diffusers import tokenizers as tokenizers
 from ldm_core.checkpoint_formats.diffusers import write_config as written
 from ldm_core.checkpoint_formats.diffusers.names import (
-    CLIP_TEXT_TABLE,
     FIRST_STAGE_TABLE,
     TEXT_TRANSFORMER_TABLE,
     UNET_TABLE,
-    current_clip_name,
     current_name,
 )
 from ldm_core.checkpoint_formats.imported import Imported
-from ldm_core.latent_diffusion import LatentDiffusion, LatentDiffusionConfig
-from ldm_core.networks.autoencoder import AutoencoderKL, FirstStageConfig, VQAutoencoder, build_first_stage
-from ldm_core.networks.clip_text import ClipTextConfig
-from ldm_core.networks.text_transformer import TextTransformerConfig
+from ldm_core.configs.first_stage import FirstStageConfig
+from ldm_core.configs.model import LatentDiffusionConfig
+from ldm_core.configs.text import ClipTextConfig, TextTransformerConfig
+from ldm_core.latent_diffusion import LatentDiffusion
+from ldm_core.networks.autoencoder import AutoencoderKL, VQAutoencoder, build_first_stage
+from ldm_core.weights.clip_names import CLIP_TEXT_TABLE, current_clip_name
 from ldm_core.weights.name_mapping import Entry, entries, to_ours, to_theirs
 from ldm_core.weights.named_tensors import NamedTensors, merged
 from ldm_core.weights.weights_files import open_foreign_weights, read_json, write_json, write_weights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm_core.networks.attention import (
     Attention,
@@ -15,7 +15,6 @@ from ldm_core.networks.attention import (
 )
 from ldm_core.networks.autoencoder import AutoencoderKL, Decoder, Encoder, FirstStageLevel, MiddleBlocks, VQAutoencoder
 from ldm_core.networks.blocks import Downsample, ResidualBlock, TimestepEmbedding, Upsample
-from ldm_core.networks.clip_text import ClipTextLayer, ClipTextTransformer
 from ldm_core.networks.text_transformer import TextTransformer, TextTransformerLayer
 from ldm_core.networks.unet import UNet
 from ldm_core.networks.vector_quantizer import VectorQuantizer
@@ -119,26 +118,6 @@ TEXT_TRANSFORMER_TABLE: Table = {
     Attention: {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "out_proj"},
 }
 
-# As the transformers library wrote them into files before its version 5, and still reads them.
-CLIP_TEXT_TABLE: dict[type[nn.Module], Children] = {
-    ClipTextTransformer: {
-        "token_embedding": "embeddings.token_embedding",
-        "position_embedding": "embeddings.position_embedding",
-        "layers": "encoder.layers",
-        "norm_out": "final_layer_norm",
-    },
-    ClipTextLayer: {
-        "norm1": "layer_norm1",
-        "query": "self_attn.q_proj",
-        "key": "self_attn.k_proj",
-        "value": "self_attn.v_proj",
-        "output": "self_attn.out_proj",
-        "norm2": "layer_norm2",
-        "linear1": "mlp.fc1",
-        "linear2": "mlp.fc2",
-    },
-}
-
 
 def unet_weights(unet: UNet) -> dict[str, Tensor]:
     """A UNet's weights under the names of `UNet2DConditionModel` or `UNet2DModel`."""
@@ -162,9 +141,3 @@ _NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 def current_name(name: str) -> str:
     """A weight's name since diffusers 0.17, which renamed the layers of self-attention over pixels."""
     return _OLD_ATTENTION.sub(lambda match: _NEW_ATTENTION[match.group(1)], name)
-
-
-def current_clip_name(name: str) -> str | None:
-    """A weight's name in CLIP's text model, whichever version of transformers wrote it; None for what is no weight."""
-    inner = name.removeprefix("text_model.")
-    return None if inner == "embeddings.position_ids" else f"text_model.{inner}"

@@ -17,12 +17,11 @@ from ldm_core.checkpoint_formats.diffusers.write_config import (
     text_transformer_config,
     unet_config,
 )
-from ldm_core.networks.autoencoder import FirstStageConfig
-from ldm_core.networks.clip_text import ClipTextConfig
-from ldm_core.networks.text_transformer import TextTransformerConfig
-from ldm_core.networks.unet import UNetConfig
-from ldm_core.objective import Parameterization
-from ldm_core.schedule import ScheduleConfig
+from ldm_core.configs.first_stage import FirstStageConfig
+from ldm_core.configs.objective import Parameterization
+from ldm_core.configs.schedule import ScheduleConfig
+from ldm_core.configs.text import ClipTextConfig, TextTransformerConfig
+from ldm_core.configs.unet import UNetConfig
 
 
 def read_unet(given: Mapping[str, Any]) -> UNetConfig:

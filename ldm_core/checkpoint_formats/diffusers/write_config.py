@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ldm_core.networks.autoencoder import FirstStageConfig
-from ldm_core.networks.clip_text import ClipTextConfig
-from ldm_core.networks.text_transformer import TextTransformerConfig
-from ldm_core.networks.unet import UNetConfig
-from ldm_core.objective import Parameterization
-from ldm_core.schedule import ScheduleConfig, ScheduleKind
+from ldm_core.configs.first_stage import FirstStageConfig
+from ldm_core.configs.objective import Parameterization
+from ldm_core.configs.schedule import ScheduleConfig, ScheduleKind
+from ldm_core.configs.text import ClipTextConfig, TextTransformerConfig
+from ldm_core.configs.unet import UNetConfig
 
 BETA_SCHEDULES: dict[ScheduleKind, str] = {
     "scaled_linear": "scaled_linear",

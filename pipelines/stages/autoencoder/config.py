@@ -6,8 +6,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ldm_core import presets
 from ldm_core.configs.first_stage import FirstStageConfig
-from pipelines.config import Config, runtime
-from pipelines.presets import expand_preset
+from pipelines.config import Config, expand_preset, runtime
 from pipelines.training.config import TrainingConfig
 
 

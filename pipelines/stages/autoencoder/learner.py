@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from ldm_core.networks.autoencoder import build_first_stage
 from pipelines.shards.order import SampleOrder, SamplePosition
 from pipelines.shards.randomness import Purpose, generator
+from pipelines.stages.autoencoder.artifact import commit_first_stage
 from pipelines.stages.autoencoder.config import AutoencoderConfig
-from pipelines.stages.autoencoder.outputs import commit_first_stage
-from pipelines.stages.autoencoder.pictures import Pictures, Place, open_pairs
 from pipelines.stages.autoencoder.reconstruction import SHOWN, ReconstructionLoss, ReconstructionTest, to_images
+from pipelines.stages.pairs.artifact import Pictures, Place, open_pairs
 from pipelines.store.ledger import Artifact, ArtifactWriter
 
 # Shards whose pictures are mixed with each other.

@@ -17,7 +17,7 @@ from ldm_core.networks.autoencoder import AutoencoderKL, VQAutoencoder
 from ldm_core.networks.posterior import DiagonalGaussian
 from pipelines.drawing.grids import encode_png, grid
 from pipelines.stages.autoencoder.config import AutoencoderConfig
-from pipelines.stages.autoencoder.pictures import Pictures, Place
+from pipelines.stages.pairs.artifact import Pictures, Place
 
 BATCH = 8
 SHOWN = 8

@@ -10,9 +10,8 @@ import itertools
 from typing import Any
 
 from pipelines.stage import Stage, StageContext
-from pipelines.stages.autoencoder.artifact import FORMAT_VERSION, STAGE_NAME
+from pipelines.stages.autoencoder.artifact import FORMAT_VERSION, STAGE_NAME, load_weights, weights_file
 from pipelines.stages.autoencoder.config import AutoencoderConfig
-from pipelines.stages.autoencoder.weights import load_weights, weights_file
 from pipelines.store.storage import sha256_file
 
 
@@ -53,9 +52,10 @@ def _train(context: StageContext, config: AutoencoderConfig) -> dict[str, Any]:
 def _import(context: StageContext, config: AutoencoderConfig) -> dict[str, Any]:
     import torch
 
-    from pipelines.stages.autoencoder.outputs import commit_first_stage
-    from pipelines.stages.autoencoder.pictures import Pictures, held_out
+    from pipelines.stages.autoencoder.artifact import commit_first_stage
+    from pipelines.stages.autoencoder.pictures import held_out
     from pipelines.stages.autoencoder.reconstruction import SHOWN, ReconstructionTest
+    from pipelines.stages.pairs.artifact import Pictures
 
     assert config.weights is not None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -74,7 +74,7 @@ def _import(context: StageContext, config: AutoencoderConfig) -> dict[str, Any]:
 def _checked_reader(context: StageContext, config: AutoencoderConfig) -> Any:
     """A reader of the pairs, whole and of a size that the model takes; mistakes end here, before any worker starts."""
     from pipelines.errors import UserError
-    from pipelines.stages.autoencoder.pictures import Pictures, open_pairs
+    from pipelines.stages.pairs.artifact import Pictures, open_pairs
 
     reader = open_pairs(context.upstream["pairs"])
     reader.check_sizes()

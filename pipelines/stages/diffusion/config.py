@@ -8,8 +8,7 @@ from ldm_core import presets
 from ldm_core.configs.schedule import ScheduleConfig
 from ldm_core.configs.text import TextTransformerConfig
 from ldm_core.configs.unet import UNetConfig
-from pipelines.config import Config, runtime
-from pipelines.presets import expand_preset
+from pipelines.config import Config, expand_preset, runtime
 from pipelines.training.config import TrainingConfig
 
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from ldm_core import checkpoint
 from ldm_core.conditioning import drop
-from ldm_core.latent_diffusion import LatentDiffusion, LatentDiffusionConfig
+from ldm_core.configs.model import LatentDiffusionConfig
+from ldm_core.latent_diffusion import LatentDiffusion
 from ldm_core.networks.posterior import DiagonalGaussian
 from ldm_core.objective import DiffusionObjective
 from ldm_core.schedule import NoiseSchedule

@@ -14,7 +14,7 @@ from pipelines.stages.diffusion.artifact import FORMAT_VERSION, STAGE_NAME
 from pipelines.stages.diffusion.config import DiffusionConfig
 
 if TYPE_CHECKING:
-    from ldm_core.latent_diffusion import LatentDiffusionConfig
+    from ldm_core.configs.model import LatentDiffusionConfig
     from pipelines.store.ledger import Artifact
 
 
@@ -51,7 +51,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
 def _model_config(config: DiffusionConfig, latents: Artifact, autoencoder: Artifact) -> LatentDiffusionConfig:
     """The whole model: what the recipe says, with what the latents fix (vocabulary, caption length, scale)."""
-    from ldm_core.latent_diffusion import LatentDiffusionConfig
+    from ldm_core.configs.model import LatentDiffusionConfig
     from pipelines.stages.autoencoder.artifact import first_stage_config
 
     first_stage = first_stage_config(autoencoder)

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from pipelines.compute.actor_pool import prepare_torch
 from pipelines.drawing.grids import encode_png
-from pipelines.shards.format import decode_image, read_shard, write_shard
+from pipelines.shards.format import read_shard, write_shard
 from pipelines.stages.diffusion.config import SamplingConfig
 from pipelines.stages.diffusion.sampling import sample_prompts
+from pipelines.stages.pairs.artifact import decode_image
 from pipelines.store.ledger import Artifact, ArtifactWriter
 from pipelines.store.storage import Storage
 

@@ -7,13 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import fsspec
-import numpy as np
-from numpy.typing import NDArray
 
 from pipelines.errors import UserError
-from pipelines.shards.format import decode_image, image_of, read_shard
 from pipelines.stages.evaluate.config import EvaluateConfig
-from pipelines.store.ledger import Artifact
 from pipelines.store.storage import sha256_file
 
 
@@ -28,14 +24,6 @@ class Prompt:
 
     text: str
     expected: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class TrainingPair:
-    """A caption of the training set and its picture, (H, W, 3) uint8."""
-
-    caption: str
-    image: NDArray[np.uint8]
 
 
 def prompts_digest(config: EvaluateConfig) -> dict[str, str]:
@@ -65,28 +53,6 @@ def load_prompts(config: EvaluateConfig) -> list[Prompt]:
         raise UserError(f"evaluate.prompts_file {path} holds no prompts: write one a line")
     parse = _json_prompt if path.endswith(".jsonl") else _text_prompt
     return prompts + [parse(line, f"{path} line {number}") for number, line in lines]
-
-
-def load_training_pairs(pairs: Artifact, count: int) -> list[TrainingPair]:
-    """The first caption and the picture of `count` samples, evenly spaced over the first shards that hold so many."""
-    shards, available = [], 0
-    for record in pairs.shards():
-        if available >= count:
-            break
-        shards.append(record)
-        available += record.rows
-    count = min(count, available)
-    wanted = {position * available // count for position in range(count)}
-    chosen: list[TrainingPair] = []
-    start = 0
-    for record in shards:
-        with pairs.storage.open(record.name) as file:
-            for position, sample in enumerate(read_shard(file), start=start):
-                if position in wanted:
-                    caption = str(json.loads(sample["json"])["captions"][0])
-                    chosen.append(TrainingPair(caption, decode_image(image_of(sample))))
-        start += record.rows
-    return chosen
 
 
 def _text_prompt(line: str, place: str) -> Prompt:

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from pipelines.compute.actor_pool import map_on_actors, pool_size
 from pipelines.drawing.grids import encode_png, grid
-from pipelines.shards.format import PAIRS_FORMAT
 from pipelines.stage import RateMeter, Stage, StageContext
 from pipelines.stages.diffusion.artifact import FORMAT_VERSION as DIFFUSION_FORMAT
 from pipelines.stages.evaluate.batch import SampleBatch, read_images
 from pipelines.stages.evaluate.config import EvaluateConfig
-from pipelines.stages.evaluate.prompts import Prompt, TrainingPair, load_prompts, load_training_pairs, prompts_digest
+from pipelines.stages.evaluate.prompts import Prompt, load_prompts, prompts_digest
 from pipelines.stages.evaluate.shapes.scores import alignment_scores, require_expectations
+from pipelines.stages.pairs.artifact import PAIRS_FORMAT, TrainingPair, load_training_pairs
 from pipelines.store.ledger import Artifact
 
 FORMAT_VERSION = 1

@@ -30,7 +30,7 @@ def run(context: StageContext) -> dict[str, Any]:
         UserError: the diffusion artifact is damaged, or diffusers is insisted on and has no counterpart of the model.
     """
     from ldm_core import checkpoint
-    from ldm_core.checkpoint_formats.diffusers import folder as diffusers
+    from ldm_core.checkpoint_formats import diffusers
 
     artifact = context.upstream["diffusion"].require("diffusion", DIFFUSION_FORMAT)
     model, tokenizer = load_model(artifact)

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from pipelines.compute.actor_pool import prepare_torch
 from pipelines.errors import UserError
-from pipelines.shards.format import decode_image, decode_npy, encode_npy, image_of, read_shard, write_shard
+from pipelines.shards.format import decode_npy, encode_npy, read_shard, write_shard
 from pipelines.stages.latents.config import LatentsConfig
 from pipelines.stages.latents.statistics import LatentSums, total
-from pipelines.stages.latents.vocabulary import captions_of, load_vocabulary
+from pipelines.stages.latents.vocabulary import load_vocabulary
+from pipelines.stages.pairs.artifact import captions_of, decode_image, image_of
 from pipelines.store.ledger import Artifact, ArtifactWriter
 
 BATCHES_AHEAD = 3

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.compute.actor_pool import map_on_actors, pool_size
 from pipelines.errors import UserError
-from pipelines.shards.format import PAIRS_FORMAT
 from pipelines.stage import RateMeter, Stage, StageContext
 from pipelines.stages.autoencoder.artifact import FORMAT_VERSION as AUTOENCODER_FORMAT
 from pipelines.stages.latents.config import LatentsConfig
 from pipelines.stages.latents.encode import EncodeShard, statistics_name
 from pipelines.stages.latents.statistics import LatentSums, scale_factor, total
 from pipelines.stages.latents.vocabulary import commit_vocabulary, vocabulary_digest
+from pipelines.stages.pairs.artifact import PAIRS_FORMAT
 from pipelines.store.ledger import Artifact
 
 if TYPE_CHECKING:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import fsspec
 
 from pipelines.errors import UserError
-from pipelines.shards.format import read_shard
 from pipelines.stages.latents.config import TokenizerConfig
+from pipelines.stages.pairs.artifact import _all_captions
 from pipelines.store.ledger import Artifact, ArtifactWriter
 from pipelines.store.storage import Storage, sha256_file
 
@@ -55,11 +53,6 @@ def load_vocabulary(storage: Storage, config: TokenizerConfig) -> Tokenizer:
     return _tokenizer(storage.read_bytes(VOCABULARY_FILE), config, origin=f"{storage.url}/{VOCABULARY_FILE}")
 
 
-def captions_of(sample: dict[str, bytes | str]) -> list[str]:
-    """Every caption of a sample of a pairs shard, in order."""
-    return [str(caption) for caption in json.loads(sample["json"])["captions"]]
-
-
 def _make(config: TokenizerConfig, pairs: Artifact) -> Tokenizer:
     from ldm_core.tokenizers.wordpiece import Tokenizer, build_vocabulary
 
@@ -85,10 +78,3 @@ def _tokenizer(data: bytes, config: TokenizerConfig, *, origin: str) -> Tokenize
                 f"latents.tokenizer.vocabulary {origin} is not a WordPiece vocabulary ({reason}); "
                 "give a vocab.txt with one token a line, or leave it out to build one from the captions"
             ) from error
-
-
-def _all_captions(pairs: Artifact) -> Iterator[str]:
-    for record in pairs.shards():
-        with pairs.storage.open(record.name) as file:
-            for sample in read_shard(file):
-                yield from captions_of(sample)

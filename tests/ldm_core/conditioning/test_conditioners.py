@@ -19,10 +19,10 @@ from ldm_core.conditioning import (
     SemanticMapConditioner,
     SemanticMapConfig,
     TextConditioner,
-    build_conditioner,
     drop,
 )
-from ldm_core.networks.text_transformer import TextTransformerConfig
+from ldm_core.conditioning.build import build_conditioner
+from ldm_core.configs.text import TextTransformerConfig
 
 TOKENS = torch.arange(12).view(3, 4) + 1
 EMPTY = torch.zeros(4, dtype=torch.long)

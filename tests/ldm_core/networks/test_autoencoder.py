@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from ldm_core.networks.autoencoder import AutoencoderKL, FirstStageConfig, VQAutoencoder, build_first_stage
+from ldm_core.configs.first_stage import FirstStageConfig
+from ldm_core.networks.autoencoder import AutoencoderKL, VQAutoencoder, build_first_stage
 from ldm_core.networks.posterior import DiagonalGaussian
 from ldm_core.networks.vector_quantizer import CodebookUsage, VectorQuantizer
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ldm_core.networks.text_transformer import TextTransformer, TextTransformerConfig
+from ldm_core.configs.text import TextTransformerConfig
+from ldm_core.networks.text_transformer import TextTransformer
 
 CONFIG = TextTransformerConfig(vocabulary_size=20, max_length=6, width=16, layers=2, heads=2, head_dim=4)
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from ldm_core.configs.unet import UNetConfig
 from ldm_core.networks.attention import SelfAttentionBlock, SpatialTransformer, attend
 from ldm_core.networks.blocks import sinusoidal_embedding
-from ldm_core.networks.unet import UNet, UNetConfig
+from ldm_core.networks.unet import UNet
 
 
 def config(**changes: Any) -> UNetConfig:

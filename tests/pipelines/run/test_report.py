@@ -17,8 +17,9 @@ from PIL import Image
 from pipelines.drawing.charts import Axis, histogram, loss_chart, running_mean
 from pipelines.drawing.formatting import format_bytes, format_seconds
 from pipelines.drawing.grids import encode_png, grid
-from pipelines.run.report import build_report, wilson_interval
-from pipelines.run.walk import StageRow
+from pipelines.run.report import build_report
+from pipelines.run.results import StageRow
+from pipelines.stages.evaluate.section import wilson_interval
 from pipelines.store.ledger import Artifact, ArtifactWriter
 from pipelines.store.storage import Storage
 from tests.tiny_artifacts import pairs_artifact

@@ -12,7 +12,8 @@ import webdataset
 from PIL import Image
 
 from pipelines.errors import UserError
-from pipelines.shards.format import ShardWriter, decode_image, decode_npy, encode_npy, image_of, read_shard, write_shard
+from pipelines.shards.format import ShardWriter, decode_npy, encode_npy, read_shard, write_shard
+from pipelines.stages.pairs.artifact import decode_image, image_of
 
 SAMPLES = [
     ("000000000", {"txt": "naïve café 猫".encode(), "jpg": b"\x00\x01" * 700, "json": b"{}"}),

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from pipelines.compute.tasks import ForEach
 from pipelines.stages.pairs.publishing.duplicate_tokens import (
     Shards,
     Tokens,
@@ -28,9 +28,6 @@ TOKENS_A_PART = 4_000_000
 # Below this the driver does it: starting tasks would take longer.
 TOKENS_IN_DRIVER = 500_000
 SHARDS_A_TASK = 256
-
-# Calls a function on every number of a range, somewhere on the cluster, and returns when all are done.
-ForEach = Callable[[Callable[[dict[str, Any]], dict[str, Any]], Sequence[int]], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -116,8 +113,3 @@ def _tokens_name(group: int, part: int) -> str:
 
 def _verdicts_name(part: int) -> str:
     return f"duplicates/{part:05d}.npy"
-
-
-def chunks(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for start in range(0, len(numbers), size):
-        yield numbers[start : start + size]

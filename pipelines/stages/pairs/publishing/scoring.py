@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipelines.errors import UserError
-from pipelines.shards.format import decode_image, image_of, read_shard
+from pipelines.shards.format import read_shard
 from pipelines.stage import Progress
+from pipelines.stages.pairs.artifact import decode_image, image_of
 from pipelines.stages.pairs.config import Scoring
 from pipelines.stages.pairs.shard.files import shard_name
 from pipelines.stages.pairs.shard.staged import read_made

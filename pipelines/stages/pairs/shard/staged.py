@@ -46,3 +46,7 @@ def read_made(work: Storage, shard: int) -> Made:
     record = work.read_json(record_name(shard))
     files = tuple(FileRecord.model_validate(file) for file in record["files"])
     return Made(work / record["folder"], files, record["statuses"])
+
+
+# Shards in the making; removed when all are published.
+WORK = "work"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipelines.stages.pairs.sources.files import is_local, map_in_threads
+from pipelines.store.ranges import is_local, map_in_threads
 from pipelines.store.storage import sha256_file
 
 if TYPE_CHECKING:
@@ -87,12 +87,3 @@ def _facts(filesystem: fsspec.AbstractFileSystem, name: str, path: str) -> _Fact
         return _Facts(name, path, -1, None)
     digest = next((str(info[key]) for key in _DIGESTS if info.get(key)), None)
     return _Facts(name, path, int(info.get("size") or 0), digest)
-
-
-def stamp(url: str) -> tuple[int, int] | None:
-    """What changes when a local file is written again: the key of what a process remembers of it."""
-    try:
-        status = os.stat(url.removeprefix("file://"))
-    except (OSError, ValueError):
-        return None
-    return status.st_size, status.st_mtime_ns

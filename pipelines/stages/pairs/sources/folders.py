@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, overload
 
 from pipelines.errors import UserError
 from pipelines.stages.pairs.rows import RejectedError, Row, captions_of, plain
-from pipelines.stages.pairs.sources.files import filesystem_of, is_local, map_in_threads, read_file
+from pipelines.stages.pairs.sources.files import read_file
 from pipelines.stages.pairs.sources.fingerprint import digest_files
+from pipelines.store.ranges import filesystem_of, is_local, map_in_threads
 
 if TYPE_CHECKING:
     import fsspec

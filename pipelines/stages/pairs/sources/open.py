@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from pipelines.errors import UserError
 from pipelines.stages.pairs.config import PairsConfig
 from pipelines.stages.pairs.rows import Source
-from pipelines.stages.pairs.sources.files import filesystem_of, is_local, readable
 from pipelines.stages.pairs.sources.folders import PICTURE_SUFFIXES, open_folder
 from pipelines.stages.pairs.sources.tables import TABLE_SUFFIXES, TableSource
 from pipelines.stages.pairs.sources.tars import TarSource
+from pipelines.store.ranges import filesystem_of, is_local, readable
 
 if TYPE_CHECKING:
     import fsspec

@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import UserError
-from pipelines.stages.pairs.sources.files import filesystem_of, is_local, open_remote, readable
-from pipelines.stages.pairs.sources.fingerprint import stamp
+from pipelines.store.ranges import filesystem_of, is_local, open_remote, readable, stamp
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 from pipelines.stages.pairs.config import Columns
 from pipelines.stages.pairs.rows import RejectedError, Row, captions_of, extra_names, plain, url_of, widest
 from pipelines.stages.pairs.sources.columns import ResolvedColumns, resolve_columns
-from pipelines.stages.pairs.sources.files import filesystem_of, is_local, map_in_threads, read_file
+from pipelines.stages.pairs.sources.files import read_file
 from pipelines.stages.pairs.sources.fingerprint import digest_files
 from pipelines.stages.pairs.sources.parquet_parts import read_column, read_footer, read_parquet
 from pipelines.stages.pairs.sources.text_tables import TEXT_SUFFIXES, TextIndex, index_text, read_text
 from pipelines.store.ledger import digest_json
+from pipelines.store.ranges import filesystem_of, is_local, map_in_threads
 
 if TYPE_CHECKING:
     import fsspec

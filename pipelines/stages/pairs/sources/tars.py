@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from pipelines.shards.tar_index import Sample, TarIndex, index_tar, samples_of
 from pipelines.stages.pairs.rows import RejectedError, Row, captions_of, extra_names, kind_of, plain, type_of, url_of
 from pipelines.stages.pairs.sources.columns import TEXT_NAMES, URL_NAMES, first_of
-from pipelines.stages.pairs.sources.files import filesystem_of, is_local, map_in_threads, read_range
 from pipelines.stages.pairs.sources.fingerprint import digest_files
+from pipelines.store.ranges import filesystem_of, is_local, map_in_threads, read_range
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from pipelines.errors import UserError
 from pipelines.stages.pairs.rows import kind_of, type_of
 from pipelines.stages.pairs.sources.columns import headless_names
-from pipelines.stages.pairs.sources.files import filesystem_of, is_local, read_range, readable
-from pipelines.stages.pairs.sources.fingerprint import stamp
+from pipelines.store.ranges import filesystem_of, is_local, read_range, readable, stamp
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -1,0 +1,1 @@
+"""What came out of the `pairs` stage: counts, histograms, hosts, and a contact sheet."""

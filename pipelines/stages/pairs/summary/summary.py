@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.stages.pairs.publishing.duplicate_search import ForEach, chunks
+from pipelines.compute.tasks import ForEach, chunks
 from pipelines.stages.pairs.publishing.retries import replaced_rows
 from pipelines.stages.pairs.shard.files import table_name
 from pipelines.stages.pairs.shard.outcome import OK
-from pipelines.stages.pairs.sources.files import map_in_threads
 from pipelines.stages.pairs.summary.histogram import Histogram
 from pipelines.stages.pairs.summary.hosts import HostCounts
+from pipelines.store.ranges import map_in_threads
 from pipelines.store.storage import Storage
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipelines.shards.tar_windows import Tar
 from pipelines.stages.pairs.shard.staged import read_made
-from pipelines.stages.pairs.summary.contact_sheet import Tar
 from pipelines.stages.pairs.summary.summary import summarise_shards
 from pipelines.store.ledger import COMMITS
 from pipelines.store.storage import Storage

@@ -10,12 +10,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm_core import checkpoint, presets
-from ldm_core.checkpoint_formats.compvis import checkpoint as compvis
+from ldm_core.checkpoint_formats import compvis
 from ldm_core.checkpoint_formats.importing import open_checkpoint
-from ldm_core.latent_diffusion import LatentDiffusion, LatentDiffusionConfig
+from ldm_core.configs.model import LatentDiffusionConfig
+from ldm_core.configs.schedule import ScheduleConfig
+from ldm_core.configs.text import TextTransformerConfig
+from ldm_core.latent_diffusion import LatentDiffusion
 from ldm_core.networks.autoencoder import build_first_stage
-from ldm_core.networks.text_transformer import TextTransformerConfig
-from ldm_core.schedule import ScheduleConfig
 from ldm_core.weights.named_tensors import NamedTensors
 
 UNCONDITIONAL = presets.get("tiny-uncond")
@@ -209,7 +210,7 @@ def test_an_average_that_is_incomplete_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["tiny-kl-f4", "tiny-vq-f4"])
 def test_a_first_stage_alone_becomes_what_a_recipe_takes(tmp_path: Path, name: str) -> None:
-    from pipelines.stages.autoencoder.weights import load_weights, read_config, weights_file
+    from pipelines.stages.autoencoder.artifact import load_weights, read_config, weights_file
 
     torch.manual_seed(0)
     first_stage = build_first_stage(presets.first_stage(name))

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from ldm_core import presets
-from ldm_core.checkpoint_formats.compvis import checkpoint as compvis
+from ldm_core.checkpoint_formats import compvis
 from ldm_core.checkpoint_formats.compvis.config import from_release, to_release
 
 # The published text-to-image model in the release's terms, with some settings of training.

@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ldm_core import checkpoint, presets
-from ldm_core.checkpoint_formats.diffusers.folder import export_folder, import_folder
+from ldm_core.checkpoint_formats.diffusers import export_folder, import_folder
 from ldm_core.checkpoint_formats.imported import Imported
-from ldm_core.latent_diffusion import LatentDiffusion, LatentDiffusionConfig
+from ldm_core.configs.model import LatentDiffusionConfig
+from ldm_core.configs.schedule import ScheduleConfig
+from ldm_core.latent_diffusion import LatentDiffusion
 from ldm_core.networks.autoencoder import build_first_stage
-from ldm_core.schedule import ScheduleConfig
 from ldm_core.tokenizers.from_file import CLIP_END, CLIP_START, FileTokenizer
 from ldm_core.tokenizers.wordpiece import Tokenizer, build_vocabulary
 

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from ldm_core import presets
 from ldm_core.networks.autoencoder import build_first_stage
 from pipelines.errors import UserError
-from pipelines.stages.autoencoder.artifact import first_stage_config, load_first_stage
+from pipelines.stages.autoencoder.artifact import first_stage_config, load_first_stage, save_first_stage
 from pipelines.stages.autoencoder.config import AutoencoderConfig
 from pipelines.stages.autoencoder.learner import AutoencoderTask
-from pipelines.stages.autoencoder.pictures import HELD_OUT_LIMIT, held_out, open_pairs
+from pipelines.stages.autoencoder.pictures import HELD_OUT_LIMIT, held_out
 from pipelines.stages.autoencoder.reconstruction import ReconstructionLoss
 from pipelines.stages.autoencoder.stage import STAGE
-from pipelines.stages.autoencoder.weights import save_first_stage
+from pipelines.stages.pairs.artifact import open_pairs
 from tests.tiny_artifacts import contents, pairs_artifact, run_stage
 
 TRAINING = {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm_core.latent_diffusion import LatentDiffusionConfig
+from ldm_core.configs.model import LatentDiffusionConfig
 from ldm_core.tokenizers.wordpiece import Tokenizer, build_vocabulary
 from pipelines.errors import MisuseError, UserError
 from pipelines.shards.format import encode_npy, write_shard

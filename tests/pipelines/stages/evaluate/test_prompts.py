@@ -7,7 +7,8 @@ import pytest
 
 from pipelines.errors import UserError
 from pipelines.stages.evaluate.config import EvaluateConfig
-from pipelines.stages.evaluate.prompts import Prompt, load_prompts, load_training_pairs, prompts_digest
+from pipelines.stages.evaluate.prompts import Prompt, load_prompts, prompts_digest
+from pipelines.stages.pairs.artifact import load_training_pairs
 from tests.tiny_artifacts import pairs_artifact
 
 

@@ -15,12 +15,13 @@ import torch
 import webdataset
 
 from pipelines.errors import UserError
-from pipelines.shards.format import decode_image, decode_npy, read_shard
+from pipelines.shards.format import decode_npy, read_shard
 from pipelines.stages.autoencoder.artifact import load_first_stage
 from pipelines.stages.latents.config import LatentsConfig, TokenizerConfig
 from pipelines.stages.latents.encode import EncodeShard
 from pipelines.stages.latents.stage import STAGE
 from pipelines.stages.latents.vocabulary import commit_vocabulary
+from pipelines.stages.pairs.artifact import decode_image
 from pipelines.store.ledger import Artifact, ArtifactWriter, artifact_key
 from pipelines.store.storage import Storage
 from tests.tiny_artifacts import contents, first_stage_artifact, pairs_artifact, run_stage
@@ -127,7 +128,7 @@ def test_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(ray_cluste
     commits = tmp_path / "latents" / "killed" / "commits"
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.pipelines.stages.latents.killed_run", str(tmp_path)],
-        cwd=Path(__file__).parents[3],
+        cwd=Path(__file__).parents[4],
         start_new_session=True,
     )
     deadline = time.monotonic() + 120

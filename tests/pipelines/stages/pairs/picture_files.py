@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipelines.shards.format import decode_image
+from pipelines.stages.pairs.artifact import decode_image
 from pipelines.stages.pairs.config import PairsConfig
 from pipelines.stages.pairs.pictures.decode import Picture, make_picture
 from pipelines.stages.pairs.rows import RejectedError

@@ -22,7 +22,7 @@ from pipelines.store.storage import Storage
 from tests.pipelines.stages.pairs.conftest import RunPairs
 from tests.pipelines.stages.pairs.web_server import Web, picture
 
-REPOSITORY = Path(__file__).resolve().parents[3]
+REPOSITORY = Path(__file__).resolve().parents[4]
 SCRIPT = REPOSITORY / "tests/pipelines/stages/pairs/killed_run.py"
 KILLS = 10
 ROWS = 400

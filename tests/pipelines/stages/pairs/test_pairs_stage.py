@@ -19,15 +19,17 @@ import ray
 import webdataset
 
 from pipelines.errors import UserError, explain
-from pipelines.shards.format import decode_image, read_shard
+from pipelines.shards.format import read_shard
+from pipelines.stages.pairs.artifact import decode_image
 from pipelines.stages.pairs.shard.staged import keep_made
-from pipelines.stages.pairs.stage import STAGE, count_rows
+from pipelines.stages.pairs.stage import STAGE
+from pipelines.stages.pairs.work import count_rows
 from pipelines.store.ledger import FileRecord
 from pipelines.store.storage import Storage
 from tests.pipelines.stages.pairs.conftest import RunPairs
 from tests.pipelines.stages.pairs.web_server import Web, picture
 
-REPOSITORY = Path(__file__).resolve().parents[3]
+REPOSITORY = Path(__file__).resolve().parents[4]
 
 
 def contents(storage: Storage) -> dict[str, bytes]:

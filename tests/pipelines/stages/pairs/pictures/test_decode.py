@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.shards.format import decode_image
+from pipelines.stages.pairs.artifact import decode_image
 from pipelines.stages.pairs.config import PairsConfig
 from pipelines.stages.pairs.pictures.decode import make_picture
 from tests.pipelines.stages.pairs.picture_files import encoded, make, status_of

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.run.plan import Selection, plan
 from pipelines.run.recipe import Recipe
-from pipelines.run.walk import Selection, plan, run
+from pipelines.run.walk import run
 from pipelines.shards.format import read_shard
 from pipelines.stages.pairs.assignment import Schedule
 from pipelines.stages.pairs.publishing.retries import failed_rows, replaced_rows

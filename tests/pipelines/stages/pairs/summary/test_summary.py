@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.compute.tasks import _for_each
 from pipelines.looking.inspect import inspect_path
-from pipelines.stages.pairs.making.recent_rate import RecentRate
+from pipelines.stages.pairs.making.progress import RecentRate
 from pipelines.stages.pairs.shard.files import write_table
 from pipelines.stages.pairs.shard.staged import keep_made
-from pipelines.stages.pairs.stage import _for_each
 from pipelines.stages.pairs.summary import summary
 from pipelines.stages.pairs.summary.hosts import HostCounts
 from pipelines.stages.pairs.summary.summary import EDGES, summarise

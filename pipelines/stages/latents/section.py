@@ -1,0 +1,30 @@
+"""The latents' section of the report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pipelines.drawing.formatting import format_bytes, format_count
+from pipelines.drawing.sections import _facts
+
+if TYPE_CHECKING:
+    from pipelines.store.ledger import Artifact
+
+
+def _latents(artifact: Artifact) -> dict[str, Any]:
+    details = artifact.details
+    shape = " × ".join(str(size) for size in details.get("latent_shape", []))
+    bytes_per_sample = artifact.manifest.bytes / max(details.get("samples", 0), 1)
+    return {
+        "facts": _facts(
+            ("Latents", format_count(details.get("samples"))),
+            ("Shape (C, h, w)", shape),
+            ("Stored as", details.get("latent_dtype")),
+            ("Scale factor 1/std", f"{details['scale_factor']:.5f}" if "scale_factor" in details else None),
+            ("Size of one", format_bytes(bytes_per_sample)),
+            ("Vocabulary", format_count(details.get("vocabulary_size"))),
+            ("Longest caption", f"{details['max_length']} tokens" if "max_length" in details else None),
+            ("Encoder", details.get("encoder_sha256", "")[:16]),
+            ("Tokenizer", details.get("tokenizer_sha256", "")[:16]),
+        )
+    }
