@@ -168,7 +168,7 @@ def test_a_hostile_checkpoint_runs_nothing(ldm: Ldm, tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys
-from ldm_core.checkpoint_formats import weights_files
+from ldm_core.weights import weights_files
 save = weights_files.save_file
 def save_then_die(weights, path, **options):
     save(weights, path, **options)

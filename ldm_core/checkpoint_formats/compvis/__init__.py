@@ -1,6 +1,8 @@
 """Checkpoints of the paper's code release: `.ckpt` and `.safetensors` files of whole models and of first stages."""
 
 from ldm_core.checkpoint_formats.compvis.checkpoint import (
+    SCHEDULE_BUFFERS,
+    Weights,
     export_folder,
     export_state,
     import_checkpoint,
@@ -11,6 +13,8 @@ from ldm_core.checkpoint_formats.compvis.checkpoint import (
 )
 
 __all__ = [
+    "SCHEDULE_BUFFERS",
+    "Weights",
     "export_folder",
     "export_state",
     "import_checkpoint",

@@ -1,1 +1,1 @@
-"""One shard: its files (`files`), what becomes of a row (`outcome`), and the shard before it is published (`staged`)."""
+"""One shard: its files (`files`), the outcome of each row (`outcome`), and the shard before publication (`staged`)."""
