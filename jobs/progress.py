@@ -19,7 +19,7 @@ LOG_EVERY_S = 10.0
 ETA_WINDOW_S = 120.0
 REMEMBER_EVERY_S = 0.5
 SPARKS = "▁▂▃▄▅▆▇█"
-STYLES = {"cached": "dim", "run": "green", "resumed": "green", "retried": "green", "skipped": "dim", "forced": "green"}
+STYLES = {"cached": "dim", "run": "green", "resumed": "green", "retried": "green", "skipped": "dim"}
 
 
 @dataclass
@@ -160,12 +160,19 @@ def stage_table(result: RunResult) -> Table:
     table.add_column("seconds", justify="right")
     table.add_column("rate", justify="right")
     for row in result.rows:
-        rate = f"{row.rows / row.seconds:,.0f} rows/s" if row.rows and row.seconds > 0.05 else ""
         cells: list[Any] = [
             row.name,
             Text(row.state, STYLES[row.state]),
             row.key,
             f"{row.rows:,}" if row.rows else "",
         ]
-        table.add_row(*cells, format_bytes(row.bytes) if row.bytes else "", f"{row.seconds:,.1f}", rate)
+        table.add_row(*cells, format_bytes(row.bytes) if row.bytes else "", f"{row.seconds:,.1f}", _rate(row))
     return table
+
+
+def _rate(row: StageRow) -> str:
+    """Return what this run worked on a second: rows of a source, not the samples that came of them."""
+    if not (row.unit and row.worked and row.seconds > 0.05):
+        return ""
+    rate = row.worked / row.seconds
+    return f"{rate:,.0f} {row.unit}/s" if rate >= 10 else f"{rate:.1f} {row.unit}/s"

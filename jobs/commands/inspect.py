@@ -8,6 +8,8 @@ import click
 from rich.console import Console
 
 from jobs.console import console, emit_json, json_option
+from pipelines.drawing.printable import printable
+from pipelines.looking.inspect import inspect_path, view, write_contact_sheet
 
 
 @click.command()
@@ -28,14 +30,10 @@ def inspect(path: str, contact_sheet: Path | None, as_json: bool) -> None:
       ldm inspect runs/demo/pairs/KEY --contact-sheet samples.png
       ldm inspect runs/demo/pairs/*/000000.tar
     """
-    from pipelines.looking.inspect import inspect_path, write_contact_sheet
-
     facts = inspect_path(path)
     out = console(as_json)
-    if facts["kind"] in ("artifact", "unfinished") and facts["stage"] == "pairs":
-        from jobs.pairs_view import view
-
-        out.print(view(facts), soft_wrap=False)
+    if (shown := view(facts)) is not None:
+        out.print(shown, soft_wrap=False)
     else:
         _print(out, facts)
     if contact_sheet:
@@ -47,8 +45,6 @@ def inspect(path: str, contact_sheet: Path | None, as_json: bool) -> None:
 
 
 def _print(out: Console, facts: dict[str, Any], indent: str = "") -> None:
-    from pipelines.drawing.printable import printable
-
     for name, value in facts.items():
         if isinstance(value, dict) and value:
             out.print(f"{indent}{printable(name)}", markup=False)

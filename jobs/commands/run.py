@@ -10,6 +10,7 @@ from jobs.commands.options import open_recipe, recipe_options, selection, select
 from jobs.console import console, emit_json, json_option
 from jobs.progress import Display, stage_table
 from pipelines.drawing.formatting import format_seconds
+from pipelines.run.plan import STAGES
 from pipelines.run.results import RunResult
 from pipelines.run.walk import run as run_pipeline
 
@@ -52,12 +53,7 @@ def run(
 def print_result(out: Console, result: RunResult) -> None:
     """The table of stages, and where everything is."""
     out.print(stage_table(result))
-    places = {
-        "report": result.report,
-        "grid": _file(result, "evaluate", "grid.png"),
-        "checkpoint": _file(result, "diffusion", "model"),
-        "mlflow": result.tracking_uri,
-    }
+    places = {"report": result.report, **_outputs(result), "mlflow": result.tracking_uri}
     out.print()
     for name, place in places.items():
         if place:
@@ -74,10 +70,16 @@ def result_json(result: RunResult) -> dict[str, Any]:
         "tracking_uri": result.tracking_uri,
         "run_id": result.run_id,
         "report": result.report,
-        "checkpoint": _file(result, "diffusion", "model"),
+        "checkpoint": None,
+        **_outputs(result),
     }
 
 
-def _file(result: RunResult, stage: str, name: str) -> str | None:
-    artifact = result.artifacts.get(stage)
-    return f"{artifact.storage.url}/{name}" if artifact else None
+def _outputs(result: RunResult) -> dict[str, str]:
+    """Return the files that a person opens, by what they are called; the last stage's first."""
+    return {
+        name: f"{result.artifacts[stage.name].storage.url}/{file}"
+        for stage in reversed(STAGES)
+        if stage.name in result.artifacts
+        for name, file in stage.outputs.items()
+    }

@@ -13,15 +13,8 @@ from jobs.cluster_client import address_option, follow, submit_job
 from jobs.commands.options import open_recipe, recipe_options, selection, selection_options
 from jobs.console import console, emit_json, json_option
 from pipelines.errors import MisuseError
+from pipelines.run.plan import check, stages_of
 from pipelines.run.recipe import Recipe, parse_recipe
-
-# Files of this machine that a recipe may name.
-INPUTS = (
-    ("pairs", "source"),
-    ("autoencoder", "weights"),
-    ("tokenizer", "vocabulary"),
-    ("evaluate", "prompts_file"),
-)
 
 
 @click.command()
@@ -56,8 +49,9 @@ def submit(
           --set pairs.source=s3://bucket/laion/*.parquet --follow
     """
     recipe = open_recipe(recipe_name, root, overrides)
-    recipe = _reachable(recipe, address)
     chosen = selection(only, first, last, force)
+    check(recipe, chosen)
+    recipe = _reachable(recipe, address)
     arguments = [f"--{option} {value}" for option, value in (("only", only), ("from", first), ("to", last)) if value]
     arguments += [f"--force {stage}" for stage in chosen.force]
     with tempfile.TemporaryDirectory(prefix="ldm-submit-") as folder:
@@ -89,10 +83,14 @@ def _reachable(recipe: Recipe, address: str) -> Recipe:
             "share, or a URL: --root s3://…"
         )
     values = recipe.model_dump(mode="json")
-    for section, name in INPUTS:
-        place = values[section] if section != "tokenizer" else values["latents"]["tokenizer"]
-        if place[name] and "://" not in place[name]:
-            place[name] = str(Path(place[name]).expanduser().absolute())
+    for stage in stages_of(recipe):
+        for field in stage.local_inputs:
+            *parents, name = field.split(".")
+            place = values[stage.name]
+            for parent in parents:
+                place = place[parent] or {}
+            if place.get(name) and "://" not in place[name]:
+                place[name] = str(Path(place[name]).expanduser().absolute())
     return parse_recipe(values)
 
 

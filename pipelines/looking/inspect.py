@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from pipelines.drawing.grids import encode_png
 from pipelines.errors import UserError
 from pipelines.looking.verify import finished_artifacts
+from pipelines.run.plan import STAGES
 from pipelines.shards.format import decode_npy, read_shard
-from pipelines.store.ledger import COMMITS, MANIFEST, read_manifest
+from pipelines.store.ledger import COMMITS, MANIFEST, WORK, read_manifest
 from pipelines.store.storage import Storage
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 FIRST_SAMPLES = 5
 MODEL_FILES = ("model.safetensors", "config.json")
@@ -54,35 +59,28 @@ def inspect_path(url: str) -> dict[str, Any]:
 
 
 def write_contact_sheet(url: str, target: Path) -> None:
-    """Draw random samples of a pairs artifact (finished or not) or of one shard into a PNG file.
+    """Draw random samples of an artifact (finished or not) or of one shard into a PNG file.
 
     Raises:
-        UserError: there is no tar with pictures, or the file cannot be written.
+        UserError: there are no samples with pictures, or the file cannot be written.
     """
-    from pipelines.drawing.grids import encode_png
-    from pipelines.shards.tar_windows import Tar
-    from pipelines.stages.pairs.shard.staged import WORK
-    from pipelines.stages.pairs.summary.contact_sheet import contact_sheet, tars_of
-    from pipelines.stages.pairs.summary.unfinished import tars_in_the_making
-
-    storage = Storage(url)
+    storage, shard = Storage(url), None
     if url.endswith(".tar"):
-        folder, _, name = storage.url.rpartition("/")
-        if (size := Storage(folder).size(name)) < 0:
-            raise UserError(f"{storage.url} is missing")
-        tars = [Tar(Storage(folder), name, size)]
-    else:
-        # Before anything is committed there are shards in the making.
-        tars = tars_of(storage) or tars_in_the_making(storage / WORK)
-    sheet = contact_sheet(tars)
-    if sheet is None:
-        raise UserError(
-            f"{storage.url} has no samples with pictures: give an artifact of pairs or a shard (.tar) of one"
-        )
+        folder, _, shard = storage.url.rpartition("/")
+        storage = Storage(folder)
+    sheets = (stage.contact_sheet(storage, shard) for stage in STAGES if stage.contact_sheet)
+    if (sheet := next((sheet for sheet in sheets if sheet is not None), None)) is None:
+        raise UserError(f"{url} has no samples with pictures: give an artifact of pairs or a shard (.tar) of one")
     try:
         target.write_bytes(encode_png(sheet))
     except OSError as error:
         raise UserError(f"cannot write {target} ({error.strerror}): say another place") from None
+
+
+def view(facts: dict[str, Any]) -> RenderableType | None:
+    """Return the facts of an artifact as its stage shows them to people; None if they are shown as they are."""
+    stage = next((stage for stage in STAGES if stage.name == facts.get("stage")), None)
+    return stage.view(facts) if stage and stage.view and facts["kind"] in ("artifact", "unfinished") else None
 
 
 def _shard(storage: Storage) -> dict[str, Any]:
@@ -158,8 +156,6 @@ def _summary(storage: Storage) -> dict[str, Any]:
 
 
 def _is_unfinished(storage: Storage) -> bool:
-    from pipelines.stages.pairs.shard.staged import WORK
-
     return storage.exists(COMMITS) or storage.exists(WORK)
 
 
@@ -170,20 +166,16 @@ def _unfinished_artifacts(root: Storage) -> list[Storage]:
 
 
 def _unfinished(storage: Storage) -> dict[str, Any]:
-    """How far an artifact is that a run makes now, or was making when it ended."""
-    from pipelines.stages.pairs.shard.staged import WORK
-    from pipelines.stages.pairs.stage import STAGE
-    from pipelines.stages.pairs.summary.unfinished import survey
-
-    stage, key = storage.url.rstrip("/").split("/")[-2:]
-    details = survey(storage, storage / WORK) if stage == STAGE.name else {}
+    """Say how far an artifact is that a run is making now, or was making when it ended."""
+    name, key = storage.url.rstrip("/").split("/")[-2:]
+    stage = next((stage for stage in STAGES if stage.name == name), None)
     return {
         "kind": "unfinished",
         "url": storage.url,
-        "stage": stage,
+        "stage": name,
         "key": key,
         "committed_files": len((storage / COMMITS).names("*.json")),
-        "details": details,
+        "details": stage.survey(storage) if stage and stage.survey else {},
     }
 
 

@@ -1,12 +1,13 @@
-"""The plan of a run: each selected stage with its key and state."""
+"""The plan of a run: each stage of a recipe with its key and its state, before anything runs."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipelines.config import Config
 from pipelines.errors import MisuseError
 from pipelines.run.recipe import Recipe
-from pipelines.stage import Stage
+from pipelines.stage import Sections, Stage
 from pipelines.stages.autoencoder.stage import STAGE as AUTOENCODER
 from pipelines.stages.diffusion.stage import STAGE as DIFFUSION
 from pipelines.stages.evaluate.stage import STAGE as EVALUATE
@@ -16,8 +17,7 @@ from pipelines.stages.pairs.stage import STAGE as PAIRS
 from pipelines.store.ledger import Artifact, Ledger, artifact_key
 from pipelines.store.storage import Storage
 
-STAGES: tuple[Stage, ...] = (PAIRS, AUTOENCODER, LATENTS, DIFFUSION, EVALUATE, EXPORT)
-
+STAGES: tuple[Stage[Any], ...] = (PAIRS, AUTOENCODER, LATENTS, DIFFUSION, EVALUATE, EXPORT)
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 
 State = Literal["cached", "resumed", "retried", "run", "skipped"]
@@ -33,8 +33,8 @@ class Selection:
     force: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in (self.only, self.first, self.last, *self.force):
-            if name is not None and name not in STAGE_NAMES:
+        for name in self.named:
+            if name not in STAGE_NAMES:
                 raise MisuseError(f"unknown stage {name!r}; the stages are {', '.join(STAGE_NAMES)}")
         if self.only and (self.first or self.last):
             raise MisuseError("--only names one stage; it cannot be combined with --from or --to")
@@ -47,7 +47,13 @@ class Selection:
                 raise MisuseError(f"--force {name} is outside the stages selected: {', '.join(self.names)}")
 
     @property
+    def named(self) -> tuple[str, ...]:
+        """The stages that were asked for by name."""
+        return tuple(name for name in (self.only, self.first, self.last, *self.force) if name is not None)
+
+    @property
     def names(self) -> tuple[str, ...]:
+        """The stages selected, whether a recipe has them or not."""
         if self.only:
             return (self.only,)
         first = STAGE_NAMES.index(self.first) if self.first else 0
@@ -57,10 +63,21 @@ class Selection:
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """One stage of a walk, before anything runs."""
+    """One stage of a walk, before anything runs.
 
-    stage: Stage
+    Attributes:
+        stage: the stage.
+        config: its section of the recipe.
+        inputs: digests of what it reads besides artifacts.
+        key: the key of the artifact that stands for this config today.
+        identity: what the key is a hash of.
+        state: what a run will do, or has done.
+        artifact: the finished one, if there is one.
+    """
+
+    stage: Stage[Any]
     config: Config
+    inputs: dict[str, str]
     key: str
     identity: dict[str, Any]
     state: State
@@ -68,17 +85,60 @@ class PlannedStage:
 
     @property
     def reference(self) -> str:
-        """What the keys of later stages are made of."""
+        """What the keys of later stages hash: the key, and a counter of additions if there were any."""
         return self.artifact.reference if self.artifact else self.key
 
 
+def sections_of(recipe: Recipe) -> Sections:
+    """Return the recipe's sections by stage name; stages that the recipe leaves out are missing."""
+    sections: dict[str, Config] = {}
+    for stage in STAGES:
+        section = getattr(recipe, stage.name)
+        if section is not None and all(name in sections for name in stage.upstream):
+            sections[stage.name] = section
+    return sections
+
+
+def stages_of(recipe: Recipe) -> Iterator[Stage[Any]]:
+    """Yield the stages that the recipe has sections for, in order."""
+    sections = sections_of(recipe)
+    return (stage for stage in STAGES if stage.name in sections)
+
+
+def check(recipe: Recipe, selection: Selection) -> None:
+    """Refuse a recipe whose sections do not fit each other where a selected stage needs them to.
+
+    Raises:
+        MisuseError: the fields that disagree with their values; or a stage that was named but is not in the recipe.
+    """
+    sections = sections_of(recipe)
+    for name in selection.named:
+        if name not in sections:
+            raise MisuseError(
+                f"recipe {recipe.name} has no stage {name}: its stages are {', '.join(sections)}; add the missing "
+                "sections to the recipe"
+            )
+    for stage in stages_of(recipe):
+        if stage.name in selection.names:
+            try:
+                stage.check(sections)
+            except ValueError as error:
+                raise MisuseError(f"recipe {recipe.name}: {error}") from error
+
+
 def plan(recipe: Recipe, selection: Selection | None = None) -> list[PlannedStage]:
-    """The walk without running anything: each stage with its key and its state."""
+    """Return the walk without running anything: each stage with its key and its state.
+
+    Raises:
+        MisuseError: sections that do not fit each other.
+        UserError: a source, a weights file or a vocabulary that cannot be read.
+    """
     selection = selection or Selection()
+    check(recipe, selection)
     ledger = Ledger(Storage(recipe.root))
     keys: dict[str, str] = {}
     walk = []
-    for stage in STAGES:
+    for stage in stages_of(recipe):
         planned = plan_stage(recipe, ledger, stage, keys, selection)
         keys[stage.name] = planned.reference
         walk.append(planned)
@@ -86,11 +146,27 @@ def plan(recipe: Recipe, selection: Selection | None = None) -> list[PlannedStag
 
 
 def plan_stage(
-    recipe: Recipe, ledger: Ledger, stage: Stage, keys: dict[str, str], selection: Selection
+    recipe: Recipe,
+    ledger: Ledger,
+    stage: Stage[Any],
+    keys: dict[str, str],
+    selection: Selection,
+    inputs: dict[str, str] | None = None,
 ) -> PlannedStage:
-    """Key and state of one stage, given the keys of the stages before it."""
+    """Return key and state of one stage.
+
+    Args:
+        recipe: has a section for the stage.
+        ledger: where finished artifacts are looked up.
+        stage: the stage to plan.
+        keys: references of the stages before it.
+        selection: which stages are to run.
+        inputs: its digests, if an earlier plan has computed them: a source may be large.
+    """
     config: Config = getattr(recipe, stage.name)
-    identity = stage.identity(config, recipe.seed, {name: keys[name] for name in stage.upstream})
+    if inputs is None:
+        inputs = stage.inputs(config)
+    identity = stage.identity(config, recipe.seed, {name: keys[name] for name in stage.upstream}, inputs=inputs)
     key, identity = ledger.resolve(stage.name, identity)
     artifact = ledger.find(stage.name, key)
     if artifact and stage.name in selection.force:
@@ -105,4 +181,4 @@ def plan_stage(
         state = "skipped"
     else:
         state = "resumed" if ledger.started(stage.name, key) else "run"
-    return PlannedStage(stage, config, key, identity, state, artifact)
+    return PlannedStage(stage, config, inputs, key, identity, state, artifact)

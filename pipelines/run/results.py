@@ -1,4 +1,4 @@
-"""What a run reports: rows of the stage table, the result, and observers."""
+"""What a run reports: rows of the stage table, the result, and the observer that is told of both."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,18 @@ from pipelines.store.ledger import Artifact
 
 @dataclass
 class StageRow:
-    """One line of the table of stages: what was done, and what it came to."""
+    """One line of the table of stages: what was done, and what it came to.
+
+    Attributes:
+        name: the stage's name.
+        state: what was done.
+        key: the artifact's key.
+        rows: samples in the artifact.
+        bytes: size of the artifact.
+        seconds: time that this run spent on it.
+        worked: items that this run worked on, for the rate; more than `rows` where rows gave no sample.
+        unit: what these items are; None if a rate of them says nothing.
+    """
 
     name: str
     state: State
@@ -16,6 +27,8 @@ class StageRow:
     rows: int = 0
     bytes: int = 0
     seconds: float = 0.0
+    worked: int = 0
+    unit: str | None = None
 
 
 @dataclass

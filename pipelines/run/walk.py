@@ -8,7 +8,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pipelines import __version__
 from pipelines.compute.cluster import connect
@@ -16,6 +16,7 @@ from pipelines.config import Config
 from pipelines.errors import UserError, explain
 from pipelines.run.plan import STAGES, PlannedStage, Selection, plan, plan_stage
 from pipelines.run.recipe import Recipe
+from pipelines.run.report import build_report
 from pipelines.run.results import RunObserver, RunResult, StageRow
 from pipelines.stage import Progress, Stage, StageContext
 from pipelines.store.ledger import Artifact, ArtifactWriter, Ledger, artifact_key, digest_json
@@ -27,14 +28,6 @@ REPORT = "report.html"
 # Which MLflow run an unfinished pipeline run, and an unfinished stage, go on in.
 UNFINISHED = "unfinished.json"
 TRACKING = "tracking.json"
-# What the pipeline's own MLflow run shows of its stages, so that runs can be compared in one table.
-HEADLINES = {
-    "pairs": ("samples",),
-    "autoencoder": ("final_loss", "psnr_db"),
-    "latents": ("scale_factor",),
-    "diffusion": ("final_loss", "images_per_s"),
-    "evaluate": ("alignment_accuracy",),
-}
 
 
 def run(
@@ -44,63 +37,79 @@ def run(
     *,
     debug: bool = False,
 ) -> RunResult:
-    """Walk the stages; every one is `cached`, `resumed`, `run` or `skipped` afterwards.
+    """Walk the stages; every one is `cached`, `resumed`, `retried`, `run` or `skipped` afterwards.
+
+    Args:
+        recipe: what to run.
+        selection: which stages; all of the recipe's by default.
+        observer: told what happens.
+        debug: show Ray's own log.
 
     Raises:
         UserError: what a person can mend, on one line; what is committed stays.
     """
-    walk = _Walk(recipe, selection or Selection(), observer or RunObserver(), debug)
-    return walk.run()
+    started = time.monotonic()
+    root = Storage(recipe.root)
+    # Said before the first stage runs: whatever is wrong with any stage's section or inputs.
+    planned = plan(recipe, selection)
+    with exclusive(root) as hold:
+        walk = _Walk(recipe, selection or Selection(), observer or RunObserver(), debug, root, hold, planned)
+        result = walk.run()
+    result.wall_s = round(time.monotonic() - started, 3)
+    return result
 
 
 @dataclass
 class _Walk:
+    """One run, while this process holds the root."""
+
     recipe: Recipe
     selection: Selection
     observer: RunObserver
     debug: bool
+    root: Storage
+    hold: Hold
+    planned: list[PlannedStage]
+    tracker: Tracker | None = None
     rows: list[StageRow] = field(default_factory=list)
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> RunResult:
-        started = time.monotonic()
-        root = Storage(self.recipe.root)
         tracking = self.recipe.tracking
-        result = RunResult(root.url, self.rows, self.artifacts, store(tracking, root)[0] if tracking.enabled else None)
-        # What is wrong with any stage's inputs is said before the first one runs.
-        plan(self.recipe, self.selection)
+        uri = store(tracking, self.root)[0] if tracking.enabled else None
+        result = RunResult(self.root.url, self.rows, self.artifacts, uri)
         with contextlib.ExitStack() as stack:
-            self.hold: Hold = stack.enter_context(exclusive(root))
-            self.tracker: Tracker | None = None
             try:
-                self._walk(Ledger(root), root, stack)
+                self._walk(stack)
             except BaseException:
-                self._finish_tracking("FAILED", result, root)
+                self._finish_tracking("FAILED", result)
                 raise
-            if self.tracker is None and self._unfinished(root):
+            if self.tracker is None and self._unfinished():
                 # Killed between the last stage and the report: both are still due.
-                self.tracker = self._start_tracking(root)
-            result.report = self._report(root)
-            self._finish_tracking("FINISHED", result, root)
-        result.wall_s = round(time.monotonic() - started, 3)
+                self.tracker = self._start_tracking()
+            result.report = self._report()
+            self._finish_tracking("FINISHED", result)
         return result
 
-    def _walk(self, ledger: Ledger, root: Storage, stack: contextlib.ExitStack) -> None:
-        for stage in STAGES:
+    def _walk(self, stack: contextlib.ExitStack) -> None:
+        ledger = Ledger(self.root)
+        for before in self.planned:
             self.hold.check()
-            planned = plan_stage(self.recipe, ledger, stage, self.keys, self.selection)
+            stage = before.stage
+            # Planned again, because a stage that ran since may have settled on another key; not digested again.
+            planned = plan_stage(self.recipe, ledger, stage, self.keys, self.selection, before.inputs)
             self.keys[stage.name] = planned.reference
             if planned.state in ("cached", "skipped"):
                 self._record(planned, planned.artifact, 0.0)
                 continue
             self._check_upstream(stage)
             if self.tracker is None:
-                self.tracker = self._start_tracking(root)
+                self.tracker = self._start_tracking()
                 stack.enter_context(connect(self.recipe.cluster, debug=self.debug))
             self._run_stage(ledger, planned, self.tracker)
 
-    def _check_upstream(self, stage: Stage) -> None:
+    def _check_upstream(self, stage: Stage[Any]) -> None:
         for name in stage.upstream:
             if name not in self.artifacts:
                 raise UserError(
@@ -115,7 +124,21 @@ class _Walk:
         storage.remove_leftovers()
         started = time.monotonic()
         writer = ArtifactWriter(stage.name, planned.key, storage)
+        count = _Count(stage.name, self.observer)
         stage_tracker = self._track_stage(tracker, planned, storage)
+        details = self._call(planned, writer, count, stage_tracker)
+        seconds = time.monotonic() - started
+        self.hold.check()
+        artifact = self._finish(ledger, planned, writer, details, seconds)
+        stage_tracker.finish("FINISHED")
+        self.keys[stage.name] = artifact.reference
+        self._record(planned, artifact, seconds, count.worked)
+
+    def _call(
+        self, planned: PlannedStage, writer: ArtifactWriter, progress: Progress, tracker: StageTracker
+    ) -> dict[str, Any]:
+        """Call the stage's `run`; return the manifest's details."""
+        stage = planned.stage
         try:
             with tempfile.TemporaryDirectory(prefix=f"ldm-{stage.name}-") as scratch:
                 details = stage.run(
@@ -124,20 +147,25 @@ class _Walk:
                         seed=self.recipe.seed,
                         writer=writer,
                         upstream={name: self.artifacts[name] for name in stage.upstream},
-                        tracker=stage_tracker,
-                        progress=self._progress(stage.name),
+                        tracker=tracker,
+                        progress=progress,
                         scratch=Path(scratch),
-                        finished=planned.artifact,
+                        existing=planned.artifact,
                         check=self.hold.check,
                     )
                 )
         except BaseException as error:
-            stage_tracker.finish("FAILED" if isinstance(error, Exception) else "KILLED")
+            tracker.finish("FAILED" if isinstance(error, Exception) else "KILLED")
             if isinstance(error, Exception) and not isinstance(error, UserError) and (known := explain(error)):
                 raise known from error
             raise
-        seconds = time.monotonic() - started
-        self.hold.check()
+        return details
+
+    def _finish(
+        self, ledger: Ledger, planned: PlannedStage, writer: ArtifactWriter, details: dict[str, Any], seconds: float
+    ) -> Artifact:
+        """Write the manifest; return the artifact that stands for the stage from now on."""
+        stage = planned.stage
         writer.finish(
             format_version=stage.format_version,
             config=planned.config.model_dump(mode="json"),
@@ -147,54 +175,49 @@ class _Walk:
             seconds=seconds,
             code_version=__version__,
         )
-        stage_tracker.finish("FINISHED")
         artifact = ledger.find(stage.name, planned.key)
         assert artifact is not None
-        if planned.state != "retried":
-            artifact = self._settle(ledger, planned, artifact)
-        self.keys[stage.name] = artifact.reference
-        self._record(planned, artifact, seconds)
+        return artifact if planned.state == "retried" else self._settle(ledger, planned, artifact)
 
     def _settle(self, ledger: Ledger, planned: PlannedStage, artifact: Artifact) -> Artifact:
-        if stage_generation := planned.identity.get("generation", 0):
-            before = {**planned.identity, "generation": stage_generation - 1}
-            if stage_generation == 1:
+        """Decide between a forced re-run and the generation before it; return the one that stands."""
+        if generation := planned.identity.get("generation", 0):
+            before = {**planned.identity, "generation": generation - 1}
+            if generation == 1:
+                # The first one was made without --force, and its key without a generation.
                 before.pop("generation")
             if old := ledger.find(planned.stage.name, artifact_key(before)):
-                return ledger.supersede(old, artifact)
+                return ledger.supersede(old, artifact, logs=planned.stage.logs)
         return artifact
 
-    def _record(self, planned: PlannedStage, artifact: Artifact | None, seconds: float) -> None:
-        row = StageRow(planned.stage.name, planned.state, planned.key, seconds=round(seconds, 3))
+    def _record(self, planned: PlannedStage, artifact: Artifact | None, seconds: float, worked: int = 0) -> None:
+        stage = planned.stage
+        row = StageRow(
+            stage.name, planned.state, planned.key, seconds=round(seconds, 3), worked=worked, unit=stage.unit
+        )
         if artifact:
-            self.artifacts[planned.stage.name] = artifact
+            self.artifacts[stage.name] = artifact
             row.key, row.rows, row.bytes = artifact.key, artifact.manifest.rows, artifact.manifest.bytes
         self.rows.append(row)
         self.observer.end(row)
 
-    def _progress(self, name: str) -> Progress:
-        def progress(done: int, total: int, **facts: str) -> None:
-            self.observer.progress(name, done, total, **facts)
-
-        return progress
-
-    def _start_tracking(self, root: Storage) -> Tracker:
-        """One MLflow run a pipeline run; what was killed or failed goes on in the run that it began."""
-        spool = Path(root.path() if root.is_local else ".") / ".tracking"
-        tracker = Tracker(self.recipe.tracking, root, spool)
+    def _start_tracking(self) -> Tracker:
+        """Begin the MLflow run of this pipeline run, or go on in the one that a killed or failed run began."""
+        spool = Path(self.root.path() if self.root.is_local else ".") / ".tracking"
+        tracker = Tracker(self.recipe.tracking, self.root, spool)
         values = self.recipe.model_dump(mode="json")
-        tracker.start_pipeline(self.recipe.name, values, {"ldm.root": root.url}, resume_run_id=self._unfinished(root))
+        tracker.start_pipeline(self.recipe.name, values, {"ldm.root": self.root.url}, resume_run_id=self._unfinished())
         if tracker.run_id:
-            root.write_json(UNFINISHED, {"run_id": tracker.run_id, "recipe": self._digest})
+            self.root.write_json(UNFINISHED, {"run_id": tracker.run_id, "recipe": self._digest})
         return tracker
 
     @property
     def _digest(self) -> str:
         return digest_json({name: section.identity() for name, section in self.recipe if isinstance(section, Config)})
 
-    def _unfinished(self, root: Storage) -> str | None:
-        """The MLflow run of a pipeline run of this recipe that was killed or failed."""
-        begun = root.read_json(UNFINISHED) if root.exists(UNFINISHED) else {}
+    def _unfinished(self) -> str | None:
+        """Return the MLflow run of a pipeline run of this recipe that was killed or failed."""
+        begun = self.root.read_json(UNFINISHED) if self.root.exists(UNFINISHED) else {}
         return begun.get("run_id") if begun.get("recipe") == self._digest else None
 
     @staticmethod
@@ -206,33 +229,51 @@ class _Walk:
             storage.write_json(TRACKING, {"run_id": stage_tracker.run_id})
         return stage_tracker
 
-    def _finish_tracking(self, status: Literal["FINISHED", "FAILED"], result: RunResult, root: Storage) -> None:
+    def _finish_tracking(self, status: Literal["FINISHED", "FAILED"], result: RunResult) -> None:
         if self.tracker:
             if status == "FINISHED":
-                root.remove(UNFINISHED)
+                self.root.remove(UNFINISHED)
                 self.tracker.pipeline.metrics(_headlines(self.artifacts))
             self.tracker.finish(status)
             self.tracker.close()
             result.run_id = self.tracker.run_id
 
-    def _report(self, root: Storage) -> str | None:
+    def _report(self) -> str | None:
         if not self.artifacts:
             return None
-        if self.tracker or not root.exists(REPORT):
-            from pipelines.run.report import build_report
-
-            html = build_report(root, self.recipe.to_yaml(), self.rows, self.artifacts)
-            root.write_bytes(REPORT, html.encode())
+        if self.tracker or not self.root.exists(REPORT):
+            html = build_report(self.root, self.recipe.to_yaml(), self.rows, self.artifacts)
+            self.root.write_bytes(REPORT, html.encode())
         if self.tracker:
-            with root.local_copy(REPORT) as path:
+            with self.root.local_copy(REPORT) as path:
                 self.tracker.pipeline.artifact(path)
-        return f"{root.url}/{REPORT}"
+        return f"{self.root.url}/{REPORT}"
+
+
+class _Count:
+    """Pass a stage's progress on to the observer, and count what this run has worked on."""
+
+    def __init__(self, name: str, observer: RunObserver) -> None:
+        self._name, self._observer = name, observer
+        self._first: int | None = None
+        self._last = 0
+
+    def __call__(self, done: int, total: int, **facts: str) -> None:
+        # What an earlier run has done is in the first report.
+        self._first = done if self._first is None else min(self._first, done)
+        self._last = done
+        self._observer.progress(self._name, done, total, **facts)
+
+    @property
+    def worked(self) -> int:
+        return self._last - self._first if self._first is not None else 0
 
 
 def _headlines(artifacts: dict[str, Artifact]) -> dict[str, float]:
+    """Return the figures that the pipeline's own MLflow run shows, so that runs can be compared in one table."""
     return {
-        f"{name}/{key}": float(artifacts[name].details[key])
-        for name, keys in HEADLINES.items()
-        for key in keys
-        if name in artifacts and artifacts[name].details.get(key) is not None
+        f"{stage.name}/{key}": float(artifacts[stage.name].details[key])
+        for stage in STAGES
+        for key in stage.headlines
+        if stage.name in artifacts and artifacts[stage.name].details.get(key) is not None
     }

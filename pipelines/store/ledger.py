@@ -23,6 +23,8 @@ from pipelines.store.storage import Storage, encode_json, sha256_file
 MANIFEST = "manifest.json"
 SUPERSEDED = "superseded.json"
 COMMITS = "commits"
+# Files of a stage that are not published yet; removed when all are.
+WORK = "work"
 # What a training stage writes last, before its manifest.
 DETAILS = "details.json"
 READERS = 32
@@ -63,16 +65,18 @@ class Manifest(BaseModel):
     def bytes(self) -> int:
         return sum(file.bytes for file in self.files)
 
-    @property
-    def content(self) -> str:
-        """A digest of the contents: equal for two artifacts that hold the same bytes under the same names."""
-        files = sorted((file for file in self.files if not _is_log(file.name)), key=lambda f: f.name)
+    def content(self, logs: tuple[str, ...] = ()) -> str:
+        """Return a digest of the contents, equal for two artifacts that hold the same bytes under the same names.
+
+        Args:
+            logs: files, or folders ending in "/", that are left out.
+        """
+        files = sorted((f for f in self.files if not any(_is_in(f.name, log) for log in logs)), key=lambda f: f.name)
         return digest_json([[file.name, file.sha256] for file in files])
 
 
-def _is_log(name: str) -> bool:
-    """Files whose contents depend on how often something is logged, which is no part of a key."""
-    return name == "history.json" or name.startswith("previews/")
+def _is_in(name: str, place: str) -> bool:
+    return name.startswith(place) if place.endswith("/") else name == place
 
 
 def digest_json(value: Any) -> str:
@@ -266,14 +270,19 @@ class Ledger:
     def started(self, stage: str, key: str) -> bool:
         return bool((self.storage(stage, key)).names("*"))
 
-    def supersede(self, old: Artifact, new: Artifact) -> Artifact:
-        """Settle a forced re-run. Equal contents: the old artifact stays (healed where a file of it was damaged) and
-        the new one goes.
+    def supersede(self, old: Artifact, new: Artifact, *, logs: tuple[str, ...] = ()) -> Artifact:
+        """Settle a forced re-run, and return the artifact that stands.
 
+        If the contents are equal, the old artifact stays (healed where a file of it was damaged) and the new one goes.
         Otherwise the old one stays on disk, and its key points to the new one from now on.
+
+        Args:
+            old: the artifact before the re-run.
+            new: what the re-run has made.
+            logs: files, or folders ending in "/", that may differ.
         """
         try:
-            same = old.manifest.content == new.manifest.content
+            same = old.manifest.content(logs) == new.manifest.content(logs)
         except UserError:
             same = False
         if not same:

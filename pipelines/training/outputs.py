@@ -10,6 +10,8 @@ from pipelines.store.ledger import DETAILS, ArtifactWriter
 DETAILS_FILE = DETAILS
 HISTORY_FILE = "history.json"
 TRAIN_FOLDER = "train"
+# Their contents depend on how often something is logged.
+LOGS = (HISTORY_FILE, "previews/")
 
 
 def commit_once(writer: ArtifactWriter, name: str, write: Callable[[Path], Any]) -> None:

@@ -15,7 +15,7 @@ from pipelines.run.recipe import load_recipe
 
 for path in sys.argv[1:]:
     recipe = load_recipe(Path(path), ("pairs.source=metadata.jsonl",))
-    assert recipe.diffusion.unet.in_channels == recipe.autoencoder.model.embed_dim
+    assert recipe.diffusion is None or recipe.diffusion.unet.in_channels == recipe.autoencoder.model.embed_dim
 assert "torch" not in sys.modules, "torch was imported"
 """
 

@@ -1,27 +1,29 @@
-"""The autoencoder's section of the report."""
-
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+"""The `autoencoder` stage's section of the report."""
 
 from pipelines.drawing.formatting import format_count
+from pipelines.drawing.html import render
 from pipelines.drawing.sections import _facts, _loss_chart, _picture, _previews, _rate
+from pipelines.stage import Headline, Section
+from pipelines.store.ledger import Artifact
 
-if TYPE_CHECKING:
-    from pipelines.store.ledger import Artifact
 
-
-def _autoencoder(artifact: Artifact) -> dict[str, Any]:
+def section(artifact: Artifact) -> Section:
+    """Return facts, the loss, and pictures above their reconstructions."""
     details = artifact.details
-    return {
-        "facts": _facts(
+    headlines: tuple[Headline, ...] = ()
+    if "psnr_db" in details:
+        headlines = (Headline(f"{details['psnr_db']:.1f} dB", "reconstruction PSNR", "of the first stage"),)
+    html = render(
+        "stages/autoencoder/section.html.j2",
+        facts=_facts(
             ("Parameters", format_count(details.get("parameters"))),
             ("PSNR", f"{details['psnr_db']:.2f} dB" if "psnr_db" in details else None),
             ("Steps", format_count(details.get("steps"))),
             ("Throughput", _rate(details)),
             ("Weights", details.get("encoder_sha256", "")[:16]),
         ),
-        "loss": _loss_chart(artifact),
-        "reconstructions": _picture(artifact, "reconstructions.png"),
-        "previews": _previews(artifact),
-    }
+        loss=_loss_chart(artifact),
+        reconstructions=_picture(artifact, "reconstructions.png"),
+        previews=_previews(artifact),
+    )
+    return Section(html, headlines)

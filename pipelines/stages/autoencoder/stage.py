@@ -1,102 +1,57 @@
 """The `autoencoder` stage: train a first stage on the pairs, or take a pretrained one.
 
 Writes `first_stage/model.safetensors`, `first_stage/config.json`, `reconstructions.png` (originals above
-reconstructions), and where it trains `history.json` and `previews/step_NNNNNNNN.png`.
+reconstructions), and if it trains `history.json` and `previews/step_NNNNNNNN.png`.
 """
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Mapping
 from typing import Any
 
-from pipelines.stage import Stage, StageContext
-from pipelines.stages.autoencoder.artifact import FORMAT_VERSION, STAGE_NAME, load_weights, weights_file
+from ldm_core.configs.parameter_count import first_stage_parameters
+from pipelines.stage import Estimate, Section, Sections, Stage, StageContext
+from pipelines.stages.autoencoder.artifact import FORMAT_VERSION, STAGE_NAME, weights_file
 from pipelines.stages.autoencoder.config import AutoencoderConfig
+from pipelines.store.ledger import Artifact
 from pipelines.store.storage import sha256_file
+from pipelines.training.outputs import LOGS
+
+FP32_BYTES = 4
 
 
-def run(context: StageContext) -> dict[str, Any]:
-    """Train, or import, what is not finished yet.
+# `work` and `section` are imported when they are called: a recipe or a plan needs neither torch nor matplotlib.
+def _run(context: StageContext[AutoencoderConfig]) -> dict[str, Any]:
+    from pipelines.stages.autoencoder import work
 
-    Raises:
-        UserError: no samples, a damaged shard, pictures that do not fit the model, weights that are not the
-            model's, a loss that is not finite.
-    """
-    config: AutoencoderConfig = context.config
-    if config.training is None:
-        return {"trained": False, "steps": 0, **_import(context, config)}
-    return {"trained": True, **_train(context, config)}
+    return work.run(context)
 
 
-def _train(context: StageContext, config: AutoencoderConfig) -> dict[str, Any]:
-    from pipelines.training.fit import finished, fit
+def _section(artifact: Artifact) -> Section:
+    from pipelines.stages.autoencoder.section import section
 
-    assert config.training is not None
-    if (details := finished(context.writer)) is None:
-        from pipelines.stages.autoencoder.learner import AutoencoderTask
-        from pipelines.stages.autoencoder.pictures import held_out
-
-        reader = _checked_reader(context, config)
-        task = AutoencoderTask(
-            config=config,
-            seed=context.seed,
-            pairs=context.upstream["pairs"],
-            held_out=tuple(held_out(reader)),
-        )
-        reader.close()
-        details = fit(task, config.training, context)
-    context.tracker.metrics({"reconstruction/psnr_db": details["psnr_db"]}, step=details["steps"])
-    return details
-
-
-def _import(context: StageContext, config: AutoencoderConfig) -> dict[str, Any]:
-    import torch
-
-    from pipelines.stages.autoencoder.artifact import commit_first_stage
-    from pipelines.stages.autoencoder.pictures import held_out
-    from pipelines.stages.autoencoder.reconstruction import SHOWN, ReconstructionTest
-    from pipelines.stages.pairs.artifact import Pictures
-
-    assert config.weights is not None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    first_stage = load_weights(config.model, weights_file(config.weights), device)
-    reader = _checked_reader(context, config)
-    kept_out = held_out(reader)
-    places = ((shard, row) for shard, rows in enumerate(reader.rows_per_shard) for row in range(rows))
-    others = list(itertools.islice((place for place in places if place not in kept_out), SHOWN))
-    test = ReconstructionTest(Pictures(reader), kept_out, others)
-    reader.close()
-    details = commit_first_stage(context.writer, first_stage, config.model, test, device)
-    context.tracker.metrics({"reconstruction/psnr_db": details["psnr_db"]}, step=0)
-    return details
-
-
-def _checked_reader(context: StageContext, config: AutoencoderConfig) -> Any:
-    """A reader of the pairs, whole and of a size that the model takes; mistakes end here, before any worker starts."""
-    from pipelines.errors import UserError
-    from pipelines.stages.pairs.artifact import Pictures, open_pairs
-
-    reader = open_pairs(context.upstream["pairs"])
-    reader.check_sizes()
-    first = next(shard for shard, rows in enumerate(reader.rows_per_shard) if rows)
-    height, width, _ = Pictures(reader).get((first, 0)).shape
-    factor = config.model.downsampling_factor
-    if height % factor or width % factor:
-        raise UserError(
-            f"pictures of {width}x{height} pixels do not divide by the first stage's downsampling factor {factor}: "
-            f"set pairs.image_size to a multiple of {factor} and pairs.resize=center_crop"
-        )
-    return reader
+    return section(artifact)
 
 
 def _inputs(config: AutoencoderConfig) -> dict[str, str]:
     return {"weights": sha256_file(weights_file(config.weights))} if config.weights else {}
 
 
+def _estimate(sections: Sections, before: Mapping[str, Estimate]) -> Estimate:
+    """Return the size of the weights in fp32."""
+    return Estimate(rows=0, bytes=FP32_BYTES * first_stage_parameters(sections[STAGE_NAME].model))
+
+
 STAGE = Stage(
     name=STAGE_NAME,
     format_version=FORMAT_VERSION,
     upstream=("pairs",),
+    run=_run,
+    section=_section,
     inputs=_inputs,
-    run=run,
+    estimate=_estimate,
+    unit="steps",
+    headlines=("final_loss", "psnr_db"),
+    local_inputs=("weights",),
+    logs=LOGS,
 )

@@ -1,28 +1,33 @@
-"""The diffusion stage's section of the report."""
+"""The `diffusion` stage's section of the report."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+import math
 
 from pipelines.drawing.formatting import format_count
+from pipelines.drawing.html import render
 from pipelines.drawing.sections import _facts, _loss_chart, _previews, _rate
+from pipelines.stage import Headline, Section
+from pipelines.store.ledger import Artifact
 
-if TYPE_CHECKING:
-    from pipelines.store.ledger import Artifact
 
-
-def _diffusion(artifact: Artifact) -> dict[str, Any]:
+def section(artifact: Artifact) -> Section:
+    """Return facts, the loss, and samples drawn during training."""
     details = artifact.details
     parameters = details.get("parameters", {})
     counts = parameters.items() if isinstance(parameters, dict) else [("all", parameters)]
-    return {
-        "facts": _facts(
+    headlines: tuple[Headline, ...] = ()
+    if "images_per_s" in details:
+        remark = f"{details.get('steps', 0):,} steps, final loss {details.get('final_loss', math.nan):.3g}"
+        headlines = (Headline(f"{details['images_per_s']:.1f}", "images/s in training", remark),)
+    html = render(
+        "stages/diffusion/section.html.j2",
+        facts=_facts(
             *((f"Parameters: {name.replace('_', ' ')}", format_count(count)) for name, count in counts),
             ("Steps", format_count(details.get("steps"))),
             ("Throughput", _rate(details)),
             ("Workers", format_count(details.get("workers"))),
             ("Final loss", f"{details['final_loss']:.4g}" if "final_loss" in details else None),
         ),
-        "loss": _loss_chart(artifact),
-        "previews": _previews(artifact),
-    }
+        loss=_loss_chart(artifact),
+        previews=_previews(artifact),
+    )
+    return Section(html, headlines)

@@ -6,85 +6,70 @@ Writes `model/model.safetensors`, `model/config.json`, `model/vocab.txt` (averag
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-from pipelines.errors import MisuseError, UserError
-from pipelines.stage import Stage, StageContext
-from pipelines.stages.diffusion.artifact import FORMAT_VERSION, STAGE_NAME
+from ldm_core.configs.parameter_count import text_transformer_parameters, unet_parameters
+from pipelines.stage import Estimate, Section, Sections, Stage, StageContext
+from pipelines.stages.diffusion.artifact import FOLDER, FORMAT_VERSION, STAGE_NAME
 from pipelines.stages.diffusion.config import DiffusionConfig
+from pipelines.store.ledger import Artifact
+from pipelines.training.outputs import LOGS
 
-if TYPE_CHECKING:
-    from ldm_core.configs.model import LatentDiffusionConfig
-    from pipelines.store.ledger import Artifact
-
-
-def run(context: StageContext) -> dict[str, Any]:
-    """Train what is not trained yet.
-
-    Raises:
-        MisuseError: a UNet or text transformer that does not fit the latents.
-        UserError: latents of another first stage, a damaged shard, a loss that is not finite.
-    """
-    from pipelines.training.fit import finished, fit
-
-    if (details := finished(context.writer)) is not None:
-        return details
-    from pipelines.stages.diffusion.learner import DiffusionTask
-    from pipelines.stages.latents.artifact import Latents
-
-    config: DiffusionConfig = context.config
-    latents, autoencoder = context.upstream["latents"], context.upstream["autoencoder"]
-    model = _model_config(config, latents, autoencoder)
-    cache = Latents(latents)
-    cache.reader.check_sizes()
-    task = DiffusionTask(
-        model=model,
-        config=config,
-        seed=context.seed,
-        latents=latents,
-        autoencoder=autoencoder,
-        prompts=tuple(cache.captions(config.preview_prompts)),
-    )
-    cache.reader.close()
-    return fit(task, config.training, context)
+FP32_BYTES = 4
 
 
-def _model_config(config: DiffusionConfig, latents: Artifact, autoencoder: Artifact) -> LatentDiffusionConfig:
-    """The whole model: what the recipe says, with what the latents fix (vocabulary, caption length, scale)."""
-    from ldm_core.configs.model import LatentDiffusionConfig
-    from pipelines.stages.autoencoder.artifact import first_stage_config
+# `work` and `section` are imported when they are called: a recipe or a plan needs neither torch nor matplotlib.
+def _run(context: StageContext[DiffusionConfig]) -> dict[str, Any]:
+    from pipelines.stages.diffusion import work
 
-    first_stage = first_stage_config(autoencoder)
-    facts = latents.details
-    if facts["encoder_sha256"] != autoencoder.details["encoder_sha256"]:
-        raise UserError(
-            f"latents {latents.key} were made by encoder {facts['encoder_sha256'][:12]}, but autoencoder "
-            f"{autoencoder.key} holds {autoencoder.details['encoder_sha256'][:12]}: run `ldm run RECIPE --from latents`"
+    return work.run(context)
+
+
+def _section(artifact: Artifact) -> Section:
+    from pipelines.stages.diffusion.section import section
+
+    return section(artifact)
+
+
+def _check(sections: Sections) -> None:
+    """Raise ValueError if the UNet does not fit the pictures, the first stage or the text transformer."""
+    config, first_stage = sections[STAGE_NAME], sections["autoencoder"].model
+    size, factor, unet = sections["pairs"].image_size, first_stage.downsampling_factor, config.unet
+    if size != unet.latent_size * factor:
+        raise ValueError(
+            f"pairs.image_size must be diffusion.unet.latent_size x the first stage's downsampling factor, "
+            f"{unet.latent_size} x {factor}, got {size}"
         )
-    _, height, width = facts["latent_shape"]
-    if (height, width) != (config.unet.latent_size, config.unet.latent_size):
-        raise MisuseError(
-            f"diffusion.unet.latent_size is {config.unet.latent_size}, but the latents are {width}x{height}: "
-            f"set it to pairs.image_size / {first_stage.downsampling_factor}"
+    if unet.in_channels != first_stage.embed_dim:
+        raise ValueError(
+            f"diffusion.unet.in_channels must be autoencoder.model.embed_dim, {first_stage.embed_dim}, "
+            f"got {unet.in_channels}"
         )
-    try:
-        return LatentDiffusionConfig(
-            first_stage=first_stage,
-            unet=config.unet,
-            conditioner=config.text.build(vocabulary_size=facts["vocabulary_size"], max_length=facts["max_length"]),
-            schedule=config.schedule,
-            parameterization=config.parameterization,
-            loss=config.loss,
-            scale_factor=facts["scale_factor"],
+    if unet.context_dim != config.text.width:
+        raise ValueError(
+            f"diffusion.unet.context_dim must be diffusion.text.width, {config.text.width}, got {unet.context_dim}"
         )
-    except ValueError as error:
-        raise MisuseError(f"diffusion: {error}") from error
+
+
+def _estimate(sections: Sections, before: Mapping[str, Estimate]) -> Estimate:
+    """Return the size of the weights in fp32, those of the first stage included."""
+    config, tokenizer = sections[STAGE_NAME], sections["latents"].tokenizer
+    text = config.text.build(vocabulary_size=tokenizer.size, max_length=tokenizer.max_length)
+    parameters = unet_parameters(config.unet) + text_transformer_parameters(text)
+    return Estimate(rows=0, bytes=FP32_BYTES * parameters + (before["autoencoder"].bytes or 0))
 
 
 STAGE = Stage(
     name=STAGE_NAME,
     format_version=FORMAT_VERSION,
     upstream=("autoencoder", "latents"),
-    inputs=lambda config: {},
-    run=run,
+    run=_run,
+    section=_section,
+    check=_check,
+    estimate=_estimate,
+    unit="steps",
+    headlines=("final_loss", "images_per_s"),
+    logs=LOGS,
+    outputs={"checkpoint": FOLDER},
 )

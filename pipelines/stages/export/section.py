@@ -1,18 +1,17 @@
-"""The export's section of the report."""
+"""The `export` stage's section of the report."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
+from pipelines.drawing.html import render
 from pipelines.drawing.sections import _facts
+from pipelines.stage import Section
+from pipelines.store.ledger import Artifact
 
-if TYPE_CHECKING:
-    from pipelines.store.ledger import Artifact
 
-
-def _export(artifact: Artifact) -> dict[str, Any]:
-    return {
-        "facts": _facts(("Layouts", ", ".join(artifact.details.get("layouts", [])))),
-        "place": artifact.storage.url,
-        "files": [(file.name, file.bytes) for file in artifact.manifest.files],
-    }
+def section(artifact: Artifact) -> Section:
+    """Return where the model is, and its files."""
+    html = render(
+        "stages/export/section.html.j2",
+        facts=_facts(("Layouts", ", ".join(artifact.details.get("layouts", [])))),
+        place=artifact.storage.url,
+        files=[(file.name, file.bytes) for file in artifact.manifest.files],
+    )
+    return Section(html, appendix=True)

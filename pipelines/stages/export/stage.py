@@ -1,88 +1,46 @@
 """The `export` stage: the final EMA weights in the layouts that other programs load.
 
-Writes `model.safetensors`, `config.json`, `vocab.txt` (what `ldm_core.load` reads) and, where asked for, the
+Writes `model.safetensors`, `config.json`, `vocab.txt` (what `ldm_core.load` reads) and, if asked for, the
 folder `diffusers/` (what `diffusers.LDMTextToImagePipeline` reads).
 """
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-from pipelines.errors import UserError
-from pipelines.stage import Stage, StageContext
-from pipelines.stages.diffusion.artifact import FORMAT_VERSION as DIFFUSION_FORMAT
-from pipelines.stages.diffusion.artifact import load_model
-from pipelines.store.ledger import ArtifactWriter
-
-if TYPE_CHECKING:
-    from ldm_core.latent_diffusion import LatentDiffusion
+from pipelines.stage import Estimate, Section, Sections, Stage, StageContext
+from pipelines.stages.export.config import ExportConfig
+from pipelines.store.ledger import Artifact
 
 FORMAT_VERSION = 1
-DIFFUSERS_FOLDER = "diffusers"
 
 
-def run(context: StageContext) -> dict[str, Any]:
-    """Write every layout to scratch, read ours back, then commit file by file.
+# `work` and `section` are imported when they are called: a recipe or a plan needs neither torch nor matplotlib.
+def _run(context: StageContext[ExportConfig]) -> dict[str, Any]:
+    from pipelines.stages.export import work
 
-    Raises:
-        UserError: the diffusion artifact is damaged, or diffusers is insisted on and has no counterpart of the model.
-    """
-    from ldm_core import checkpoint
-    from ldm_core.checkpoint_formats import diffusers
-
-    artifact = context.upstream["diffusion"].require("diffusion", DIFFUSION_FORMAT)
-    model, tokenizer = load_model(artifact)
-    folder = context.scratch / "export"
-    checkpoint.save(model, folder, tokenizer=tokenizer)
-    _check_same_weights(model, folder)
-    details: dict[str, Any] = {"layouts": ["ldm"], "parameters": _parameters(model)}
-    if context.config.diffusers is not False:
-        try:
-            diffusers.export_folder(model, folder / DIFFUSERS_FOLDER, tokenizer=tokenizer)
-            details["layouts"].append("diffusers")
-        except ValueError as error:
-            if context.config.diffusers:
-                raise UserError(f"no diffusers layout of this model: {error}; or set export.diffusers=false") from error
-            shutil.rmtree(folder / DIFFUSERS_FOLDER, ignore_errors=True)
-            details["diffusers_skipped"] = str(error)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for done, path in enumerate(files):
-        context.progress(done, len(files), file=path.name)
-        _commit_copy(context.writer, path, path.relative_to(folder).as_posix())
-    context.progress(len(files), len(files))
-    return details | {"files": len(files)}
+    return work.run(context)
 
 
-def _check_same_weights(model: LatentDiffusion, folder: Path) -> None:
-    import torch
+def _section(artifact: Artifact) -> Section:
+    from pipelines.stages.export.section import section
 
-    from ldm_core import checkpoint
-
-    read_back = checkpoint.load(folder, device="cpu").state_dict()
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(read_back[name], tensor.float()), f"{name} changed on its way through {folder}"
+    return section(artifact)
 
 
-def _commit_copy(writer: ArtifactWriter, source: Path, name: str) -> None:
-    if name not in writer.committed():
-        with writer.storage.writer(name) as target:
-            shutil.copyfile(source, target)
-        writer.commit(name)
-
-
-def _parameters(model: LatentDiffusion) -> dict[str, int]:
-    """Parameters of the model's parts, and of all of it."""
-    counts = {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in model.named_children()}
-    return counts | {"total": sum(counts.values())}
+def _estimate(sections: Sections, before: Mapping[str, Estimate]) -> Estimate:
+    """Return the size of the trained model, once for each layout."""
+    size = before["diffusion"].bytes
+    return Estimate(rows=0, bytes=None if size is None else size * (2 if sections["export"].diffusers else 1))
 
 
 STAGE = Stage(
     name="export",
     format_version=FORMAT_VERSION,
     upstream=("diffusion",),
-    inputs=lambda config: {},
-    run=run,
+    run=_run,
+    section=_section,
+    estimate=_estimate,
     uses_seed=False,
 )

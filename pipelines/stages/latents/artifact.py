@@ -16,7 +16,7 @@ from pipelines.shards.format import decode_npy
 from pipelines.shards.reader import ShardReader
 from pipelines.store.ledger import Artifact
 
-LATENTS_FORMAT = 1
+FORMAT_VERSION = 1
 CACHE_BYTES = 1 << 30
 
 Cached = tuple[NDArray[np.float16], NDArray[np.uint16]]
@@ -34,7 +34,7 @@ class Latents:
     """
 
     def __init__(self, artifact: Artifact, *, cache_bytes: int = CACHE_BYTES) -> None:
-        self.reader = ShardReader(artifact.storage, artifact.require("latents", LATENTS_FORMAT).shards())
+        self.reader = ShardReader(artifact.storage, artifact.require("latents", FORMAT_VERSION).shards())
         self._room = cache_bytes
         self._kept: dict[tuple[int, int], Cached] = {}
 

@@ -1,30 +1,26 @@
-"""The latents' section of the report."""
-
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+"""The `latents` stage's section of the report."""
 
 from pipelines.drawing.formatting import format_bytes, format_count
+from pipelines.drawing.html import render
 from pipelines.drawing.sections import _facts
+from pipelines.stage import Section
+from pipelines.store.ledger import Artifact
 
-if TYPE_CHECKING:
-    from pipelines.store.ledger import Artifact
 
-
-def _latents(artifact: Artifact) -> dict[str, Any]:
+def section(artifact: Artifact) -> Section:
+    """Return the facts of the cache: shape, scale factor, encoder and tokenizer."""
     details = artifact.details
     shape = " × ".join(str(size) for size in details.get("latent_shape", []))
     bytes_per_sample = artifact.manifest.bytes / max(details.get("samples", 0), 1)
-    return {
-        "facts": _facts(
-            ("Latents", format_count(details.get("samples"))),
-            ("Shape (C, h, w)", shape),
-            ("Stored as", details.get("latent_dtype")),
-            ("Scale factor 1/std", f"{details['scale_factor']:.5f}" if "scale_factor" in details else None),
-            ("Size of one", format_bytes(bytes_per_sample)),
-            ("Vocabulary", format_count(details.get("vocabulary_size"))),
-            ("Longest caption", f"{details['max_length']} tokens" if "max_length" in details else None),
-            ("Encoder", details.get("encoder_sha256", "")[:16]),
-            ("Tokenizer", details.get("tokenizer_sha256", "")[:16]),
-        )
-    }
+    facts = _facts(
+        ("Latents", format_count(details.get("samples"))),
+        ("Shape (C, h, w)", shape),
+        ("Stored as", details.get("latent_dtype")),
+        ("Scale factor 1/std", f"{details['scale_factor']:.5f}" if "scale_factor" in details else None),
+        ("Size of one", format_bytes(bytes_per_sample)),
+        ("Vocabulary", format_count(details.get("vocabulary_size"))),
+        ("Longest caption", f"{details['max_length']} tokens" if "max_length" in details else None),
+        ("Encoder", details.get("encoder_sha256", "")[:16]),
+        ("Tokenizer", details.get("tokenizer_sha256", "")[:16]),
+    )
+    return Section(render("stages/latents/section.html.j2", facts=facts))

@@ -6,102 +6,61 @@ Writes `vocab.txt`; for each pairs shard a `NNNNNN.tar` with the same keys (`KEY
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-from pipelines.compute.actor_pool import map_on_actors, pool_size
-from pipelines.errors import UserError
-from pipelines.stage import RateMeter, Stage, StageContext
-from pipelines.stages.autoencoder.artifact import FORMAT_VERSION as AUTOENCODER_FORMAT
+from pipelines.stage import Estimate, Section, Sections, Stage, StageContext
+from pipelines.stages.latents.artifact import FORMAT_VERSION
 from pipelines.stages.latents.config import LatentsConfig
-from pipelines.stages.latents.encode import EncodeShard, statistics_name
-from pipelines.stages.latents.statistics import LatentSums, scale_factor, total
-from pipelines.stages.latents.vocabulary import commit_vocabulary, vocabulary_digest
-from pipelines.stages.pairs.artifact import PAIRS_FORMAT
+from pipelines.stages.latents.vocabulary import vocabulary_digest
 from pipelines.store.ledger import Artifact
 
-if TYPE_CHECKING:
-    from ldm_core.tokenizers.wordpiece import Tokenizer
-
-FORMAT_VERSION = 1
-
-
-def run(context: StageContext) -> dict[str, Any]:
-    """Encode what is not yet committed; see the module's docstring for what is written.
-
-    Raises:
-        UserError: no samples, a damaged pairs shard, a file that is no vocabulary, or a first stage that does
-            not work.
-    """
-    pairs = context.upstream["pairs"].require("pairs", PAIRS_FORMAT)
-    first_stage = context.upstream["autoencoder"].require("autoencoder", AUTOENCODER_FORMAT)
-    if not sum(record.rows for record in pairs.shards()):
-        raise UserError(f"{pairs.storage.url} holds no samples: see its parquet files for what became of each row")
-    tokenizer = commit_vocabulary(context.config.tokenizer, pairs, context.writer)
-    _encode_pending(context, pairs, first_stage)
-    return _details(context, pairs, first_stage, tokenizer)
+FP16_BYTES = 2
+TOKEN_BYTES = 2
+# Three headers and padding for each of a sample's three members, and its JSON.
+TAR_OVERHEAD_BYTES = 3_500
 
 
-def _encode_pending(context: StageContext, pairs: Artifact, first_stage: Artifact) -> None:
-    config: LatentsConfig = context.config
-    committed = context.writer.committed()
-    pending: list[dict[str, Any]] = [
-        {"shard": r.name, "rows": r.rows, "bytes": r.bytes, "encoded": r.name in committed}
-        for r in pairs.shards()
-        if r.name not in committed or statistics_name(r.name) not in committed
-    ]
-    if not pending:
-        return
-    size = pool_size(len(pending), workers=config.workers, use_gpu=config.use_gpu)
-    arguments = {
-        "pairs": pairs,
-        "first_stage": first_stage,
-        "writer": context.writer,
-        "config": config,
-        "device": size.device,
-    }
-    rows = sum(record.rows for record in pairs.shards())
-    done = rows - sum(item["rows"] for item in pending)
-    meter, before = RateMeter(), done
-    context.progress(done, rows)
-    for result in map_on_actors(pending, EncodeShard, arguments=arguments, size=size):
-        done += result["rows"]
-        rate = meter.rate(done - before)
-        context.progress(done, rows, images_per_s=f"{rate:.0f}")
-        context.tracker.metric("throughput/images_per_s", rate, step=done)
+# `work` and `section` are imported when they are called: a recipe or a plan needs neither torch nor matplotlib.
+def _run(context: StageContext[LatentsConfig]) -> dict[str, Any]:
+    from pipelines.stages.latents import work
+
+    return work.run(context)
 
 
-def _details(context: StageContext, pairs: Artifact, first_stage: Artifact, tokenizer: Tokenizer) -> dict[str, Any]:
-    statistics = [context.writer.storage.read_json(statistics_name(r.name)) for r in pairs.shards()]
-    shapes = {tuple(shard["shape"]) for shard in statistics if shard["shape"]}
-    if len(shapes) > 1:
-        raise UserError(f"latents differ in shape from shard to shard ({sorted(shapes)}): set pairs.resize=center_crop")
-    sums = total([LatentSums.from_dict(shard) for shard in statistics])
-    try:
-        scale = scale_factor(sums)
-    except ValueError as error:
-        raise UserError(f"the first stage has collapsed: {error}; train it again with a smaller kl_weight") from error
-    moments, *latent_shape = shapes.pop()
-    context.tracker.metrics({"latents/mean": sums.mean, "latents/std": sums.std, "latents/scale_factor": scale})
-    return {
-        "samples": sum(record.rows for record in pairs.shards()),
-        "encoder_sha256": first_stage.details["encoder_sha256"],
-        "tokenizer_sha256": tokenizer.digest,
-        "vocabulary_size": tokenizer.vocabulary_size,
-        "max_length": tokenizer.max_length,
-        "empty_tokens": tokenizer.encode([""])[0].tolist(),
-        "latent_shape": list(latent_shape),
-        "latent_dtype": "float16",
-        "moments": moments,
-        "latent_mean": sums.mean,
-        "scale_factor": scale,
-    }
+def _section(artifact: Artifact) -> Section:
+    from pipelines.stages.latents.section import section
+
+    return section(artifact)
+
+
+def _inputs(config: LatentsConfig) -> dict[str, str]:
+    return vocabulary_digest(config.tokenizer)
+
+
+def _estimate(sections: Sections, before: Mapping[str, Estimate]) -> Estimate:
+    rows = before["pairs"].rows
+    if rows is None:
+        return Estimate()
+    model = sections["autoencoder"].model
+    side = sections["pairs"].image_size // model.downsampling_factor
+    # Of a Gaussian posterior mean and log-variance are stored, of a VQ model the latent alone.
+    moments = 2 if model.regularization == "kl" else 1
+    latent = FP16_BYTES * moments * model.embed_dim * side * side
+    tokens = TOKEN_BYTES * sections["latents"].tokenizer.max_length
+    return Estimate(rows=rows, bytes=rows * (latent + tokens + TAR_OVERHEAD_BYTES))
 
 
 STAGE = Stage(
     name="latents",
     format_version=FORMAT_VERSION,
     upstream=("pairs", "autoencoder"),
-    inputs=lambda config: vocabulary_digest(config.tokenizer),
-    run=run,
+    run=_run,
+    section=_section,
+    inputs=_inputs,
+    estimate=_estimate,
     uses_seed=False,
+    unit="rows",
+    headlines=("scale_factor",),
+    local_inputs=("tokenizer.vocabulary",),
 )

@@ -63,7 +63,7 @@ def run(context: StageContext) -> dict[str, Any]:
     if total == 0:
         raise UserError(f"{config.source} has no rows: say `--set pairs.source=PATH` of a source with pairs in it")
     _require_columns(source, config)
-    rounds = _Rounds.of(context.finished)
+    rounds = _Rounds.of(context.existing)
     work = _Work(context, source, rounds.schedule(context, total), rounds)
     work.run()
     return _summarise(context, rounds.with_round(work.schedule), total)

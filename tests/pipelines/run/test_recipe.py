@@ -7,6 +7,7 @@ import yaml
 
 from jobs.recipes import FOLDER, recipe_path
 from pipelines.errors import MisuseError, UserError
+from pipelines.run.plan import Selection, check, stages_of
 from pipelines.run.recipe import load_recipe, parse_recipe
 
 DEMO = FOLDER / "demo.yaml"
@@ -28,11 +29,6 @@ def test_every_shipped_recipe_is_valid_and_its_resolved_form_is_a_recipe(path: P
         ("autoencoder.model=kl-f9", "kl-f9"),
         ("autoencoder.training=null", "either `weights`"),
         ("pairs.encode=gif", "pairs.encode"),
-        (
-            "pairs.image_size=128",
-            "pairs.image_size must be diffusion.unet.latent_size x the first stage's downsampling",
-        ),
-        ("diffusion.text.width=64", "diffusion.unet.context_dim must be diffusion.text.width, 64, got 128"),
         ("pairs.source=", "pairs.source"),
         ("pairs", "--set takes section.key=value, but got 'pairs'"),
         ("pairs.limit=[1", "not valid YAML"),
@@ -44,6 +40,43 @@ def test_a_wrong_override_is_refused_in_one_line_that_says_what_to_do(override: 
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "pairs.image_size=128",
+            "pairs.image_size must be diffusion.unet.latent_size x the first stage's downsampling",
+        ),
+        ("autoencoder.model.embed_dim=3", "diffusion.unet.in_channels must be autoencoder.model.embed_dim, 3, got 4"),
+        ("diffusion.text.width=64", "diffusion.unet.context_dim must be diffusion.text.width, 64, got 128"),
+    ],
+)
+def test_sections_that_do_not_fit_are_refused_only_for_the_stages_that_need_them(override: str, message: str) -> None:
+    recipe = load_recipe(DEMO, (override,))
+    for selection in (Selection(), Selection(only="diffusion"), Selection(first="latents")):
+        with pytest.raises(MisuseError) as caught:
+            check(recipe, selection)
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+    check(recipe, Selection(only="pairs"))
+    check(recipe, Selection(last="latents"))
+
+
+def test_a_recipe_of_pairs_alone_has_one_stage_and_refuses_the_others_by_name() -> None:
+    recipe = load_recipe(recipe_path("pairs"), ("pairs.source=somewhere",))
+    assert [stage.name for stage in stages_of(recipe)] == ["pairs"]
+    check(recipe, Selection())
+    with pytest.raises(MisuseError, match="recipe pairs has no stage latents: its stages are pairs; add the missing"):
+        check(recipe, Selection(only="latents"))
+
+
+def test_a_diffusion_model_without_a_first_stage_is_refused() -> None:
+    values = yaml.safe_load(DEMO.read_text())
+    values.pop("autoencoder")
+    with pytest.raises(MisuseError, match="add a section `autoencoder` to the recipe"):
+        parse_recipe(values)
 
 
 def test_a_missing_section_is_named() -> None:
@@ -66,6 +99,7 @@ def test_an_unknown_recipe_name_suggests_the_nearest() -> None:
 
 def test_fields_laid_over_a_preset_keep_the_rest_of_it() -> None:
     recipe = load_recipe(DEMO, ("autoencoder.model=kl-f8", "autoencoder.model.base_channels=64"))
+    assert recipe.autoencoder is not None
     assert recipe.autoencoder.model.base_channels == 64
     assert recipe.autoencoder.model.channel_mult == (1, 2, 4, 4)
 

@@ -11,9 +11,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from pipelines.drawing.grids import Image8, grid
+from pipelines.errors import UserError
 from pipelines.shards.tar_windows import Tar, random_samples
 from pipelines.stages.pairs.pictures.raster import FORMATS
-from pipelines.store.ledger import MANIFEST, read_manifest
+from pipelines.stages.pairs.summary.unfinished import tars_in_the_making
+from pipelines.store.ledger import MANIFEST, WORK, read_manifest
 from pipelines.store.storage import Storage
 
 SAMPLES = 48
@@ -34,6 +36,20 @@ def tars_of(storage: Storage) -> list[Tar]:
     else:
         sizes = storage.sizes()
     return [Tar(storage, name, size) for name, size in sorted(sizes.items()) if name.endswith(".tar")]
+
+
+def find_tars(storage: Storage, shard: str | None = None) -> list[Tar]:
+    """Return one shard of a folder, or all shards of the artifact in it, finished or not.
+
+    Raises:
+        UserError: the shard is missing.
+    """
+    if shard is not None:
+        if (size := storage.size(shard)) < 0:
+            raise UserError(f"{storage.url}/{shard} is missing")
+        return [Tar(storage, shard, size)]
+    # Before anything is committed there are only staged shards.
+    return tars_of(storage) or tars_in_the_making(storage / WORK)
 
 
 def contact_sheet(tars: Sequence[Tar], count: int = SAMPLES) -> Image8 | None:

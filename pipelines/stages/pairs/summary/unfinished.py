@@ -7,7 +7,7 @@ from typing import Any
 from pipelines.shards.tar_windows import Tar
 from pipelines.stages.pairs.shard.staged import read_made
 from pipelines.stages.pairs.summary.summary import summarise_shards
-from pipelines.store.ledger import COMMITS
+from pipelines.store.ledger import COMMITS, WORK
 from pipelines.store.storage import Storage
 
 PLAN = "plan.json"
@@ -20,17 +20,17 @@ def write_plan(work: Storage, rows: int, rows_per_shard: int) -> None:
     work.write_json(PLAN, {"rows": rows, "shards": -(-rows // rows_per_shard)})
 
 
-def survey(storage: Storage, work: Storage) -> dict[str, Any]:
+def survey(storage: Storage) -> dict[str, Any]:
     """What is there of an unfinished pairs artifact.
 
     Args:
         storage: the artifact's folder.
-        work: the folder of its shards in the making.
 
     Returns:
         As `summarise` says it of a finished one, of the shards that are there, and `shards`: how many are `committed`,
         how many `made` and waiting for that, and of the `planned` ones, where that is known; `tables_read` of them.
     """
+    work = storage / WORK
     committed = [int(name.split(".")[0]) for name in (storage / COMMITS).names("*.parquet.json")]
     made = sorted({int(name.split(".")[0]) for name in work.names("[0-9]*.json")} - set(committed))
     stride = -(-(len(committed) + len(made)) // TABLES_READ) or 1

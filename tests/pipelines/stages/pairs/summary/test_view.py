@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from jobs.pairs_view import view
 from pipelines.drawing.printable import printable
+from pipelines.stages.pairs.summary.view import view
 from tests.jobs.conftest import Ldm
 from tests.tiny_artifacts import pairs_artifact
 

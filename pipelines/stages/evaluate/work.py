@@ -1,0 +1,143 @@
+"""The work of the `evaluate` stage: sample, draw grids, score."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipelines.compute.actor_pool import map_on_actors, pool_size
+from pipelines.drawing.grids import encode_png, grid
+from pipelines.stage import RateMeter, StageContext
+from pipelines.stages.diffusion.artifact import FORMAT_VERSION as DIFFUSION_FORMAT
+from pipelines.stages.evaluate.batch import SampleBatch, read_images
+from pipelines.stages.evaluate.config import EvaluateConfig
+from pipelines.stages.evaluate.prompts import Prompt, load_prompts
+from pipelines.stages.evaluate.shapes.scores import alignment_scores, require_expectations
+from pipelines.stages.pairs.artifact import PAIRS_FORMAT, TrainingPair, load_training_pairs
+from pipelines.store.ledger import Artifact
+
+GRID_COLUMNS = 8
+GRID_PICTURES = 40
+# Small pictures are enlarged in grids, so that a person can see them.
+GRID_PIXELS = 128
+
+
+def run(context: StageContext[EvaluateConfig]) -> dict[str, Any]:
+    """Sample what is not yet committed, then make grids and scores; see `stage` for what is written.
+
+    Raises:
+        UserError: a prompts file that cannot be read, prompts that the detector cannot judge, or a damaged
+            artifact.
+    """
+    config = context.config
+    pairs = context.upstream["pairs"].require("pairs", PAIRS_FORMAT)
+    model = context.upstream["diffusion"].require("diffusion", DIFFUSION_FORMAT)
+    prompts = load_prompts(config)
+    if config.detector:
+        require_expectations(prompts)
+    training = load_training_pairs(pairs, config.training_captions)
+    captions = [prompt.text for prompt in prompts] + [pair.caption for pair in training]
+    shards = _sample(context, model, captions)
+    images = read_images(context.writer.storage, shards)
+    details: dict[str, Any] = {"samples": len(images), "prompts": captions[: min(len(prompts), GRID_PICTURES)]}
+    if prompts:
+        _write_grid(context, "grid", prompt_grid(prompts, images))
+    if training:
+        _write_grid(context, "training_grid", training_grid(training, images[len(prompts) :]))
+        details["training_captions"] = captions[len(prompts) :]
+    return details | _write_scores(context, prompts, images[: len(prompts)])
+
+
+def prompt_grid(prompts: list[Prompt], images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The first pictures with their prompts, as one picture."""
+    shown = prompts[:GRID_PICTURES]
+    return grid(images[: len(shown)], GRID_COLUMNS, [prompt.text for prompt in shown], scale=_scale(images.shape[2]))
+
+
+def training_grid(training: list[TrainingPair], sampled: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Rows of real pictures, each above the row of what their captions give."""
+    size = (sampled.shape[2], sampled.shape[1])
+    real = np.stack([np.asarray(Image.fromarray(pair.image).resize(size)) for pair in training])
+    columns = min(GRID_COLUMNS, len(training))
+    rows = []
+    for start in range(0, len(training), columns):
+        row = slice(start, start + columns)
+        captions = [pair.caption for pair in training[row]]
+        for images, texts in ((real[row], None), (sampled[row], captions)):
+            rows.append(grid(images, columns, texts, scale=_scale(size[0])))
+    width = max(row.shape[1] for row in rows)
+    padded = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
+    return np.concatenate(padded)
+
+
+def _scale(width: int) -> int:
+    return max(1, GRID_PIXELS // width)
+
+
+def _sample(context: StageContext[EvaluateConfig], model: Artifact, captions: list[str]) -> list[str]:
+    """Sample every caption; names of the shards that hold the pictures, in order. Picture i has seed `seed + i`."""
+    config = context.config
+    batch = config.sampling.batch_size
+    items: list[dict[str, Any]] = [
+        {
+            "shard": f"samples/{number:06d}.tar",
+            "start": start,
+            "stop": min(start + batch, len(captions)),
+        }
+        for number, start in enumerate(range(0, len(captions), batch))
+    ]
+    committed = context.writer.committed()
+    pending = [item for item in items if item["shard"] not in committed]
+    if pending:
+        size = pool_size(len(pending), workers=config.workers, use_gpu=config.use_gpu)
+        arguments = {
+            "model": model,
+            "writer": context.writer,
+            "prompts": captions,
+            "seed": context.seed,
+            "sampling": config.sampling,
+            "device": size.device,
+        }
+        done = before = len(captions) - sum(item["stop"] - item["start"] for item in pending)
+        meter = RateMeter()
+        context.progress(done, len(captions))
+        for result in map_on_actors(pending, SampleBatch, arguments=arguments, size=size):
+            done += result["rows"]
+            rate = meter.rate(done - before)
+            context.progress(done, len(captions), images_per_s=f"{rate:.2f}")
+            context.tracker.metric("throughput/images_per_s", rate, step=done)
+    return [str(item["shard"]) for item in items]
+
+
+def _write_grid(context: StageContext[EvaluateConfig], name: str, picture: NDArray[np.uint8]) -> None:
+    context.tracker.image(f"evaluate/{name}", picture, step=0)
+    _write(context, f"{name}.png", encode_png(picture))
+
+
+def _write_scores(
+    context: StageContext[EvaluateConfig], prompts: list[Prompt], images: NDArray[np.uint8]
+) -> dict[str, Any]:
+    if context.config.detector is None:
+        _write(context, "scores.json", b"{}\n")
+        return {}
+    scores = alignment_scores(prompts, images)
+    metrics = {"alignment/accuracy": scores["accuracy"], "alignment/samples": float(scores["samples"])}
+    metrics |= {f"alignment/{name}": share for name, share in scores["attributes"].items()}
+    context.tracker.metrics(metrics)
+    _write(context, "scores.json", (json.dumps({"alignment": scores}, indent=1, sort_keys=True) + "\n").encode())
+    return {
+        "alignment_accuracy": scores["accuracy"],
+        "alignment_samples": scores["samples"],
+        "alignment_attributes": scores["attributes"],
+        "alignment_groups": scores["groups"],
+    }
+
+
+def _write(context: StageContext[EvaluateConfig], name: str, data: bytes) -> None:
+    if name not in context.writer.committed():
+        context.writer.storage.write_bytes(name, data)
+        context.writer.commit(name)
