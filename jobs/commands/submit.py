@@ -51,7 +51,7 @@ def submit(
     recipe = open_recipe(recipe_name, root, overrides)
     chosen = selection(only, first, last, force)
     check(recipe, chosen)
-    recipe = _reachable(recipe, address)
+    recipe = with_absolute_paths(recipe, address)
     arguments = [f"--{option} {value}" for option, value in (("only", only), ("from", first), ("to", last)) if value]
     arguments += [f"--force {stage}" for stage in chosen.force]
     with tempfile.TemporaryDirectory(prefix="ldm-submit-") as folder:
@@ -71,8 +71,8 @@ def submit(
         raise SystemExit(1)
 
 
-def _reachable(recipe: Recipe, address: str) -> Recipe:
-    """The recipe with paths that do not depend on the folder it is run in: a job's own is gone when it ends.
+def with_absolute_paths(recipe: Recipe, address: str) -> Recipe:
+    """Return the recipe with the absolute path of every local file that it names: a job runs in a folder of its own.
 
     Raises:
         MisuseError: a relative root.

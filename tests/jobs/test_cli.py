@@ -74,6 +74,26 @@ def test_a_selection_that_makes_no_sense_is_misuse(ldm: Ldm, recipe: Path, optio
     assert message in one_line(err)
 
 
+def test_a_stage_alone_is_checked_against_what_it_needs(ldm: Ldm, table: Path) -> None:
+    options = ("--set", f"pairs.source={table}", "--set", "pairs.columns.image=file", "--set", "pairs.image_size=256")
+    code, out, _ = ldm("plan", "small", "--only", "pairs", *options, "--json")
+    states = [stage["state"] for stage in json.loads(out.splitlines()[-1])["stages"]]
+    assert (code, states) == (0, ["run"] + ["skipped"] * 5)
+    code, _, err = ldm("plan", "small", *options)
+    assert code == 2
+    assert "pairs.image_size must be diffusion.unet.latent_size x" in one_line(err)
+
+
+def test_the_recipe_of_pairs_alone_plans_one_stage(ldm: Ldm, table: Path) -> None:
+    options = ("--set", f"pairs.source={table}", "--set", "pairs.columns.image=file")
+    code, out, _ = ldm("plan", "pairs", *options, "--json")
+    assert code == 0
+    assert [(stage["name"], stage["rows"]) for stage in json.loads(out.splitlines()[-1])["stages"]] == [("pairs", 24)]
+    code, _, err = ldm("run", "pairs", *options, "--only", "diffusion")
+    assert code == 2
+    assert "recipe pairs has no stage diffusion" in one_line(err)
+
+
 def test_a_missing_source_is_one_line(ldm: Ldm, recipe: Path) -> None:
     code, _, err = ldm("plan", recipe, "--set", "pairs.source=nowhere/metadata.jsonl")
     assert code == 1

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from jobs.progress import Display, _Running, _sparkline
-from pipelines.run.results import StageRow
+from jobs.progress import Display, _Running, _sparkline, stage_table
+from pipelines.run.results import RunResult, StageRow
 
 
 def test_the_time_left_leaves_out_the_start_and_what_an_earlier_run_has_done(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,6 +85,23 @@ def test_a_log_gets_one_line_a_stage() -> None:
     with Display(Console(file=stream, width=120)) as display:
         display.end(StageRow("pairs", "run", "0" * 16, rows=4032, bytes=2**20, seconds=61))
     assert stream.getvalue() == "pairs: run  4,032 rows  1.0 MiB  1 min 01 s\n"
+
+
+def test_the_rate_counts_what_was_worked_on_and_not_the_samples_that_came_of_it() -> None:
+    rows = [
+        StageRow("pairs", "run", "0" * 16, rows=250, seconds=8.6, worked=5_688, unit="rows"),
+        StageRow("diffusion", "resumed", "0" * 16, seconds=100, worked=250, unit="steps"),
+        StageRow("latents", "cached", "0" * 16, rows=250, seconds=0, unit="rows"),
+        StageRow("export", "run", "0" * 16, seconds=3, worked=4),
+    ]
+    stream = io.StringIO()
+    Console(file=stream, width=120).print(stage_table(RunResult("runs/x", rows, {})))
+    assert [line.split("  ")[-1].strip() for line in stream.getvalue().splitlines()[1:]] == [
+        "661 rows/s",
+        "2.5 steps/s",
+        "",
+        "",
+    ]
 
 
 def test_the_sparkline_falls_with_the_loss() -> None:

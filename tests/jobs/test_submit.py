@@ -15,6 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from jobs.commands.submit import with_absolute_paths
+from pipelines.errors import MisuseError
+from pipelines.run.recipe import parse_recipe
+from pipelines.stages.pairs.config import Scoring
 from tests.tiny import tiny_recipe, write_pictures, write_recipe
 
 REPOSITORY = Path(__file__).parents[2]
@@ -75,6 +79,32 @@ def ldm(*arguments: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]
     return subprocess.run(
         command, env=environment(token), cwd=REPOSITORY, text=True, capture_output=True, timeout=PATIENCE_S, check=False
     )
+
+
+def test_every_local_file_that_a_recipe_names_is_found_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = parse_recipe(
+        tiny_recipe("pictures/metadata.jsonl", root="s3://bucket/run")
+        | {"latents": {"tokenizer": {"vocabulary": "vocab.txt"}}, "evaluate": {"prompts_file": "prompts.txt"}}
+    )
+    scoring = Scoring(clip="models/clip", aesthetic_head="~/head.pth")
+    pairs = recipe.pairs.model_copy(update={"scoring": scoring})
+    moved = with_absolute_paths(recipe.model_copy(update={"pairs": pairs}), "http://head:8265")
+    assert moved.pairs.source == str(tmp_path / "pictures/metadata.jsonl")
+    assert moved.pairs.scoring == Scoring(
+        clip=str(tmp_path / "models/clip"), aesthetic_head=str(Path("~/head.pth").expanduser())
+    )
+    assert moved.latents.tokenizer.vocabulary == str(tmp_path / "vocab.txt")
+    assert moved.evaluate.prompts_file == str(tmp_path / "prompts.txt")
+    in_a_bucket = recipe.model_copy(update={"pairs": pairs.model_copy(update={"source": "s3://bucket/pairs.parquet"})})
+    assert with_absolute_paths(in_a_bucket, "http://head:8265").pairs.source == "s3://bucket/pairs.parquet"
+
+
+def test_a_relative_root_is_refused_for_a_cluster() -> None:
+    with pytest.raises(MisuseError, match="root runs/here is relative: the cluster at http://head:8265 needs"):
+        with_absolute_paths(parse_recipe(tiny_recipe("pictures", root="runs/here")), "http://head:8265")
 
 
 @pytest.mark.e2e

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import io
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 from rich.console import Console
 
-from pipelines.drawing.printable import printable
 from pipelines.stages.pairs.summary.view import view
-from tests.jobs.conftest import Ldm
-from tests.tiny_artifacts import pairs_artifact
 
 FACTS: dict[str, Any] = {
     "kind": "artifact",
@@ -82,23 +76,3 @@ def test_an_unfinished_artifact_says_how_far_it_is() -> None:
     assert "3 of 4,000 shards committed, 2,000 more made" in lines[2]
     assert "750 samples of 1,000 rows (4,000,000 are planned)" in lines[3]
     assert "counted in 1,002 of these shards, evenly chosen" in lines[4]
-
-
-def test_the_command_writes_a_contact_sheet_and_says_where(ldm: Ldm, tmp_path: Path) -> None:
-    artifact = pairs_artifact(tmp_path, rows=(5, 0, 60))
-    code, out, _ = ldm("inspect", artifact.storage.url, "--contact-sheet", "sheet.png", "--json")
-    facts = json.loads(out.splitlines()[-1])
-    assert (code, facts["contact_sheet"], facts["stage"]) == (0, "sheet.png", "pairs")
-    image = Image.open(tmp_path / "sheet.png")
-    assert image.width == 8 * 180 + 4
-    code, out, _ = ldm("inspect", artifact.storage.path("000000.tar"), "--contact-sheet", "shard.png")
-    assert (code, out.splitlines()[-1]) == (0, "contact sheet  shard.png")
-
-
-def test_text_is_shown_on_one_line_without_what_steers_a_terminal() -> None:
-    assert printable("plain text") == "plain text"
-    assert (
-        printable("a\r\n\tb\x00\x1b\x7f\x9b\u2028\u202e\u2066\ufeff\udc80")
-        == "a   b" + "\ufffd" * 4 + " " + "\ufffd" * 4
-    )
-    assert printable("👩\u200d🚀 日本 ñ") == "👩\u200d🚀 日本 ñ"
