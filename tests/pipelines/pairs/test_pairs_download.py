@@ -1,15 +1,22 @@
 """Downloads: each accident becomes one status, in bounded time and memory, and no private address is met."""
 
+import subprocess
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
+import pycurl
 import pytest
 
 from pipelines.pairs.config import Download
+from pipelines.pairs.web import curl
 from pipelines.pairs.web.addresses import is_public
 from pipelines.pairs.web.download import GIVE_UP_AFTER_FAILURES, Client
 from pipelines.pairs.web.opt_out import opts_out
+from tests.pipelines.pairs.own_network import thread_in_own_network
 from tests.pipelines.pairs.web import HOST, Web, picture
 
 MAX_BYTES = 1_000_000
@@ -155,30 +162,95 @@ def test_opt_out_headers_are_read_as_robots_read_them(header: str, found: bool) 
     assert opts_out([header], {"noai", "noimageai"}, "ldm-pipelines/0.1") is found
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://127.0.0.1:{port}/a.jpg",
-        "http://localhost:{port}/a.jpg",
-        "http://2130706433:{port}/a.jpg",
-        "http://127.1:{port}/a.jpg",
-        "http://[::1]:{port}/a.jpg",
-        "http://[::ffff:127.0.0.1]:{port}/a.jpg",
-        "http://169.254.169.254/latest/meta-data/",
-        "http://0.0.0.0:{port}/a.jpg",
-    ],
-)
-def test_private_addresses_are_refused_however_they_are_written(server: Web, url: str) -> None:
+@pytest.fixture(scope="module")
+def own_network() -> Iterator[ThreadPoolExecutor]:
+    try:
+        executor = thread_in_own_network()
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"this machine does not allow a network of one's own: {error}")
+    with executor:
+        yield executor
+
+
+@pytest.fixture
+def everywhere(own_network: ThreadPoolExecutor) -> Iterator[Web]:
+    """A server that answers at every address of the test's own network."""
+    server = own_network.submit(Web, everywhere=True).result()
     server.files["a.jpg"] = picture(1)
-    # The odd ways to write an address are no URLs to begin with, and a machine may not have the address at all.
-    status = fetch([url.format(port=server.port)], retries=0)[0]
-    assert status in ("refused_address", "connection_error", "bad_url")
-    assert not server.requests
+    yield server
+    server.close()
+
+
+PRIVATE_HOSTS = [
+    "127.0.0.1",
+    "localhost",
+    # Other ways to write 127.0.0.1.
+    "2130706433",
+    "127.1",
+    "[::ffff:127.0.0.1]",
+    "[::1]",
+    "0.0.0.0",
+    "[::]",
+    "10.0.0.1",
+    "172.16.0.1",
+    "192.168.1.1",
+    "100.64.0.1",
+    # Services of clouds: credentials, metadata.
+    "169.254.169.254",
+    "168.63.129.16",
+    "[fd00:ec2::254]",
+    # 10.0.0.1 inside IPv6, by NAT64 and 6to4.
+    "[64:ff9b::a00:1]",
+    "[2002:a00:1::]",
+]
+
+
+@pytest.mark.parametrize("host", PRIVATE_HOSTS)
+def test_private_addresses_are_refused_however_they_are_written(
+    everywhere: Web, own_network: ThreadPoolExecutor, host: str
+) -> None:
+    def attempt(**options: Any) -> list[bytes | str]:
+        return own_network.submit(fetch, [f"http://{host}:{everywhere.port}/a.jpg"], retries=0, **options).result()
+
+    assert attempt() == ["refused_address"]
+    assert not everywhere.requests
+    assert attempt(allow_private_addresses=True) == [picture(1)], "nothing to refuse: nobody answers there"
+
+
+@pytest.mark.parametrize("host", ["93.184.216.34", "[2606:2800:220:1::1]", "[64:ff9b::5db8:d822]"])
+def test_public_addresses_are_fetched(everywhere: Web, own_network: ThreadPoolExecutor, host: str) -> None:
+    assert own_network.submit(fetch, [f"http://{host}:{everywhere.port}/a.jpg"]).result() == [picture(1)]
+
+
+@pytest.mark.parametrize("host", PRIVATE_HOSTS)
+def test_no_socket_is_opened_for_a_private_address(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[tuple[Any, ...]] = []
+
+    def open_socket(*arguments: Any) -> int:
+        opened.append(arguments)
+        return pycurl.SOCKET_BAD
+
+    monkeypatch.setattr(curl, "socket", SimpleNamespace(socket=open_socket))
+    assert fetch([f"http://{host}/a.jpg"], retries=0) == ["refused_address"]
+    assert not opened
+    assert fetch([f"http://{host}/a.jpg"], retries=0, allow_private_addresses=True) == ["connection_error"]
+    assert opened
 
 
 def test_a_redirect_to_a_private_address_is_refused(server: Web) -> None:
+    server.files["a.jpg"] = picture(1)
     assert fetch([server.url("inside")], connect_to=server.connect_to, retries=0) == ["refused_address"]
     assert server.requests["a.jpg"] == 0
+
+
+def test_a_redirect_to_a_clouds_metadata_is_refused(everywhere: Web, own_network: ThreadPoolExecutor) -> None:
+    def attempt(**options: Any) -> list[bytes | str]:
+        options |= {"connect_to": everywhere.connect_to, "retries": 0}
+        return own_network.submit(fetch, [everywhere.url("metadata")], **options).result()
+
+    assert attempt() == ["refused_address"]
+    assert everywhere.requests["a.jpg"] == 0
+    assert attempt(allow_private_addresses=True) == [picture(1)], "nothing to refuse: nobody answers there"
 
 
 def test_private_addresses_are_fetched_where_the_recipe_allows_it(server: Web) -> None:

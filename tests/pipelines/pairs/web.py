@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import io
+import socket
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -24,9 +25,13 @@ def picture(value: int = 0, size: tuple[int, int] = (48, 40), kind: str = "JPEG"
 
 
 class Web:
-    """A server on loopback that does what servers on the web do; counts requests by path."""
+    """A server on loopback that does what servers on the web do; counts requests by path.
 
-    def __init__(self) -> None:
+    Args:
+        everywhere: listen on every address of the machine, in IPv4 and IPv6, and not on 127.0.0.1 alone.
+    """
+
+    def __init__(self, *, everywhere: bool = False) -> None:
         self.requests: Counter[str] = Counter()
         self.files: dict[str, bytes] = {}
         self.refused: dict[str, int] = {}
@@ -35,15 +40,18 @@ class Web:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self.port = asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(10)
+        self.port = asyncio.run_coroutine_threadsafe(self._start(everywhere), self._loop).result(10)
 
-    async def _start(self) -> int:
+    async def _start(self, everywhere: bool) -> int:
         app = web.Application()
         app.router.add_get("/{name:.*}", self._answer)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
-        await site.start()
+        if everywhere:
+            listening = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+            await web.SockSite(self._runner, listening).start()
+        else:
+            await web.TCPSite(self._runner, "127.0.0.1", 0).start()
         return int(self._runner.addresses[0][1])
 
     @property
@@ -96,7 +104,7 @@ class Web:
             bomb = gzip.compress(bytes(10_000_000), mtime=0)
             return web.Response(body=bomb, headers={"Content-Encoding": "gzip"}, content_type="image/jpeg")
         if kind == "metadata":
-            raise web.HTTPFound("http://169.254.169.254/latest/meta-data/")
+            raise web.HTTPFound(f"http://169.254.169.254:{self.port}/a.jpg")
         if kind == "noai":
             return web.Response(body=picture(), headers={"X-Robots-Tag": "noai, noimageai"})
         if kind == "tomorrow":
