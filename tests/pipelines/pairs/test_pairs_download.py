@@ -1,5 +1,6 @@
 """Downloads: each accident becomes one status, in bounded time and memory, and no private address is met."""
 
+import asyncio
 import subprocess
 import threading
 import time
@@ -24,6 +25,11 @@ MAX_BYTES = 1_000_000
 
 def fetch(urls: list[str], opt_out: tuple[str, ...] = (), **options: Any) -> list[bytes | str]:
     """Bodies, or the statuses of what was rejected."""
+    return [answer for _, answer in sorted(fetch_in_order(urls, opt_out, **options))]
+
+
+def fetch_in_order(urls: list[str], opt_out: tuple[str, ...] = (), **options: Any) -> list[tuple[int, bytes | str]]:
+    """The same with their positions, in the order in which they came."""
     answers: dict[int, bytes | str] = {}
     done = threading.Event()
     with Client(Download(**options), max_bytes=MAX_BYTES, opt_out=opt_out) as client:
@@ -38,7 +44,7 @@ def fetch(urls: list[str], opt_out: tuple[str, ...] = (), **options: Any) -> lis
 
         client.fetch(urls, deliver)
         assert done.wait(30)
-    return [answers[position] for position in range(len(urls))]
+    return list(answers.items())
 
 
 @pytest.mark.parametrize(
@@ -61,9 +67,7 @@ def fetch(urls: list[str], opt_out: tuple[str, ...] = (), **options: Any) -> lis
 )
 def test_accidents_become_statuses(server: Web, path: str, status: str) -> None:
     limits = {"retries": 0, "timeout_s": 1.5, "read_timeout_s": 0.5}
-    began = time.monotonic()
     assert fetch([server.url(path)], ("noai",), connect_to=server.connect_to, **limits) == [status]
-    assert time.monotonic() - began < 5
 
 
 def test_bodies_and_redirects_arrive(server: Web) -> None:
@@ -83,24 +87,20 @@ def test_a_server_that_does_not_recover_is_asked_as_often_as_said(server: Web) -
     assert server.requests["404"] == 1
 
 
-def test_slow_hosts_cost_no_more_than_their_time_limits(server: Web) -> None:
+def test_a_slow_host_is_given_up_and_keeps_nobody_else_waiting(server: Web) -> None:
     server.files["a.jpg"] = picture(1)
     slow = [server.url(f"slow/{i}", "slow.example") for i in range(60)]
-    began = time.monotonic()
-    got = fetch(
-        [*slow, server.url("a.jpg")], connect_to=server.connect_to, timeout_s=0.5, retries=1, connections_per_host=8
-    )
-    assert got == ["timeout"] * 60 + [picture(1)]
-    # Without giving up it would be 60 x 2 attempts x 0.5 s / 8 connections = 7.5 s.
-    assert time.monotonic() - began < 5
+    limits = {"timeout_s": 1.0, "retries": 1, "connections_per_host": 8}
+    got = fetch_in_order([*slow, server.url("a.jpg")], connect_to=server.connect_to, **limits)
+    assert got[0] == (60, picture(1))
+    assert sorted(got[1:]) == [(position, "timeout") for position in range(60)]
+    # Without giving up it would be 60 x 2 requests.
     assert sum(server.requests.values()) <= 3 * GIVE_UP_AFTER_FAILURES + 1
 
 
 def test_a_server_that_asks_for_patience_gets_it(server: Web) -> None:
-    server.files["a.jpg"] = picture(1)
-    began = time.monotonic()
     assert fetch([server.url("busy")], connect_to=server.connect_to, retries=1) == [picture(3)]
-    assert time.monotonic() - began > 1
+    assert server.requests["busy"] == 2
     # It asks for an hour: nobody waits for that, and nobody asks again.
     assert fetch([server.url("tomorrow")] * 2, connect_to=server.connect_to, connections_per_host=1) == ["http_429"] * 2
     assert server.requests["tomorrow"] == 1
@@ -113,13 +113,12 @@ def test_no_host_is_asked_more_than_allowed_at_once(server: Web) -> None:
     assert server.most_at_once == 4
 
 
-def test_latency_is_hidden_by_connections(server: Web) -> None:
+def test_as_many_requests_as_allowed_are_under_way_at_once(server: Web) -> None:
     server.files["a.jpg"] = picture(1)
-    server.delay_s = 0.2
-    began = time.monotonic()
-    fetch([server.url("a.jpg")] * 300, connect_to=server.connect_to, connections_per_host=100, connections=100)
-    # One after the other it would be a minute.
-    assert time.monotonic() - began < 6
+    server.together = asyncio.Barrier(100)
+    limits = {"connections": 100, "connections_per_host": 100, "retries": 0}
+    assert fetch([server.url("a.jpg")] * 300, connect_to=server.connect_to, **limits) == [picture(1)] * 300
+    assert server.most_at_once == 100
 
 
 def test_bodies_in_memory_are_bounded(server: Web) -> None:

@@ -36,6 +36,9 @@ class Web:
         self.files: dict[str, bytes] = {}
         self.refused: dict[str, int] = {}
         self.delay_s = 0.0
+        # Where it is given, requests are answered when as many of them wait as the barrier has parties.
+        self.together: asyncio.Barrier | None = None
+        self._busy_until = 0.0
         self.most_at_once = self._at_once = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -68,6 +71,8 @@ class Web:
         self.most_at_once = max(self.most_at_once, self._at_once)
         try:
             await asyncio.sleep(self.delay_s)
+            if self.together:
+                await self.together.wait()
             return await self._respond(request, name)
         finally:
             self._at_once -= 1
@@ -170,9 +175,12 @@ class Web:
         return response
 
     async def _busy(self, request: web.Request) -> web.StreamResponse:
+        """Asks for a second's patience, and refuses who has less."""
         if self.requests[request.match_info["name"]] == 1:
+            # Timers may be a little early.
+            self._busy_until = self._loop.time() + 0.95
             return web.Response(status=429, headers={"Retry-After": "1"})
-        return web.Response(body=picture(3))
+        return web.Response(status=403) if self._loop.time() < self._busy_until else web.Response(body=picture(3))
 
     def _raw(self, request: web.Request, data: bytes) -> None:
         assert request.transport is not None
