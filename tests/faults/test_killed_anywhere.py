@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -14,14 +15,17 @@ import pytest
 from tests.tiny import tiny_recipe, write_pictures, write_recipe
 
 REPOSITORY = Path(__file__).parents[2]
-# What is on disk when a stage is in the middle of its work.
+# What is on disk when a stage is in the middle of its work: one that trains has saved the first of its checkpoints.
 IN_THE_MIDDLE = {
     "pairs": "pairs/*/work/*/*.parquet",
-    "autoencoder": "autoencoder/*/train/**/checkpoint_*",
+    "autoencoder": "autoencoder/*/train/*/step_*/state.pt",
     "latents": "latents/*/commits/*.tar.json",
-    "diffusion": "diffusion/*/train/**/checkpoint_*",
+    "diffusion": "diffusion/*/train/*/step_*/state.pt",
     "evaluate": "evaluate/*/samples",
+    "export": "export/*/tracking.json",
 }
+# Steps of the first checkpoint in tests/tiny.py.
+FIRST_CHECKPOINT = 4
 PATIENCE_S = 400
 
 
@@ -33,6 +37,8 @@ def start(recipe: Path, root: Path) -> subprocess.Popen[str]:
 
 
 def kill_tree(process: subprocess.Popen[str]) -> None:
+    # Listing the tree takes a while, in which a stage could finish.
+    process.send_signal(signal.SIGSTOP)
     tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for member in tree:
         try:
@@ -73,34 +79,49 @@ def test_killed_in_every_stage_the_same_command_finishes_with_the_same_bytes(tmp
     assert [stage["state"] for stage in expected["stages"]] == ["run"] * 6
 
     root = tmp_path / "killed"
-    for pattern in IN_THE_MIDDLE.values():
+    for stage, pattern in IN_THE_MIDDLE.items():
         process = start(recipe, root)
         wait_for(process, root, pattern)
         kill_tree(process)
+        assert not any(root.glob(f"{stage}/*/manifest.json")), f"{stage} had finished before it was killed"
     result = finish(start(recipe, root))
 
+    assert [stage["state"] for stage in result["stages"]] == ["cached"] * 5 + ["resumed"]
     assert {stage["name"]: stage["key"] for stage in result["stages"]} == {
         stage["name"]: stage["key"] for stage in expected["stages"]
     }
     for pattern in ("pairs/*/*.tar", "pairs/*/*.parquet", "latents/*/*.tar", "latents/*/vocab.txt"):
         assert contents(root, pattern) == contents(undisturbed, pattern)
     # The same weights: no sample was seen twice, none was left out.
-    for pattern in ("autoencoder/*/first_stage/*", "diffusion/*/model/*", "diffusion/*/history.json"):
+    weights = ("autoencoder/*/first_stage/*", "diffusion/*/model/*", "export/*/model.safetensors")
+    for pattern in (*weights, "diffusion/*/history.json"):
         assert contents(root, pattern) == contents(undisturbed, pattern)
     assert contents(root, "evaluate/*/grid.png") == contents(undisturbed, "evaluate/*/grid.png")
 
-    _assert_one_mlflow_run_a_stage(root)
+    client, runs = mlflow_runs(root)
+    assert_one_run_a_stage(runs)
+    assert_no_step_before_a_checkpoint_was_done_twice(client, runs)
 
 
-def _assert_one_mlflow_run_a_stage(root: Path) -> None:
+def mlflow_runs(root: Path) -> tuple[Any, list[Any]]:
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(f"sqlite:///{root}/mlflow.db")
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    runs = client.search_runs(experiments)
+    return client, client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+
+
+def assert_one_run_a_stage(runs: list[Any]) -> None:
     stages = [run.data.tags.get("ldm.stage") for run in runs]
     counted = {name: stages.count(name) for name in stages if name}
     assert counted == dict.fromkeys(("pairs", "autoencoder", "latents", "diffusion", "evaluate", "export"), 1)
     assert stages.count(None) == 1
     pipeline = next(run for run in runs if not run.data.tags.get("ldm.stage"))
     assert {"pairs/samples", "autoencoder/psnr_db", "diffusion/final_loss"} <= pipeline.data.metrics.keys()
+
+
+def assert_no_step_before_a_checkpoint_was_done_twice(client: Any, runs: list[Any]) -> None:
+    for run in runs:
+        if run.data.tags.get("ldm.stage") in ("autoencoder", "diffusion"):
+            steps = [point.step for point in client.get_metric_history(run.info.run_id, "loss/train")]
+            saved = [step for step in steps if step <= FIRST_CHECKPOINT]
+            assert len(saved) == len(set(saved)), f"training began anew, not at its checkpoint: {steps}"

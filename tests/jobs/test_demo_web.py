@@ -85,9 +85,9 @@ def test_a_page_an_empty_body_and_a_redirect(port: int) -> None:
 
 
 def test_the_slow_host_is_slow_and_the_hanging_one_does_not_answer(port: int) -> None:
-    started = time.monotonic()
+    with pytest.raises(TimeoutError):
+        get(port, "/slow/000001.jpg", timeout_s=0.5)
     assert get(port, "/slow/000001.jpg")[2] == PICTURE
-    assert time.monotonic() - started > 1.5
     with pytest.raises(TimeoutError):
         get(port, "/hang/000001.jpg", timeout_s=0.5)
 

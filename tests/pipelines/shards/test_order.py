@@ -1,12 +1,15 @@
 """The order of samples: complete, shuffled, the same for everyone, and free to skip in."""
 
-import time
+import tracemalloc
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
 
+from pipelines.shards import order as order_module
 from pipelines.shards.order import SampleOrder
+from pipelines.shards.randomness import Purpose, generator
 
 
 def shard_sizes(random: np.random.Generator) -> list[int]:
@@ -55,11 +58,25 @@ def test_samples_are_mixed_within_a_window_and_no_further() -> None:
         assert shards != sorted(shards), "the shards of a window must be mixed"
 
 
-def test_skipping_costs_nothing() -> None:
+def test_skipping_shuffles_nothing_but_the_shards_of_the_epoch_and_the_samples_of_the_window(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[tuple[Any, ...]] = []
+
+    def recording(seed: int, purpose: Purpose, *place: int) -> np.random.Generator:
+        drawn.append((purpose, *place))
+        return generator(seed, purpose, *place)
+
+    monkeypatch.setattr(order_module, "generator", recording)
     order = SampleOrder([1000] * 5000, seed=0, window=16)
-    started = time.perf_counter()
-    order.sample(3 * 5_000_000 + 1_234_567)
-    assert time.perf_counter() - started < 0.5
+    tracemalloc.start()
+    try:
+        order.sample(3 * 5_000_000 + 1_234_567)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert drawn == [(Purpose.SHARD_ORDER, 3), (Purpose.SAMPLE_ORDER, 3, 1_234_567 // 16_000)]
+    assert peak_bytes < 2 * 2**20, "a permutation of the whole epoch takes 40 MB"
 
 
 def test_the_shards_of_the_window_come_first_when_fetching_ahead() -> None:

@@ -20,9 +20,6 @@ from pipelines.store.storage import Storage
 from pipelines.tracking import StageTracker, Tracker, null_stage_tracker
 from pipelines.tracking.config import TrackingConfig
 
-# What a call may take: a write to a local file, on a busy machine.
-LONGEST_CALL_S = 0.05
-
 
 @pytest.fixture(scope="module")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -256,41 +253,30 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
         time.sleep(0.1)
 
 
-def log_like_training(stage: StageTracker, steps: range) -> list[float]:
-    """Log as a training loop does; returns the seconds of every call, in ascending order."""
-    seconds = []
+def log_like_training(stage: StageTracker, steps: range) -> None:
+    """Log as a training loop does."""
     for step in steps:
-        started = time.perf_counter()
         stage.metrics({"loss/train": 1.0, "lr": 1e-4}, step=step)
         if step % 25 == 0:
             stage.image("preview", np.zeros((256, 256, 3), np.uint8), step=step)
-        seconds.append(time.perf_counter() - started)
         time.sleep(0.01)
-    return sorted(seconds)
-
-
-def assert_nothing_waited(seconds: list[float]) -> None:
-    # A busy machine may take the core away once or twice; an answer of MLflow would be waited for every time.
-    assert seconds[-3] < LONGEST_CALL_S
-    assert seconds[-1] < 1.0
 
 
 def test_an_outage_loses_nothing_and_blocks_nothing(root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    import mlflow  # noqa: F401  (done here, so that the calls are not measured against its import in the thread)
-
     port = free_port()
     tracker = tracker_at(root, uri=f"http://127.0.0.1:{port}")
     with MlflowServer(root, port) as server:
         tracker.start_pipeline("demo", {}, {})
         stage = tracker.stage("diffusion", "key")
         server.start()
-        assert_nothing_waited(log_like_training(stage, range(100)))
+        log_like_training(stage, range(100))
         url = tracker.url(240)
         assert url is not None
         assert url.startswith(f"http://127.0.0.1:{port}/#/experiments/")
         wait_until(lambda: any(root.glob("artifacts/**/images/preview*.png")))
         server.kill()
-        assert_nothing_waited(log_like_training(stage, range(100, 200)))
+        # Returns before there is anyone again who could answer.
+        log_like_training(stage, range(100, 200))
         server.start()
         stage.finish()
         assert tracker.close(240)
@@ -302,6 +288,25 @@ def test_an_outage_loses_nothing_and_blocks_nothing(root: Path, caplog: pytest.L
     assert images == {str(step) for step in range(0, 200, 25)}
 
 
+@pytest.mark.timeout(60)
+def test_no_call_waits_for_an_answer_that_is_kept_back(tmp_path: Path) -> None:
+    import mlflow  # noqa: F401  (the sender would be so late that there is no question yet)
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        tracker = tracker_at(tmp_path, uri=f"http://127.0.0.1:{silent.getsockname()[1]}")
+        tracker.start_pipeline("demo", {}, {})
+        stage = tracker.stage("diffusion", "key")
+        connection, _ = silent.accept()
+        with connection:
+            assert connection.recv(4) == b"GET "
+            log_like_training(stage, range(100))
+            # The sender still waits for this answer: it has not given up and asked again.
+            silent.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                silent.accept()
+        assert not tracker.close(0.1)
+
+
 def test_a_server_that_never_answers_costs_one_line_at_the_end(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -309,9 +314,8 @@ def test_a_server_that_never_answers_costs_one_line_at_the_end(
 
     tracker = tracker_at(tmp_path, uri=f"http://127.0.0.1:{free_port()}")
     tracker.start_pipeline("demo", {}, {})
-    started = time.monotonic()
+    # Were there no limit to it, it would never return.
     assert not tracker.close(1.0)
-    assert time.monotonic() - started < 5
     assert "does not answer" in caplog.text
     assert "the rest waits in" in caplog.text
     tracker.pipeline.metric("loss/train", 1.0)  # late calls are ignored

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import simplejpeg
+from PIL import ImageFile
 
 from pipelines.stage import StageContext
 from pipelines.stages.pairs.config import PairsConfig
@@ -20,6 +22,25 @@ def server() -> Iterator[Web]:
     server = Web()
     yield server
     server.close()
+
+
+@pytest.fixture
+def decoders_called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the decoders that were let at a picture's pixels, in this process, from now on."""
+    called: list[str] = []
+
+    def watch(owner: Any, name: str) -> None:
+        decode = getattr(owner, name)
+
+        def watched(*arguments: Any, **options: Any) -> Any:
+            called.append(name)
+            return decode(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(simplejpeg, "decode_jpeg")
+    watch(ImageFile.ImageFile, "load")
+    return called
 
 
 RunPairs = Callable[..., tuple[dict[str, Any], Storage]]

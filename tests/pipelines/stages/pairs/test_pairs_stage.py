@@ -82,7 +82,7 @@ def laion(server: Web, tmp_path: Path) -> tuple[Path, dict[str, Any], list[str]]
         ("endless", "a", "too_large"),
         ("flaky", "back again", "ok"),
         ("gzip", "compressed in transit", "not_an_image"),
-        ("metadata", "a redirect to the cloud's own address", "refused_address"),
+        ("inside?", "a redirect to a private address", "refused_address"),
         ("short", "a", "incomplete_body"),
         ("noai", "a", "opt_out"),
         ("5.jpg?", "x" * 10_000_000, "caption_too_long"),

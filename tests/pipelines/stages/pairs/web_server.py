@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import io
+import socket
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -24,26 +25,36 @@ def picture(value: int = 0, size: tuple[int, int] = (48, 40), kind: str = "JPEG"
 
 
 class Web:
-    """A server on loopback that does what servers on the web do; counts requests by path."""
+    """A server on loopback that does what servers on the web do; counts requests by path.
 
-    def __init__(self) -> None:
+    Args:
+        everywhere: listen on every address of the machine, in IPv4 and IPv6, and not on 127.0.0.1 alone.
+    """
+
+    def __init__(self, *, everywhere: bool = False) -> None:
         self.requests: Counter[str] = Counter()
         self.files: dict[str, bytes] = {}
         self.refused: dict[str, int] = {}
         self.delay_s = 0.0
+        # Where it is given, requests are answered when as many of them wait as the barrier has parties.
+        self.together: asyncio.Barrier | None = None
+        self._busy_until = 0.0
         self.most_at_once = self._at_once = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self.port = asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(10)
+        self.port = asyncio.run_coroutine_threadsafe(self._start(everywhere), self._loop).result(10)
 
-    async def _start(self) -> int:
+    async def _start(self, everywhere: bool) -> int:
         app = web.Application()
         app.router.add_get("/{name:.*}", self._answer)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
-        await site.start()
+        if everywhere:
+            listening = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+            await web.SockSite(self._runner, listening).start()
+        else:
+            await web.TCPSite(self._runner, "127.0.0.1", 0).start()
         return int(self._runner.addresses[0][1])
 
     @property
@@ -60,6 +71,8 @@ class Web:
         self.most_at_once = max(self.most_at_once, self._at_once)
         try:
             await asyncio.sleep(self.delay_s)
+            if self.together:
+                await self.together.wait()
             return await self._respond(request, name)
         finally:
             self._at_once -= 1
@@ -96,7 +109,7 @@ class Web:
             bomb = gzip.compress(bytes(10_000_000), mtime=0)
             return web.Response(body=bomb, headers={"Content-Encoding": "gzip"}, content_type="image/jpeg")
         if kind == "metadata":
-            raise web.HTTPFound("http://169.254.169.254/latest/meta-data/")
+            raise web.HTTPFound(f"http://169.254.169.254:{self.port}/a.jpg")
         if kind == "noai":
             return web.Response(body=picture(), headers={"X-Robots-Tag": "noai, noimageai"})
         if kind == "tomorrow":
@@ -162,9 +175,12 @@ class Web:
         return response
 
     async def _busy(self, request: web.Request) -> web.StreamResponse:
+        """Asks for a second's patience, and refuses who has less."""
         if self.requests[request.match_info["name"]] == 1:
+            # Timers may be a little early.
+            self._busy_until = self._loop.time() + 0.95
             return web.Response(status=429, headers={"Retry-After": "1"})
-        return web.Response(body=picture(3))
+        return web.Response(status=403) if self._loop.time() < self._busy_until else web.Response(body=picture(3))
 
     def _raw(self, request: web.Request, data: bytes) -> None:
         assert request.transport is not None

@@ -1,7 +1,6 @@
 """JPEGs: damage is an error, oddities are not, and bombs cost nothing."""
 
 import io
-import time
 from typing import Literal
 
 import numpy as np
@@ -75,16 +74,16 @@ def test_profiles_that_are_broken_or_of_another_space_are_ignored() -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "CMYK"])
-def test_a_scan_bomb_is_refused_at_once(mode: str) -> None:
+def test_a_scan_bomb_is_refused_before_it_is_decoded(mode: str, decoders_called: list[str]) -> None:
     data = encoded(Image.new(mode, (4000, 4000)), "JPEG", progressive=True)
     first = data.index(b"\xff\xda")
     second = data.index(b"\xff\xda", first + 2)
     bomb = data[:first] + data[first:second] * 3000 + data[second:]
-    start = time.perf_counter()
     assert status_of(bomb) == "too_large"
-    assert time.perf_counter() - start < 1
+    assert not decoders_called
     assert data.count(b"\xff\xda") < MAX_SCANS
     assert status_of(data) == "ok"
+    assert decoders_called
 
 
 def test_frames_that_only_claim_a_size_are_refused_before_memory_is_taken() -> None:
