@@ -1,1 +1,1 @@
-"""What a person or a cluster starts: the `ldm` command, its recipes, the demo."""
+"""Everything that a person or a cluster starts: the `ldm` command, its recipes, the demo."""

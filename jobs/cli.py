@@ -12,7 +12,7 @@ import click
 
 from pipelines.errors import explain
 
-# Commands are imported only when they are called, so that `ldm --help` answers at once.
+# A command is imported when it is called, so that `ldm --help` answers at once.
 COMMANDS = {
     "demo": "jobs.demo.command",
     "run": "jobs.commands.run",
@@ -30,25 +30,25 @@ COMMANDS = {
     "stop": "jobs.commands.cluster_jobs",
 }
 SUMMARIES = {
-    "demo": "The whole pipeline on pictures rendered on the spot.",
+    "demo": "Run the whole pipeline on pictures rendered on the spot.",
     "run": "Run a recipe: every stage that is not cached yet.",
-    "plan": "What `run` would do: keys, states, rows, bytes, time.",
-    "sample": "Pictures for prompts, from a checkpoint.",
-    "import": "Read another program's checkpoint.",
+    "plan": "Show what `run` would do: keys, states, rows, bytes, time.",
+    "sample": "Sample pictures for prompts from a checkpoint.",
+    "import": "Convert another program's checkpoint.",
     "export": "Write a trained model for other programs to load.",
-    "inspect": "What is in an artifact, a shard or a root.",
-    "verify": "Is an artifact or shard whole and true?",
-    "ui": "The MLflow server on a root's experiments.",
-    "doctor": "What this machine has.",
+    "inspect": "Show what is in an artifact, a shard or a root.",
+    "verify": "Check that artifacts and shards are whole and true.",
+    "ui": "Serve a root's experiments with MLflow.",
+    "doctor": "Check what this machine has.",
     "submit": "Run a recipe as a job on a Ray cluster.",
-    "jobs": "The jobs of a Ray cluster.",
-    "logs": "What a job has printed.",
+    "jobs": "List the jobs of a Ray cluster.",
+    "logs": "Print the output of a job.",
     "stop": "Stop a job.",
 }
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are modules, imported on first use."""
+    """A group of commands whose modules are imported when they are called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -70,7 +70,7 @@ class LazyGroup(click.Group):
 @click.option("--debug", is_flag=True, help="Show tracebacks and Ray's own log.")
 @click.pass_context
 def cli(context: click.Context, debug: bool) -> None:
-    """Latent diffusion models from raw image-text pairs, on a laptop or a Ray cluster.
+    """Train latent diffusion models from raw image-text pairs, on a laptop or a Ray cluster.
 
     Start with `ldm demo`.
     """
@@ -78,7 +78,7 @@ def cli(context: click.Context, debug: bool) -> None:
 
 
 def main() -> None:
-    """Entry point of the `ldm` command."""
+    """Run the `ldm` command and exit with its code."""
     debug = "--debug" in sys.argv[1:]
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
@@ -92,7 +92,7 @@ def main() -> None:
         _complain(error.format_message())
         code = 2
     except (KeyboardInterrupt, click.Abort):
-        _complain("interrupted; run the same command again to go on")
+        _complain("interrupted; run the same command again to continue")
         code = 130
     except BrokenPipeError:
         code = 1

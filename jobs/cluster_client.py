@@ -1,5 +1,6 @@
-"""The connection of the commands to a Ray cluster's job server."""
+"""The commands' connection to a Ray cluster's job server."""
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from pipelines.errors import UserError
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-# The agent that starts jobs comes up some seconds after the server that takes them.
+# The agent that starts jobs comes up some seconds after the server that accepts them.
 AGENT_PATIENCE_S = 60.0
 CHATTY_LOGGERS = (
     "ray.dashboard.modules.dashboard_sdk",
@@ -34,8 +35,9 @@ def client(address: str) -> "JobSubmissionClient":
     """Connect to a cluster's job server.
 
     Raises:
-        UserError: where none answers, or it refuses the token.
+        UserError: no server answers there, or it refuses the token.
     """
+    # Ray takes a second to import, which the help of a command should not cost.
     from ray._private.authentication.authentication_token_setup import (
         maybe_enable_token_auth_if_token_available,
     )
@@ -54,10 +56,14 @@ def client(address: str) -> "JobSubmissionClient":
 
 
 def submit_job(address: str, **job: Any) -> str:
-    """Submit a job, as `JobSubmissionClient.submit_job` takes it; waits a while for a cluster that has just started.
+    """Submit a job and return its id; wait a while for a cluster that has just started.
+
+    Args:
+        address: the cluster's dashboard.
+        job: the arguments of `JobSubmissionClient.submit_job`.
 
     Raises:
-        UserError: the cluster does not take it.
+        UserError: the cluster does not accept it.
     """
     connection = client(address)
     deadline = time.monotonic() + AGENT_PATIENCE_S
@@ -72,9 +78,7 @@ def submit_job(address: str, **job: Any) -> str:
 
 
 def follow(address: str, job_id: str, out: Console) -> str:
-    """Print a job's log while it runs; returns its last status."""
-    import asyncio
-
+    """Print a job's log while it runs; return its last status."""
     connection = client(address)
 
     async def tail() -> None:

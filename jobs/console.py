@@ -1,4 +1,4 @@
-"""How the commands speak: people get text, scripts get one JSON object as the last line of stdout."""
+"""Output of the commands: text for people, and for scripts one JSON object as the last line of stdout."""
 
 import json
 import sys
@@ -11,10 +11,11 @@ json_option = click.option("--json", "as_json", is_flag=True, help="One JSON obj
 
 
 def console(as_json: bool = False) -> Console:
-    """Where text for people goes: stdout, or stderr where stdout is kept for JSON."""
+    """Return the console for people: stdout, or stderr if stdout is kept for JSON."""
     return Console(stderr=as_json, highlight=False, soft_wrap=True)
 
 
 def emit_json(value: Any) -> None:
+    """Write one line of JSON to stdout."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""The display of a run: a live table on a terminal, one line a while in a log."""
+"""The display of a run: a live table on a terminal, or a line every ten seconds in a log."""
 
 import time
 from collections import deque
@@ -42,7 +42,7 @@ class _Running:
         if recent and now - recent[-1][0] < REMEMBER_EVERY_S:
             return
         recent.append((now, done))
-        # Starting up, and what an earlier run has done, say nothing about the time that is left.
+        # Neither start-up nor what an earlier run has done says anything about the time left.
         while len(recent) > 2 and (now - recent[1][0] >= ETA_WINDOW_S or recent[0][1] == recent[1][1]):
             recent.popleft()
 
@@ -52,7 +52,7 @@ class _Running:
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds that are left at the pace of the last minutes; None where nothing is known of it."""
+        """Seconds left at the pace of the last two minutes; None while no pace is known."""
         if not self.recent or not self.recent[0][1] < self.done < self.total:
             return None
         since, before = self.recent[0]
@@ -88,7 +88,9 @@ class Display(RunObserver):
 
     def begin(self, planned: PlannedStage) -> None:
         self.running[planned.stage.name] = _Running()
-        self._log(f"{planned.stage.name}: {'goes on' if planned.state == 'resumed' else 'starts'} (key {planned.key})")
+        self._log(
+            f"{planned.stage.name}: {'continues' if planned.state == 'resumed' else 'starts'} (key {planned.key})"
+        )
 
     def progress(self, name: str, done: int, total: int, **facts: str) -> None:
         state = self.running[name]
@@ -124,7 +126,7 @@ class Display(RunObserver):
 
 
 def _line(text: str, style: str = "") -> Text:
-    # What does not fit is cut off: a live display that wraps jumps.
+    # Cut off rather than wrapped: a live display that wraps jumps.
     return Text(text, style, no_wrap=True, overflow="ellipsis")
 
 
@@ -137,7 +139,7 @@ def _bar(state: _Running) -> list[RenderableType]:
 
 
 def _sparkline(values: list[float], width: int = 60) -> str:
-    """The loss so far as one line of blocks, averaged into at most `width` columns."""
+    """Draw the loss so far as one line of blocks, averaged into at most `width` columns."""
     size = max(1, -(-len(values) // width))
     means = [sum(chunk) / len(chunk) for i in range(0, len(values), size) if (chunk := values[i : i + size])]
     low, high = min(means), max(means)
@@ -147,7 +149,7 @@ def _sparkline(values: list[float], width: int = 60) -> str:
 
 
 def stage_table(result: RunResult) -> Table:
-    """What each stage came to: state, rows, bytes, seconds, rate."""
+    """Return the table of stages: state, rows, bytes, seconds and rate of each."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading, justify in (
         ("stage", "left"),

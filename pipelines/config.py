@@ -8,12 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Config(BaseModel):
-    """A section of a recipe. Immutable; unknown keys are an error."""
+    """A section of a recipe: immutable, and unknown keys are an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     def identity(self) -> dict[str, Any]:
-        """The fields that can change the output, as JSON values: what an artifact's key is made of."""
+        """Return the fields that can change the output, as JSON values, for the artifact's key."""
         values = self.model_dump(mode="json")
         return {
             name: (inner.identity() if isinstance(inner := getattr(self, name), Config) else values[name])
@@ -23,21 +23,22 @@ class Config(BaseModel):
 
 
 def runtime(default: Any = ..., **options: Any) -> Any:
-    """A field that is no part of a key: worker counts, time limits, log options; and paths, whose contents count."""
+    """Declare a field that is no part of a key: worker counts, time limits, log options; and paths: contents count."""
     return Field(default, json_schema_extra={"runtime": True}, **options)
 
 
 def is_runtime(field: Any) -> bool:
+    """Return whether a model's field was declared with `runtime`."""
     extra = field.json_schema_extra
     return isinstance(extra, dict) and bool(extra.get("runtime"))
 
 
 def expand_preset(value: Any, get: Callable[[str], Any]) -> Any:
-    """`"kl-f8"` or `{preset: "kl-f8", base_channels: 64}` to plain fields; anything else is returned as it is.
+    """Expand `"kl-f8"` or `{preset: "kl-f8", base_channels: 64}` to plain fields; return anything else as it is.
 
     Args:
         value: what the recipe says.
-        get: the preset's name to its configuration dataclass; ValueError for unknown names.
+        get: returns a preset's configuration dataclass by name; raises ValueError for unknown names.
     """
     if isinstance(value, str):
         return get(value)
@@ -48,7 +49,7 @@ def expand_preset(value: Any, get: Callable[[str], Any]) -> Any:
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`changes` laid over `base`, mapping by mapping; fields laid over a preset's name extend that preset."""
+    """Lay `changes` over `base`, mapping by mapping; fields laid over a preset's name extend that preset."""
     merged = dict(base)
     for name, value in changes.items():
         inner = merged.get(name)

@@ -1,10 +1,10 @@
-"""Errors that a person can mend, as opposed to bugs: one line each, with an exit code."""
+"""Errors that a user can mend, as opposed to bugs: one line each, with an exit code."""
 
 import errno
 
-# How libraries that write files themselves say it: safetensors, and torch.save, which never names its reason.
+# A full disk in the words of safetensors, and of torch.save, which never names its reason.
 DISK_FULL_WORDS = (("No space left on device",), ("inline_container.cc", "unexpected pos"))
-DISK_FULL_ADVICE = "free some space and run the same command again; what is committed is kept"
+DISK_FULL_ADVICE = "free some space and run the same command again; everything committed is kept"
 
 
 class UserError(Exception):
@@ -23,16 +23,16 @@ class MisuseError(UserError):
 
 
 def explain(error: BaseException) -> UserError | None:
-    """The UserError behind an exception, looking through the wrappers that Ray and `raise … from` put around it.
+    """Return the UserError behind an exception, looking through the wrappers of Ray and of `raise … from`.
 
-    Returns None where there is none: the exception is then a bug and deserves its traceback.
+    Returns None if there is none: the exception is then a bug and deserves its traceback.
     """
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
         seen.add(id(current))
         if isinstance(cause := getattr(current, "cause", None), BaseException):
-            # What Ray Core raises is of the task's exception's class too, but its text is a whole traceback.
+            # Ray Core's error has the class of the task's exception too, but its text is a whole traceback.
             current = cause
             continue
         if isinstance(current, UserError):

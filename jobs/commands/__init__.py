@@ -1,1 +1,1 @@
-"""One module a command."""
+"""The commands of `ldm`, one module each; `cluster_jobs` has three."""

@@ -1,4 +1,4 @@
-"""`ldm jobs`, `ldm logs`, `ldm stop`: what runs on a Ray cluster."""
+"""`ldm jobs`, `ldm logs`, `ldm stop`: list, follow and stop the jobs of a Ray cluster."""
 
 import time
 
@@ -15,7 +15,7 @@ from pipelines.errors import UserError
 @address_option
 @json_option
 def jobs(address: str, as_json: bool) -> None:
-    """The jobs of a Ray cluster, newest first.
+    """List the jobs of a Ray cluster, newest first.
 
     \b
     Example:
@@ -39,9 +39,9 @@ def jobs(address: str, as_json: bool) -> None:
 @click.command()
 @click.argument("job_id")
 @address_option
-@click.option("--follow", "wait", is_flag=True, help="Go on until the job ends.")
+@click.option("--follow", "wait", is_flag=True, help="Keep printing until the job ends.")
 def logs(job_id: str, address: str, wait: bool) -> None:
-    """What a job has printed.
+    """Print the output of a job.
 
     \b
     Example:
@@ -61,7 +61,7 @@ def logs(job_id: str, address: str, wait: bool) -> None:
 @click.argument("job_id")
 @address_option
 def stop(job_id: str, address: str) -> None:
-    """Stop a job; submitted again, it goes on where it was.
+    """Stop a job. Submitted again, it continues where it was.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""`ldm doctor`: what this machine has."""
+"""`ldm doctor`: check what this machine has."""
 
 import importlib.metadata
 import os
@@ -38,7 +38,7 @@ PACKAGES = (
 )
 @json_option
 def doctor(root: str, as_json: bool) -> None:
-    """What this machine has: cores, memory, GPUs, packages, Ray, and whether the storage can be written.
+    """Check what this machine has: cores, memory, GPUs, packages, Ray, and whether the storage can be written.
 
     \b
     Example:

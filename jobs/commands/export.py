@@ -1,10 +1,11 @@
-"""`ldm export`: a trained model as a folder for other programs."""
+"""`ldm export`: write a trained model as a folder for other programs."""
 
 from pathlib import Path
 
 import click
 
 from jobs.console import console, emit_json, json_option
+from pipelines.errors import UserError
 
 
 @click.command()
@@ -22,7 +23,7 @@ from jobs.console import console, emit_json, json_option
 )
 @json_option
 def export(checkpoint: str, folder: str, layout: str, max_shard_gib: float, as_json: bool) -> None:
-    """Write a trained model to FOLDER: safetensors and config, or as diffusers or the paper's code release have it.
+    """Write a trained model to FOLDER, for this project, for diffusers or for the paper's code release.
 
     CHECKPOINT is the root of a run, an artifact, or a model folder, also of a first stage alone. FOLDER must not exist
     or be empty.
@@ -37,8 +38,8 @@ def export(checkpoint: str, folder: str, layout: str, max_shard_gib: float, as_j
     Example:
       ldm export runs/demo exported/demo --format ldm
     """
+    # Import torch, which takes seconds that `ldm export --help` should not cost.
     from ldm_core.checkpoint import new_folder
-    from pipelines.errors import UserError
     from pipelines.stages.diffusion.find_model import find_model, local_folder
 
     if "://" in folder:
@@ -57,7 +58,7 @@ def export(checkpoint: str, folder: str, layout: str, max_shard_gib: float, as_j
 
 
 def _export(source: Path, target: Path, layout: str, max_shard_gib: float) -> tuple[str, str | None]:
-    """Write one layout; what was written, in its own terms, and what there is to say about it."""
+    """Write one layout; return what was written, in its own terms, and a note for the user or None."""
     from ldm_core import checkpoint
     from ldm_core.checkpoint_formats import compvis, diffusers
 

@@ -1,17 +1,20 @@
-"""`ldm import`: other programs' checkpoints as model folders of ours."""
+"""`ldm import`: convert another program's checkpoint to a model folder of ours."""
 
 import click
 
 from jobs.console import console, emit_json, json_option
+from pipelines.errors import MisuseError, UserError
 
 
 @click.command("import")
 @click.argument("source")
 @click.argument("folder")
-@click.option("--preset", help="The published model or first stage that SOURCE is; inferred where it is left out.")
-@click.option("--config", "config", metavar="FILE", help="Its configuration instead: the release's YAML.")
-@click.option("--weights", type=click.Choice(["ema", "raw"]), help="Averaged weights (default where there are) or raw.")
-@click.option("--tokenizer", metavar="PATH", help="vocab.txt, tokenizer.json or their folder, where SOURCE has none.")
+@click.option("--preset", help="The published model or first stage that SOURCE is; inferred if left out.")
+@click.option("--config", "config", metavar="FILE", help="Its configuration in place of a preset: the release's YAML.")
+@click.option(
+    "--weights", type=click.Choice(["ema", "raw"]), help="Averaged weights (the default if there are any) or raw."
+)
+@click.option("--tokenizer", metavar="PATH", help="vocab.txt, tokenizer.json or their folder, if SOURCE has none.")
 @click.option(
     "--max-shard-gib",
     type=click.FloatRange(0, min_open=True),
@@ -30,7 +33,7 @@ def import_(
     max_shard_gib: float,
     as_json: bool,
 ) -> None:
-    """Read another program's checkpoint, and write it to FOLDER as a model of ours.
+    """Convert another program's checkpoint to a model of ours in FOLDER.
 
     SOURCE is a .ckpt or .safetensors of the paper's code release (or Stable Diffusion v1), a whole model or a first
     stage, or a folder of diffusers: LDMTextToImagePipeline, StableDiffusionPipeline, LDMPipeline, AutoencoderKL,
@@ -42,9 +45,9 @@ def import_(
       ldm import model.ckpt models/txt2img --preset txt2img-1p4b --tokenizer bert/vocab.txt
       ldm import stable-diffusion-v1-5 models/sd-v1
     """
+    # Imports torch, which takes seconds that `ldm import --help` should not cost.
     from ldm_core import checkpoint, presets
     from ldm_core.checkpoint_formats.importing import open_checkpoint
-    from pipelines.errors import MisuseError, UserError
 
     if preset and config:
         raise MisuseError(f"--preset {preset} and --config {config} both say what {source} is: give one")
@@ -70,7 +73,7 @@ def import_(
     parameters = found.parameters
     console(as_json).print(f"{found.kind}: {parameters:,} weights written to {folder}", markup=False)
     if found.left_out:
-        console(as_json).print(f"left out, being no part of the model: {', '.join(found.left_out)}", markup=False)
+        console(as_json).print(f"left out, not being part of the model: {', '.join(found.left_out)}", markup=False)
     if checkpoint.takes_captions(found.config) and found.tokenizer is None:
         console(as_json).print("without a tokenizer it cannot be sampled by captions: add --tokenizer", markup=False)
     if as_json:

@@ -1,4 +1,4 @@
-"""`ldm inspect`: what is in an artifact, a shard or a root."""
+"""`ldm inspect`: show what is in an artifact, a shard or a root."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ from pipelines.looking.inspect import inspect_path, view, write_contact_sheet
 )
 @json_option
 def inspect(path: str, contact_sheet: Path | None, as_json: bool) -> None:
-    """What is in PATH: an artifact (also an unfinished one), a shard (.tar), a model folder, or the root of a run.
+    """Show what is in PATH: an artifact (finished or not), a shard (.tar), a model folder, or the root of a run.
 
     \b
     Example:

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import click
 
+from jobs.recipes import recipe_path
 from pipelines.errors import MisuseError
 from pipelines.run.plan import STAGE_NAMES, Selection
 from pipelines.run.recipe import Recipe, load_recipe
@@ -14,7 +15,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def recipe_options(command: Command) -> Command:
-    """RECIPE, --root and --set."""
+    """Add RECIPE, --root and --set to a command."""
     for decorate in (
         click.option(
             "--set",
@@ -31,7 +32,7 @@ def recipe_options(command: Command) -> Command:
 
 
 def selection_options(command: Command) -> Command:
-    """--only, --from, --to and --force."""
+    """Add --only, --from, --to and --force to a command."""
     stage = click.Choice(STAGE_NAMES)
     for decorate in (
         click.option(
@@ -49,9 +50,7 @@ def selection_options(command: Command) -> Command:
 
 
 def open_recipe(recipe_name: str, root: str | None, overrides: tuple[str, ...]) -> Recipe:
-    """Load a recipe by path or shipped name, with the options laid over it."""
-    from jobs.recipes import recipe_path
-
+    """Load a recipe by path or shipped name, overridden by the options."""
     if recipe_name == "demo":
         raise MisuseError("the demo's recipe needs the pictures that the demo makes: start it with `ldm demo`")
     chosen = (f"root={json.dumps(root)}",) if root else ()
@@ -59,4 +58,5 @@ def open_recipe(recipe_name: str, root: str | None, overrides: tuple[str, ...]) 
 
 
 def selection(only: str | None, first: str | None, last: str | None, force: tuple[str, ...]) -> Selection:
+    """Return what the selection options ask for. Raises MisuseError if they contradict each other."""
     return Selection(only=only, first=first, last=last, force=force)

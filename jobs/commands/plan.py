@@ -1,4 +1,4 @@
-"""`ldm plan`: the walk of `ldm run` without running anything."""
+"""`ldm plan`: show what `ldm run` would do, without running anything."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def plan(
     force: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """What `ldm run` would do with the same arguments: each stage's key and state, and what it will cost.
+    """Show what `ldm run` would do with the same arguments: each stage's key and state, and what it will cost.
 
     Figures of stages that have not run are estimates, marked with ~; a time is known once such a stage has run under
     the root.

@@ -33,7 +33,8 @@ def run(
 ) -> None:
     """Run a recipe: every stage that is not cached yet.
 
-    RECIPE is a YAML file or the name of a shipped recipe. Killed at any moment, the same command goes on where it was.
+    RECIPE is a YAML file or the name of a shipped recipe. Killed at any moment, the same command continues where it
+    was.
 
     \b
     Example:
@@ -51,7 +52,7 @@ def run(
 
 
 def print_result(out: Console, result: RunResult) -> None:
-    """The table of stages, and where everything is."""
+    """Print the table of stages, and where everything is."""
     out.print(stage_table(result))
     places = {"report": result.report, **_outputs(result), "mlflow": result.tracking_uri}
     out.print()
@@ -62,7 +63,7 @@ def print_result(out: Console, result: RunResult) -> None:
 
 
 def result_json(result: RunResult) -> dict[str, Any]:
-    """A run as one JSON object."""
+    """Return a run as one JSON object."""
     return {
         "wall_s": result.wall_s,
         "stages": [dataclasses.asdict(row) for row in result.rows],

@@ -1,18 +1,23 @@
-"""`ldm sample`: pictures for prompts."""
+"""`ldm sample`: sample pictures for prompts."""
 
+from pathlib import Path
 from typing import Literal
 
 import click
+from PIL import Image
 
 from jobs.console import console, emit_json, json_option
+from pipelines.drawing.grids import grid
+from pipelines.errors import MisuseError, UserError
+from pipelines.stages.diffusion.config import SamplingConfig
 
 
 @click.command()
 @click.argument("checkpoint")
 @click.argument("prompts", nargs=-1, required=True)
 @click.option("--out", default="samples", show_default=True, help="Folder for the pictures.")
-@click.option("--images", default=1, show_default=True, type=click.IntRange(1), help="Pictures a prompt.")
-@click.option("--seed", default=0, show_default=True, help="Of the first picture; the next ones count on.")
+@click.option("--images", default=1, show_default=True, type=click.IntRange(1), help="Pictures for each prompt.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the first picture; the following ones count up.")
 @click.option("--steps", default=50, show_default=True, type=click.IntRange(1, 1000), help="Timesteps visited.")
 @click.option(
     "--sampler",
@@ -23,7 +28,7 @@ from jobs.console import console, emit_json, json_option
 )
 @click.option("--guidance", default=5.0, show_default=True, type=click.FloatRange(0), help="Guidance scale.")
 @click.option("--eta", default=0.0, show_default=True, type=click.FloatRange(0), help="DDIM's eta.")
-@click.option("--device", help="Torch device; the first GPU where there is one, else the CPU.")
+@click.option("--device", help="Torch device; by default the first GPU, or the CPU if there is none.")
 @json_option
 def sample(
     checkpoint: str,
@@ -38,7 +43,7 @@ def sample(
     device: str | None,
     as_json: bool,
 ) -> None:
-    """Pictures for prompts, from a checkpoint.
+    """Sample pictures for prompts from a checkpoint.
 
     CHECKPOINT is the root of a run (its newest diffusion model), an artifact, or a model folder.
 
@@ -46,13 +51,7 @@ def sample(
     Example:
       ldm sample runs/demo "a large red circle on the left" --images 4 --seed 7
     """
-    from pathlib import Path
-
-    from PIL import Image
-
-    from pipelines.drawing.grids import grid
-    from pipelines.errors import MisuseError, UserError
-    from pipelines.stages.diffusion.config import SamplingConfig
+    # Import torch, which takes seconds that `ldm sample --help` should not cost.
     from pipelines.stages.diffusion.find_model import open_model
     from pipelines.stages.diffusion.sampling import sample_prompts
 

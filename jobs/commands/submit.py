@@ -37,7 +37,7 @@ def submit(
     wait: bool,
     as_json: bool,
 ) -> None:
-    """Run a recipe as a job on a Ray cluster: what `ldm run` does, there.
+    """Run a recipe as a job on a Ray cluster, as `ldm run` does on this machine.
 
     The resolved recipe and this code travel with the job. Sources and root must be reachable from the cluster: shared
     folders, or s3:// together with a tracking.uri. The cluster's authentication token is taken from RAY_AUTH_TOKEN or
@@ -95,7 +95,7 @@ def with_absolute_paths(recipe: Recipe, address: str) -> Recipe:
 
 
 def _pack(folder: Path, recipe_yaml: str) -> None:
-    """The job's working directory: the recipe and the three packages, so that the cluster runs the code that
+    """Fill the job's working directory: the recipe, and the three packages, so that the cluster runs the code that
     submitted it.
     """
     (folder / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`ldm ui`: the MLflow server on a root's experiments."""
+"""`ldm ui`: serve a root's experiments with MLflow."""
 
 import os
 import socket
@@ -17,7 +17,7 @@ from pipelines.errors import UserError
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535))
 def ui(root: str, host: str, port: int) -> None:
-    """Browse a root's experiments: the MLflow server on its embedded store.
+    """Serve a root's experiments: start the MLflow server on its embedded store.
 
     \b
     Example:

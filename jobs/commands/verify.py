@@ -1,4 +1,4 @@
-"""`ldm verify`: is an artifact or shard whole and true?"""
+"""`ldm verify`: check that artifacts and shards are whole and true."""
 
 import dataclasses
 
@@ -7,13 +7,14 @@ import click
 from jobs.console import console, emit_json, json_option
 from pipelines.drawing.formatting import format_bytes
 from pipelines.errors import UserError
+from pipelines.looking.verify import verify_path
 
 
 @click.command()
 @click.argument("paths", nargs=-1, required=True)
 @json_option
 def verify(paths: tuple[str, ...], as_json: bool) -> None:
-    """Is an artifact, a shard (.tar) or every finished artifact of a root whole and true?
+    """Check that an artifact, a shard (.tar) or every finished artifact of a root is whole and true.
 
     Reads everything: sizes and digests against the manifest, tars to their end, arrays and their shapes.
 
@@ -22,8 +23,6 @@ def verify(paths: tuple[str, ...], as_json: bool) -> None:
       ldm verify runs/demo
       ldm verify runs/demo/latents/*/000000.tar
     """
-    from pipelines.looking.verify import verify_path
-
     reports = [report for path in paths for report in verify_path(path)]
     out = console(as_json)
     for report in reports:

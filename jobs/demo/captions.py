@@ -1,4 +1,4 @@
-"""What people write under pictures: one scene in several turns of phrase, some not plain ASCII."""
+"""Captions of a scene, in several turns of phrase; some are not plain ASCII."""
 
 import numpy as np
 
@@ -11,7 +11,7 @@ PLACES = {
     "bottom": "at the bottom",
     "center": "in the center",
 }
-# The words to be learned are the same in all; their order and what stands between them differs.
+# All have the same words to be learned; their order and what stands between them differ.
 TEMPLATES = (
     "a {size} {colour} {shape} {place}",
     "{colour} {shape}, {position}, {size}",
@@ -33,7 +33,7 @@ FLOURISH_SHARE = 0.04
 
 
 def caption(scene: Scene, seed: int) -> str:
-    """A caption for a scene; the seed chooses the turn of phrase, and for a few a non-ASCII flourish."""
+    """Return a caption; the seed chooses the turn of phrase, and for a few a non-ASCII flourish."""
     random = np.random.default_rng([seed, 3])
     text = _fill(TEMPLATES[random.integers(len(TEMPLATES))], scene)
     if random.random() < FLOURISH_SHARE:
@@ -42,7 +42,7 @@ def caption(scene: Scene, seed: int) -> str:
 
 
 def prompt(scene: Scene) -> str:
-    """The plainest caption for a scene: what the trained model is asked for."""
+    """Return the plainest caption of a scene, as the trained model is asked for it."""
     return _fill(TEMPLATES[0], scene)
 
 

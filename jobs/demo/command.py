@@ -28,7 +28,7 @@ NEXT = """
 @click.command()
 @click.option("--root", default="runs/demo", show_default=True, help="Folder for everything that the demo makes.")
 @click.option("--pictures", default=4000, show_default=True, type=click.IntRange(50), help="Pictures to render.")
-@click.option("--port", default=0, show_default=True, help="Of the local web server; 0 takes a free one.")
+@click.option("--port", default=0, show_default=True, help="Port of the local web server; 0 takes a free one.")
 @click.option("--force", type=click.Choice(STAGE_NAMES), multiple=True, help="Run a stage again; may be repeated.")
 @click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override a key of the demo's recipe.")
 @json_option
@@ -42,7 +42,7 @@ def demo(
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """The whole pipeline, from a table of URLs to a text-to-image model, in about ten minutes on two cores.
+    """Run the whole pipeline, from a table of URLs to a text-to-image model, in about ten minutes on two cores.
 
     Renders captioned pictures of coloured shapes, serves them over HTTP on this machine together with what the real
     web serves (404s, truncated files, duplicates, …), and runs every stage on them. Called again, everything is

@@ -1,12 +1,12 @@
 """The demo's data: pictures for `web` to serve, a LAION-style table of URLs, and prompts for evaluation.
 
-    ROOT/web/images/NNNNNN.jpg|png   one a row of the table, named by the row
+    ROOT/web/images/NNNNNN.jpg|png   a picture for each row of the table, named by the row
     ROOT/web/laion.parquet           URL, TEXT, WIDTH, HEIGHT, similarity, punsafe, pwatermark, hash, NSFW
-    ROOT/web/prompts.jsonl           a row per held-out scene
-    ROOT/web/complete.json           written last: what the rest was made from
+    ROOT/web/prompts.jsonl           a prompt for each held-out scene
+    ROOT/web/complete.json           written last; says what the rest was made from
 
-Hosts in the URLs are made up; whoever downloads is told where they are (`connect_to`), so that the table does
-not depend on a port.
+Hosts in the URLs are made up, and the downloader is told where they are (`connect_to`), so that the table does not
+depend on a port.
 """
 
 import hashlib
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from jobs.demo import encodings
 from jobs.demo.captions import caption, prompt
@@ -45,7 +47,7 @@ class Kind:
 
 
 PICTURE = Kind(name="picture", encoding=encodings.jpeg)
-# What the real web serves between the good pictures. A careful reader can save some of them.
+# What the real web serves between the good pictures. A careful decoder can save some of them.
 HOSTILE = (
     Kind(name="not_found", path="missing"),
     Kind(name="cmyk", encoding=encodings.cmyk),
@@ -87,7 +89,15 @@ class Row:
 
 @dataclass(frozen=True)
 class DemoData:
-    """Where the demo's data lie. `counts`: rows by kind; `rendered`: False when all was there already."""
+    """Where the demo's data lie.
+
+    Attributes:
+        web: the folder to serve.
+        table: the table of URLs.
+        prompts: the prompts of the held-out scenes.
+        counts: rows by kind.
+        rendered: False if everything was there already.
+    """
 
     web: Path
     table: Path
@@ -103,7 +113,7 @@ def prepare(root: Path, *, pictures: int = 4000, seed: int = 0) -> DemoData:
 
     Args:
         root: the demo's folder; everything goes into `root/web`.
-        pictures: good pictures in the table; 1.5 % hostile rows come on top, at least one a kind.
+        pictures: good pictures in the table; 1.5 % hostile rows come on top, at least one of each kind.
         seed: decides scenes, captions and which combinations are held out.
 
     Raises:
@@ -128,11 +138,11 @@ def prepare(root: Path, *, pictures: int = 4000, seed: int = 0) -> DemoData:
 
 
 def table_rows(pictures: int, seed: int) -> list[Row]:
-    """The rows of the table, in order: good pictures with hostile rows spread evenly between them."""
+    """Return the rows of the table in order: good pictures with hostile rows spread evenly between them."""
     hostile = max(len(HOSTILE), round(pictures * HOSTILE_SHARE))
     total = pictures + hostile
     places = {(2 * i + 1) * total // (2 * hostile): HOSTILE[i % len(HOSTILE)] for i in range(hostile)}
-    # Seeds of rows never meet the small integers that people, tests and sampling use.
+    # Row seeds never collide with the small integers that people, tests and sampling use.
     seeds = np.random.default_rng([seed, 4]).integers(1 << 32, 1 << 48, total).tolist()
     scenes = training_scenes(seed, total)
     return [Row(i, places.get(i, PICTURE), scenes[i], seeds[i]) for i in range(total)]
@@ -156,7 +166,7 @@ def _write(web: Path, made_from: dict[str, int], rows: list[Row]) -> None:
         raise UserError(
             f"the demo's root must be a folder; {error.filename} is a file; choose another --root"
         ) from None
-    # From here on the folder is not what an older marker says.
+    # From here on an older marker would be wrong.
     (web / "complete.json").unlink(missing_ok=True)
     for row in rows:
         if row.kind.encoding:
@@ -171,14 +181,11 @@ def _write(web: Path, made_from: dict[str, int], rows: list[Row]) -> None:
 
 
 def _write_table(path: Path, rows: list[Row]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     pq.write_table(pa.Table.from_pylist([_columns(row) for row in rows]), path, row_group_size=ROW_GROUP_ROWS)
 
 
 def _columns(row: Row) -> dict[str, Any]:
-    """A row as LAION-5B publishes them. The scores are synthetic: plausible numbers that mean nothing."""
+    """Return a row as LAION-5B publishes it. The scores are synthetic: plausible numbers that mean nothing."""
     text = caption(row.scene, row.seed)
     scores = np.random.default_rng([row.seed, 5])
     return {

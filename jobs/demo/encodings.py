@@ -18,22 +18,22 @@ ROTATE_90_TO_SHOW = 6
 
 
 def jpeg(scene: Scene, seed: int) -> bytes:
-    """What nearly all rows point at: an RGB JPEG of 128 x 128 pixels."""
+    """Encode an RGB JPEG of 128 x 128 pixels, as nearly all rows point at."""
     return _save(render(scene, seed, SIDE), "JPEG", quality=JPEG_QUALITY)
 
 
 def tiny(scene: Scene, seed: int) -> bytes:
-    """A thumbnail of 8 x 8 pixels, too small to train on."""
+    """Encode a thumbnail of 8 x 8 pixels, too small to train on."""
     return _save(render(scene, seed, SIDE).resize((TINY_SIDE, TINY_SIDE)), "JPEG", quality=JPEG_QUALITY)
 
 
 def cmyk(scene: Scene, seed: int) -> bytes:
-    """A JPEG in print colours."""
+    """Encode a JPEG in print colours."""
     return _save(render(scene, seed, SIDE).convert("CMYK"), "JPEG", quality=JPEG_QUALITY)
 
 
 def exif_rotated(scene: Scene, seed: int) -> bytes:
-    """A JPEG as phones write them: the pixels lie on their side, and EXIF says how to turn them."""
+    """Encode a JPEG as phones do: the pixels lie on their side, and EXIF says how to turn them."""
     exif = Image.Exif()
     exif[ORIENTATION_TAG] = ROTATE_90_TO_SHOW
     stored = render(scene, seed, SIDE).transpose(Image.Transpose.ROTATE_90)
@@ -41,17 +41,17 @@ def exif_rotated(scene: Scene, seed: int) -> bytes:
 
 
 def palette(scene: Scene, seed: int) -> bytes:
-    """A PNG of at most 64 indexed colours."""
+    """Encode a PNG of at most 64 indexed colours."""
     return _save(render(scene, seed, SIDE).quantize(64), "PNG")
 
 
 def rgba(scene: Scene, seed: int) -> bytes:
-    """A PNG whose background is transparent."""
+    """Encode a PNG whose background is transparent."""
     return _save(render_cutout(scene, seed, SIDE), "PNG")
 
 
 def deep(scene: Scene, seed: int) -> bytes:
-    """A PNG of 16 bits a channel; Pillow reads but cannot write these, so the chunks are put together here.
+    """Encode a PNG of 16 bits a channel. Pillow reads but cannot write these, so the chunks are put together here.
 
     Source: W3C Portable Network Graphics, sections 5.3 and 11.2.
     """

@@ -18,7 +18,7 @@ HELD_OUT_OF_SEEN_PAIRS = 96
 
 @dataclass(frozen=True, order=True)
 class Scene:
-    """What a picture shows: one of 8 colours, 6 shapes, 2 sizes and 5 positions."""
+    """The content of a picture: one of 8 colours, 6 shapes, 2 sizes and 5 positions."""
 
     colour: str
     shape: str
@@ -38,12 +38,12 @@ class HeldOut:
 
 
 def all_scenes() -> list[Scene]:
-    """The 480 combinations, in a fixed order."""
+    """Return the 480 combinations in a fixed order."""
     return [Scene(*values) for values in itertools.product(PALETTE, SHAPES, SIZES, POSITIONS)]
 
 
 def held_out_combinations(seed: int) -> list[HeldOut]:
-    """The 136 scenes that are kept for evaluation, in an order that mixes them well.
+    """Return the 136 scenes that are kept for evaluation, well mixed.
 
     40 belong to 4 novel (colour, shape) pairs, with 4 different colours and shapes; the other 96 are spread
     evenly over the 44 remaining pairs and over the 10 (size, position) combinations, so that training meets
@@ -65,7 +65,7 @@ def held_out_combinations(seed: int) -> list[HeldOut]:
 
 
 def training_scenes(seed: int, count: int) -> list[Scene]:
-    """`count` scenes for training: all that are not held out, equally often (give or take one)."""
+    """Return `count` scenes for training: all that are not held out, equally often (give or take one)."""
     excluded = {item.scene for item in held_out_combinations(seed)}
     allowed = [scene for scene in all_scenes() if scene not in excluded]
     random = np.random.default_rng([seed, 2])
@@ -74,7 +74,7 @@ def training_scenes(seed: int, count: int) -> list[Scene]:
 
 
 def render(scene: Scene, seed: int, side: int = 128) -> Image.Image:
-    """Draw a scene: an RGB picture of side x side pixels, the same for the same scene, seed and side.
+    """Draw a scene as an RGB picture of side x side pixels; the same arguments give the same pixels.
 
     The seed decides the background's tint, gradient and faint grain, and nudges colour, size and position.
     """
@@ -86,7 +86,7 @@ def render(scene: Scene, seed: int, side: int = 128) -> Image.Image:
 
 
 def render_cutout(scene: Scene, seed: int, side: int = 128) -> Image.Image:
-    """The same scene without its background: RGBA, transparent around the shape."""
+    """Draw the same scene without its background: RGBA, transparent around the shape."""
     random = np.random.default_rng(seed)
     cutout = Image.new("RGBA", (side, side), PALETTE[scene.colour])
     cutout.putalpha(_matte(scene, random, side))

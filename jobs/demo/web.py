@@ -1,6 +1,6 @@
-"""A small web on loopback that serves the demo's pictures, and misbehaves where the real one does.
+"""A small web on loopback that serves the demo's pictures, and misbehaves as the real one does.
 
-Run by `DemoWeb` in a process of its own, so that the pipeline meets real sockets. What a path means:
+`DemoWeb` runs it in a process of its own, so that the pipeline meets real sockets. Its paths:
 
     /images/NAME      the picture                         /truncated/NAME  its first half, as if that were all
     /copies/NAME      the same bytes under another URL    /page/NAME       an HTML page under a picture's name
@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -51,7 +52,7 @@ class DemoWeb:
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> "DemoWeb":
-        # The package may be run from a checkout, in whatever working directory.
+        # The package may be run from a checkout, in any working directory.
         package_folder = str(Path(__file__).resolve().parents[2])
         paths = [package_folder, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
@@ -93,62 +94,69 @@ class DemoWeb:
 
 
 def application(root: Path) -> web.Application:
-    """The web's paths, over the pictures in `root/images`."""
-    images = root / "images"
-    asked: set[str] = set()
+    """Return the web's paths over the pictures in `root/images`."""
+    behaviours = _Behaviours(root / "images")
+    app = web.Application()
+    app.add_routes([web.get(f"/{prefix}/{NAME}", handler) for prefix, handler in behaviours.by_prefix().items()])
+    return app
 
-    def picture(request: web.Request) -> bytes:
-        try:
-            return (images / request.match_info["name"]).read_bytes()
-        except OSError:
-            raise web.HTTPNotFound from None
 
-    async def whole(request: web.Request) -> web.Response:
-        return _reply(picture(request), request)
+class _Behaviours:
+    """One handler for each way that the web answers; see the module's docstring."""
 
-    async def truncated(request: web.Request) -> web.Response:
-        body = picture(request)
+    def __init__(self, images: Path) -> None:
+        self._images = images
+        self._asked: set[str] = set()
+
+    def by_prefix(self) -> dict[str, Callable[[web.Request], Awaitable[web.Response]]]:
+        return {
+            "images": self.whole,
+            "copies": self.whole,
+            "moved": self.moved,
+            "flaky": self.flaky,
+            "slow": self.slow,
+            "hang": self.hang,
+            "truncated": self.truncated,
+            "page": self.page,
+            "empty": self.empty,
+        }
+
+    async def whole(self, request: web.Request) -> web.Response:
+        return _reply(self._picture(request), request)
+
+    async def truncated(self, request: web.Request) -> web.Response:
+        body = self._picture(request)
         return _reply(body[: len(body) // 2], request)
 
-    async def flaky(request: web.Request) -> web.Response:
-        if request.path not in asked:
-            asked.add(request.path)
+    async def flaky(self, request: web.Request) -> web.Response:
+        if request.path not in self._asked:
+            self._asked.add(request.path)
             raise web.HTTPInternalServerError
-        return _reply(picture(request), request)
+        return await self.whole(request)
 
-    async def slow(request: web.Request) -> web.Response:
+    async def slow(self, request: web.Request) -> web.Response:
         await asyncio.sleep(SLOW_S)
-        return _reply(picture(request), request)
+        return await self.whole(request)
 
-    async def hang(request: web.Request) -> web.Response:
+    async def hang(self, request: web.Request) -> web.Response:
         await asyncio.sleep(HANG_S)
-        return _reply(picture(request), request)
+        return await self.whole(request)
 
-    async def moved(request: web.Request) -> web.Response:
+    async def moved(self, request: web.Request) -> web.Response:
         raise web.HTTPFound(f"/images/{request.match_info['name']}")
 
-    async def page(request: web.Request) -> web.Response:
-        return web.Response(
-            text="<!doctype html><title>Gone</title><p>This picture has moved.", content_type="text/html"
-        )
+    async def page(self, request: web.Request) -> web.Response:
+        text = "<!doctype html><title>Gone</title><p>This picture has moved."
+        return web.Response(text=text, content_type="text/html")
 
-    async def empty(request: web.Request) -> web.Response:
+    async def empty(self, request: web.Request) -> web.Response:
         return _reply(b"", request)
 
-    app = web.Application()
-    behaviours = {
-        "images": whole,
-        "copies": whole,
-        "moved": moved,
-        "flaky": flaky,
-        "slow": slow,
-        "hang": hang,
-        "truncated": truncated,
-        "page": page,
-        "empty": empty,
-    }
-    app.add_routes([web.get(f"/{prefix}/{NAME}", handler) for prefix, handler in behaviours.items()])
-    return app
+    def _picture(self, request: web.Request) -> bytes:
+        try:
+            return (self._images / request.match_info["name"]).read_bytes()
+        except OSError:
+            raise web.HTTPNotFound from None
 
 
 def _reply(body: bytes, request: web.Request) -> web.Response:
@@ -169,7 +177,7 @@ async def serve(root: Path, port: int) -> None:
         raise SystemExit(1) from None
     print(json.dumps({"port": runner.addresses[0][1]}), flush=True)
     closed = asyncio.create_task(_stdin_closed())
-    # A forked sibling may hold the other end of stdin open, so the parent's death is looked for as well.
+    # A forked sibling may hold the other end of stdin open, so we watch for the parent's death as well.
     while os.getppid() == parent and not closed.done():
         await asyncio.wait([closed], timeout=PARENT_CHECK_S)
     await runner.cleanup()

@@ -9,10 +9,10 @@ FOLDER = Path(__file__).parent
 
 
 def recipe_path(name: str) -> Path:
-    """A recipe's file: a path as it is, or the name of a shipped recipe.
+    """Return a recipe's file, given its path or the name of a shipped recipe.
 
     Raises:
-        MisuseError: where it is neither, naming the nearest shipped recipe.
+        MisuseError: it is neither; the message names the nearest shipped recipe.
     """
     path = Path(name).expanduser()
     if path.suffix in (".yaml", ".yml") or path.exists():

@@ -1,4 +1,4 @@
-"""What is in an artifact, a shard, a run's root or a model folder, as facts for people and scripts."""
+"""Facts about an artifact, a shard, a run's root or a model folder, for people and scripts."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ MODEL_FILES = ("model.safetensors", "config.json")
 
 
 def inspect_path(url: str) -> dict[str, Any]:
-    """Facts of whatever lies there; `kind` says what it is: shard, artifact, unfinished, root or model.
+    """Return facts about whatever lies there; `kind` says what it is: shard, artifact, unfinished, root or model.
 
     Returns:
         JSON values only.
 
     Raises:
-        UserError: there is nothing there, nothing that this knows, or a damaged file.
+        UserError: there is nothing there, nothing of a known kind, or a damaged file.
     """
     storage = Storage(url)
     if url.endswith(".tar"):
@@ -84,7 +84,7 @@ def view(facts: dict[str, Any]) -> RenderableType | None:
 
 
 def _shard(storage: Storage) -> dict[str, Any]:
-    """Facts of one tar: samples, files a sample, shapes of arrays, the first keys and captions."""
+    """Return facts about one tar: samples, files of a sample, shapes of arrays, the first keys and captions."""
     folder, _, name = storage.url.rpartition("/")
     samples = 0
     extensions: set[str] = set()
@@ -106,7 +106,7 @@ def _shard(storage: Storage) -> dict[str, Any]:
 
 
 def _sample(sample: dict[str, Any]) -> dict[str, Any]:
-    """Key and captions of a sample, dtype and shape of its arrays."""
+    """Return key and captions of a sample, dtype and shape of its arrays."""
     facts: dict[str, Any] = {"key": sample["__key__"]}
     captions = json.loads(sample.get("json", b"{}")).get("captions")
     if captions is None and "txt" in sample:
@@ -142,7 +142,7 @@ def _artifact(storage: Storage) -> dict[str, Any]:
 
 
 def _summary(storage: Storage) -> dict[str, Any]:
-    """One line's worth of an artifact."""
+    """Return the facts of an artifact that fit on a line."""
     manifest = read_manifest(storage)
     return {
         "url": storage.url,
@@ -160,7 +160,7 @@ def _is_unfinished(storage: Storage) -> bool:
 
 
 def _unfinished_artifacts(root: Storage) -> list[Storage]:
-    """Folders `STAGE/KEY` under a root with something in them, but without a manifest."""
+    """Return the folders `STAGE/KEY` under a root that have something in them, but no manifest."""
     folders = [root / stage / key for stage in root.names("*") for key in (root / stage).names("*")]
     return [folder for folder in folders if not folder.exists(MANIFEST) and _is_unfinished(folder)]
 
@@ -180,7 +180,7 @@ def _unfinished(storage: Storage) -> dict[str, Any]:
 
 
 def _model(storage: Storage) -> dict[str, Any]:
-    """Facts of a model folder: its config, and parameters by part, from the header of the weights alone."""
+    """Return a model folder's config, and its parameters by part, from the header of the weights alone."""
     return {
         "kind": "model",
         "url": storage.url,

@@ -1,4 +1,4 @@
-"""A recipe: one YAML file that says everything about a pipeline run, validated before anything starts."""
+"""A recipe: one YAML file with everything about a pipeline run, validated before anything starts."""
 
 import dataclasses
 import difflib
@@ -58,7 +58,7 @@ class Recipe(Config):
         return self
 
     def to_yaml(self) -> str:
-        """The resolved recipe, every default written out; itself a runnable recipe."""
+        """Return the resolved recipe with every default written out; it is a runnable recipe itself."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -66,12 +66,12 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     """Read and validate a recipe.
 
     Args:
-        path: of the YAML file.
-        overrides: `a.b=c` each, laid over the file; values are YAML.
+        path: the YAML file.
+        overrides: each `a.b=c`, laid over the file; values are YAML.
 
     Raises:
-        UserError: where the file cannot be read.
-        MisuseError: where it is not a recipe: unknown key, wrong type, value out of range.
+        UserError: the file cannot be read.
+        MisuseError: it is not a recipe: an unknown key, a wrong type, a value out of range.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -88,7 +88,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
 
 
 def parse_recipe(values: dict[str, Any], *, origin: str = "recipe") -> Recipe:
-    """Validate a recipe that is already in memory. Raises MisuseError as `load_recipe` does."""
+    """Validate a recipe that is already in memory; raise MisuseError as `load_recipe` does."""
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -115,7 +115,7 @@ def _parse_override(text: str) -> dict[str, Any]:
 
 
 def _describe(error: ValidationError) -> str:
-    """The first thing wrong, on one line: where, what value, what to do."""
+    """Return the first problem on one line: where, which value, what to do. Unknown keys first: they cause others."""
     problems = sorted(error.errors(), key=lambda problem: problem["type"] not in _UNKNOWN)
     first = problems[0]
     where = ".".join(str(part) for part in first["loc"])
@@ -136,7 +136,7 @@ _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 
 
 def _known_names(model: Any, location: tuple[int | str, ...]) -> list[str]:
-    """Names allowed at a place in a recipe, found by walking its types."""
+    """Return the names allowed at a place in a recipe by walking its types."""
     for part in location:
         model = _section(model, str(part)) or model
     if isinstance(model, type) and issubclass(model, BaseModel):
@@ -155,7 +155,7 @@ def _section(model: Any, name: str) -> Any:
 
 
 def _plain_type(annotation: Any) -> Any:
-    """The configuration class inside `Annotated[X, …]` or `X | None`."""
+    """Return the configuration class inside `Annotated[X, …]` or `X | None`."""
     if typing.get_origin(annotation) is Annotated:
         return _plain_type(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
