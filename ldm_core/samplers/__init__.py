@@ -1,17 +1,14 @@
 """Samplers: from noise to latents with any function that predicts the noise.
 
 `denoise(x, t) -> eps` takes x (B, ...) and t (B,) integers and returns the predicted noise of x's shape, or
-`Prediction(eps, x0)` where the noise alone does not say what the clean latent is: at a timestep without signal.
+`Prediction(eps, x0)` if the noise alone does not determine the clean latent: at a timestep without signal.
 Samplers know neither networks nor conditioning. Whatever changes what is sampled wraps `denoise`, and so works with
 every sampler: `guidance.classifier_free`, `guidance.image_guidance`, and `masked` of this package.
 
-    noise                sample i depends on its own seed alone
-    grid                 which timesteps a few-step sampler visits
-    denoise              what samplers ask of a denoiser
-    singlestep           DDPM, DDIM
-    multistep            PLMS, DPM-Solver++(2M)
-    predictor_corrector  UniPC
-    editing              image-to-image, masked sampling
+    solvers   ddpm, ddim, plms, dpm_solver_pp_2m, unipc
+    steps     timestep_grid: the timesteps that a few-step sampler visits; how samplers ask a denoiser
+    noise     seeded_noise: sample i depends on its own seed alone
+    editing   img2img_start: image-to-image; masked: inpainting with any model
 
 All are convolutional (Sec. 4.3.2): the latent may have any height and width that the network takes.
 """
@@ -27,7 +24,7 @@ from ldm_core.samplers.solvers import ddim, ddpm, dpm_solver_pp_2m, plms, unipc
 from ldm_core.samplers.steps import Callback, Denoise, Spacing, timestep_grid
 
 FewStepSampler = Callable[..., Tensor]
-# They share their arguments; DDIM alone has eta and noise besides, DDPM visits every timestep.
+# These share their arguments, but for DDIM's eta and noise and UniPC's order. DDPM visits every timestep.
 FEW_STEP_SAMPLERS: tuple[FewStepSampler, ...] = (ddim, plms, dpm_solver_pp_2m, unipc)
 
 __all__ = [

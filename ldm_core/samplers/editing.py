@@ -1,4 +1,4 @@
-"""Sampling that begins with, or keeps parts of, a given latent; works with every sampler.
+"""Image-to-image and inpainting: sampling that starts from, or keeps parts of, a given latent, with any sampler.
 
 z0, x: (B, C, h, w) clean and noisy latent; t: (B,) integer timesteps.
 """
@@ -20,7 +20,7 @@ def img2img_start(
     num_steps: int = 50,
     spacing: Spacing = "leading",
 ) -> tuple[Tensor, list[int]]:
-    """Image-to-image (SDEdit, Meng et al. 2022): noise a latent part of the way, and sample back from there.
+    """Noise a latent part of the way, to sample back from there: image-to-image (SDEdit, Meng et al. 2022).
 
         x, timesteps = img2img_start(z0, noise, schedule, strength=0.75)
         z = ddim(denoise, x, schedule, timesteps=timesteps)
@@ -29,8 +29,8 @@ def img2img_start(
         z0: (B, C, h, w) scaled latent of the given images.
         noise: normal noise of z0's shape.
         schedule: forward process the network was trained on.
-        strength: share of the grid's steps that are taken, above 0 (hardly changed) to 1 (hardly kept).
-        num_steps, spacing: the whole grid, see `timestep_grid`.
+        strength: share of the grid's steps to take, from above 0 (little changes) to 1 (little is kept).
+        num_steps, spacing: the whole grid, of which the last steps are taken; see `timestep_grid`.
 
     Returns:
         The latent to start from, of z0's shape, and the timesteps to visit.
@@ -51,23 +51,24 @@ def img2img_start(
 
 
 def masked(denoise: Denoise, schedule: NoiseSchedule, known: Tensor, mask: Tensor) -> Denoise:
-    """Masked sampling (inpainting) with any model, trained for it or not: fill the mask, keep the rest.
+    """Wrap a denoiser for masked sampling (inpainting): fill the mask, keep the rest. Any model will do.
 
     At every step the known region is the given latent at that step's noise level, as in the code release, which draws
-    its noise anew each time. No sampler needs to be told: the wrapped denoiser answers that the clean latent is
-    `known` there, so that each of them moves the region along its own exact trajectory, with the noise that x began
-    with (and the noise that DDPM and DDIM with eta > 0 add). Start from noise, or for the exact noise level at an early
-    timestep from `img2img_start(known, ...)`. The result keeps the noise level of timestep 0 in the known region too;
-    `torch.where(mask, z, known)` removes it.
+    new noise for it each time. Here the wrapped denoiser answers that the clean latent is `known` there. Every sampler
+    then moves the region along its exact trajectory without being told, with the noise that x began with (and the
+    noise that DDPM and DDIM with eta > 0 add).
+
+    Start from noise, or, for the exact noise level at an early timestep, from `img2img_start(known, ...)`. In the
+    result the known region too has the noise level of timestep 0; `torch.where(mask, z, known)` removes it.
 
     Args:
         denoise: predicts the noise, or noise and clean latent.
         schedule: forward process the network was trained on.
         known: (B, C, h, w) or (1, C, h, w) scaled latent of the given images; its values under the mask are unused.
-        mask: of a shape that broadcasts to known's; 1 (or True) is to be filled, 0 is kept.
+        mask: tensor that broadcasts to known's shape; 1 (or True) is filled, 0 is kept.
 
     Raises:
-        ValueError: for a mask that holds anything but 0 and 1, or shapes that do not fit (on call: x's).
+        ValueError: for a mask that holds anything but 0 and 1, or shapes that do not fit (x's when called).
     """
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError(
@@ -82,6 +83,7 @@ def masked(denoise: Denoise, schedule: NoiseSchedule, known: Tensor, mask: Tenso
         if not _broadcasts(known, x):
             raise ValueError(f"the known latent must have x's shape {tuple(x.shape)}, got {tuple(known.shape)}")
         signal, sigma = schedule.levels(t, like=x)
+        # The noise in x if its clean latent is `known`: z_t = sqrt(abar) z_0 + sqrt(1 - abar) eps solved for eps.
         known_eps = (x - signal * known) / sigma
         answer = denoise(x, t)
         if isinstance(answer, Prediction):
@@ -92,5 +94,5 @@ def masked(denoise: Denoise, schedule: NoiseSchedule, known: Tensor, mask: Tenso
 
 
 def _broadcasts(tensor: Tensor, to: Tensor) -> bool:
-    """Whether a tensor can be expanded to another's shape."""
+    """Return whether a tensor of as many dimensions can be expanded to another's shape."""
     return tensor.dim() == to.dim() and all(own in (1, size) for own, size in zip(tensor.shape, to.shape))

@@ -1,23 +1,27 @@
-"""Normal noise in which every sample has its own seed."""
+"""Normal noise in which every sample has its own seed.
+
+Shapes: drawn noise: (B, *shape), one sample of `shape` for each of B seeds.
+"""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+# Each call draws the next noise of one fixed shape.
 NoiseSource = Callable[[], Tensor]
 
 
 def seeded_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> NoiseSource:
-    """A source of (B, *shape) float32 normal noise in which sample i depends on seeds[i] alone.
+    """Return a source of (B, *shape) float32 normal noise in which sample i depends on seeds[i] alone.
 
-    Each sample has its own generator on the CPU, so an image is the same whatever the batch it is drawn in
-    and whatever the device. Each call of the source draws on.
+    Each sample has its own generator on the CPU, so that an image is the same whatever the batch it is drawn in and
+    whatever the device. A second call of the source continues where the first one ended.
 
     Args:
-        seeds: B integers.
+        seeds: B integers of 64 bits.
         shape: shape of one sample, without the batch dimension.
-        device: where the noise is wanted.
+        device: device to put the noise on.
 
     Raises:
         ValueError: without seeds, or for seeds that are not integers of 64 bits.
@@ -36,10 +40,10 @@ def seeded_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.devic
 
 
 def noise_like(x: Tensor, noise: NoiseSource | None) -> NoiseSource:
-    """The source that a sampler at x draws from, torch's global generator where it is given none.
+    """Return a source of noise of x's shape: the given one, checked, or else torch's global generator.
 
     Raises:
-        ValueError: (on a draw) when the source gives another shape than x's.
+        ValueError: (on a draw) if the given source draws another shape.
     """
 
     def draw() -> Tensor:
@@ -54,5 +58,5 @@ def noise_like(x: Tensor, noise: NoiseSource | None) -> NoiseSource:
 
 
 def initial_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """The (B, *shape) noise that sampling starts from: the first draw of `seeded_noise`."""
+    """Return the (B, *shape) noise that sampling starts from: the first draw of `seeded_noise`."""
     return seeded_noise(seeds, shape, device)()
