@@ -142,9 +142,7 @@ def _write_scores(context: StageContext, prompts: list[Prompt], images: NDArray[
 
 
 def _write(context: StageContext, name: str, data: bytes) -> None:
-    if name not in context.writer.committed():
-        context.writer.storage.write_bytes(name, data)
-        context.writer.commit(name)
+    context.writer.commit_once(name, lambda path: path.write_bytes(data))
 
 
 STAGE = Stage(
