@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import BinaryIO
 
 from pipelines.errors import UserError
-from pipelines.shards.format import decode_npy, require_end_of_archive
+from pipelines.shards.format import decode_npy
+from pipelines.shards.samples import contents, samples
+from pipelines.shards.tar_headers import FileBytes, Member, TarError, members
 from pipelines.stages.pairs.artifact import IMAGE_EXTENSIONS
 from pipelines.store.ledger import MANIFEST, FileRecord, read_manifest
 from pipelines.store.storage import Storage, sha256_file
@@ -122,29 +124,34 @@ def _verify_file(storage: Storage, record: FileRecord, report: VerifyReport) -> 
 
 
 def _read_shard(file: BinaryIO) -> tuple[int, list[str]]:
-    """Samples of a shard, and what is wrong with it, by plain tarfile."""
-    keys: set[str] = set()
+    """Count a shard's samples and list what is wrong with it, reading every member."""
+    count = 0
     problems: list[str] = []
+
+    def files(tar: FileBytes) -> Iterator[Member]:
+        for member in members(tar):
+            if member.is_file and member.size is not None:
+                yield member
+            else:
+                problems.append(f"{member.name} is not a regular file")
+
+    def look(tar: FileBytes, member: Member) -> None:
+        if problem := _damage(member.name.rpartition(".")[2], contents(tar, member)):
+            problems.append(f"{member.name} {problem}")
+
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                key, _, extension = member.name.partition(".")
-                keys.add(key)
-                content = tar.extractfile(member)
-                if content is None:
-                    problems.append(f"{member.name} is not a regular file")
-                elif problem := _damage(extension, content.read()):
-                    problems.append(f"{member.name} {problem}")
-            require_end_of_archive(tar, file)
-    except (tarfile.TarError, EOFError) as error:
-        problems.append(f"truncated or damaged after {len(keys)} samples ({error})")
+        tar = FileBytes(file)
+        for _ in samples(files(tar), partial(look, tar)):
+            count += 1
+    except TarError as error:
+        problems.append(f"truncated or damaged after {count} samples ({error})")
     more = len(problems) - MAX_PROBLEMS_PER_SHARD
-    return len(keys), problems if more <= 0 else [*problems[:MAX_PROBLEMS_PER_SHARD], f"and {more} more problems"]
+    return count, problems if more <= 0 else [*problems[:MAX_PROBLEMS_PER_SHARD], f"and {more} more problems"]
 
 
 def _damage(extension: str, data: bytes) -> str | None:
     """What is wrong with a member's contents; None where it is fine or of a kind that has no structure."""
-    check = _CHECKS.get(extension.rsplit(".", 1)[-1])
+    check = _CHECKS.get(extension)
     if check is None:
         return None
     try:

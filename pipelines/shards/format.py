@@ -15,6 +15,8 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from pipelines.errors import UserError
+from pipelines.shards.samples import contents, samples
+from pipelines.shards.tar_headers import FileBytes, TarError, members
 
 
 class ShardWriter:
@@ -117,39 +119,13 @@ def read_shard(file: BinaryIO | Path | str) -> Iterator[dict[str, Any]]:
         except FileNotFoundError:
             raise UserError(f"shard {file} is missing") from None
         return
-    sample: dict[str, Any] = {}
-    for name, data in _members(file):
-        key, _, extension = name.partition(".")
-        if sample.get("__key__") != key:
-            if sample:
-                yield sample
-            sample = {"__key__": key}
-        sample[extension] = data
-    if sample:
-        yield sample
-
-
-def _members(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
     name = getattr(file, "name", None) or getattr(file, "path", "shard")
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                # A sparse member claims any size.
-                if member.isreg() and not member.issparse():
-                    yield member.name, cast(BinaryIO, tar.extractfile(member)).read()
-            require_end_of_archive(tar, file)
-    except (tarfile.TarError, EOFError) as error:
+        tar = FileBytes(file)
+        for sample in samples(members(tar), functools.partial(contents, tar)):
+            yield {"__key__": sample.key, **sample.files}
+    except TarError as error:
         raise UserError(f"shard {name} is truncated or damaged ({error}): remove it and make it again") from error
-
-
-def require_end_of_archive(tar: tarfile.TarFile, file: BinaryIO) -> None:
-    """After the last member: raise tarfile.ReadError unless the end mark follows.
-
-    tarfile takes a cut between two members, or a damaged header, for the end of the archive.
-    """
-    file.seek(tar.offset)
-    if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-        raise tarfile.ReadError("no end-of-archive mark")
 
 
 def encode_npy(array: np.ndarray) -> bytes:

@@ -5,19 +5,18 @@ whole into a local cache folder of bounded size.
 """
 
 import os
-import tarfile
 import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
 from pipelines.errors import UserError
-from pipelines.shards.format import require_end_of_archive
+from pipelines.shards.samples import Sample, samples
+from pipelines.shards.tar_headers import FileBytes, Member, TarError, members
 from pipelines.store.ledger import FileRecord
 from pipelines.store.storage import Storage
 
@@ -25,20 +24,8 @@ DEFAULT_CACHE_BYTES = 32 << 30
 FETCH_THREADS = 4
 MAX_INDEXES = 512
 
-
-@dataclass(frozen=True)
-class _Member:
-    extension: str
-    offset: int
-    size: int
-
-
-@dataclass(frozen=True)
-class _Index:
-    """Where the samples of a shard are: keys in file order, and the members of each."""
-
-    keys: list[str]
-    members: list[list[_Member]]
+# Offset and size of a file in its shard.
+_Span = tuple[int, int]
 
 
 class ShardReader:
@@ -75,7 +62,7 @@ class ShardReader:
 
     def keys(self, shard: int) -> list[str]:
         """Keys of a shard's samples, in their order in the file."""
-        return self._index(shard).keys
+        return [sample.key for sample in self._index(shard)]
 
     def read(self, shard: int, row: int, extensions: Iterable[str] | None = None) -> dict[str, bytes]:
         """The files of one sample by extension (`jpg`, `tokens.npy`); all of them, or only those named.
@@ -84,14 +71,10 @@ class ShardReader:
             UserError: where the shard is missing, truncated, not a tar, or holds another number of samples than
                 was committed.
         """
-        members = self._index(shard).members[row]
-        wanted = None if extensions is None else set(extensions)
+        found = self._index(shard)[row].files
+        wanted = found if extensions is None else found.keys() & set(extensions)
         file = self._file(shard)
-        return {
-            member.extension: file.read(member.offset, member.size)
-            for member in members
-            if wanted is None or member.extension in wanted
-        }
+        return {extension: file.read(*found[extension]) for extension in found if extension in wanted}
 
     def fetch_ahead(self, shards: Iterable[int]) -> None:
         """Start fetching remote shards in the background; a no-op where storage is local."""
@@ -112,26 +95,17 @@ class ShardReader:
         if self._cache:
             self._cache.cleanup()
 
-    def _scan(self, shard: int) -> _Index:
+    def _scan(self, shard: int) -> list[Sample[_Span]]:
         record = self.shards[shard]
-        keys: list[str] = []
-        members: list[list[_Member]] = []
         with self._open_anew(shard) as file:
             self._check_size(record, os.fstat(file.fileno()).st_size)
             try:
-                with tarfile.open(fileobj=file, mode="r:") as tar:
-                    for info in filter(tarfile.TarInfo.isreg, tar):
-                        key, _, extension = info.name.partition(".")
-                        if not keys or keys[-1] != key:
-                            keys.append(key)
-                            members.append([])
-                        members[-1].append(_Member(extension, info.offset_data, info.size))
-                    require_end_of_archive(tar, file)
-            except tarfile.TarError as error:
+                found = list(samples(members(FileBytes(file)), _span))
+            except TarError as error:
                 raise self._damaged(record, f"is not a whole tar ({error})") from error
-        if len(keys) != record.rows:
-            raise self._damaged(record, f"holds {len(keys)} samples, but {record.rows} were committed")
-        return _Index(keys, members)
+        if len(found) != record.rows:
+            raise self._damaged(record, f"holds {len(found)} samples, but {record.rows} were committed")
+        return found
 
     def _file(self, shard: int) -> "_OpenShard":
         with self._lock:
@@ -173,11 +147,9 @@ class ShardReader:
     def _download(self, shard: int, folder: Path) -> Path:
         record = self.shards[shard]
         path = folder / f"{shard:06d}.tar"
-        try:
-            self.storage.filesystem.get_file(self.storage.path(record.name), str(path))
-        except FileNotFoundError:
-            raise self._damaged(record, "is missing") from None
-        self._check_size(record, path.stat().st_size)
+        # Before it is fetched: a shard that is missing or cut is not worth its way over the network.
+        self._check_size(record, self.storage.size(record.name))
+        self.storage.download(record.name, path)
         return path
 
     def _evict(self) -> None:
@@ -205,6 +177,12 @@ class ShardReader:
             f"shard {self.storage.url}/{record.name} {what}: `ldm verify {self.storage.url}` tells what is whole; "
             "remove the folder and run the same command again to rebuild it"
         )
+
+
+def _span(member: Member) -> _Span:
+    if member.size is None:
+        raise TarError(f"{member.name} is a sparse file")
+    return member.offset, member.size
 
 
 class _OpenShard:

@@ -1,109 +1,121 @@
-"""The members of a tar by its headers alone, whoever wrote it.
+"""The members of a tar by its headers alone, whoever wrote it: the one parser of everything that reads tars here.
 
-Python's tarfile takes several times as long, keeps every member, and believes a hostile header about its size.
+Python's tarfile takes several times as long, keeps every member, and believes a hostile header about its size. It also
+takes a cut between two members, or a damaged header, for the end of the archive.
 """
 
 from __future__ import annotations
 
-import functools
-import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import io
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple, Protocol
 
-from pipelines.store.ranges import filesystem_of, is_local, read_range
-
-_BLOCK = 512
-_END = bytes(_BLOCK)
+BLOCK = 512
+ENDS_EARLY = "it ends in the middle of a member or without an end-of-archive mark"
+_END = bytes(BLOCK)
 # A longer name or pax header is not read; the short name in the member's own header then counts.
 _MAX_NAME_BYTES = 2**16
+# Links, devices, folders and pipes: their headers may say a size, but no data follows.
 _WITHOUT_DATA = b"123456"
 _REGULAR = b"0\x007S"
+_CHECKSUM = slice(148, 156)
 
 
 class TarError(Exception):
     """The bytes are not those of a whole tar."""
 
 
-@dataclass(frozen=True)
-class Member:
-    """A regular file in a tar.
+class Member(NamedTuple):
+    """A member of a tar.
 
     Attributes:
-        header: where its first header begins.
-        offset, size: of its bytes; size is None where they do not stand there as they are (sparse files).
+        name: its path in the tar.
+        header: offset of its first header.
+        offset: of its bytes.
+        size: of its bytes; None if they do not stand there as they are (sparse files).
+        is_file: whether it is a regular file, not a folder, link or device.
     """
 
     name: str
     header: int
     offset: int
     size: int | None
+    is_file: bool
 
 
-class HeaderReader:
-    """Small reads at ascending offsets of a file: one request for those that are near, none for what is between."""
+class Bytes(Protocol):
+    """Where a tar's bytes come from."""
 
-    def __init__(self, url: str) -> None:
-        filesystem, path = filesystem_of(url)
-        self.size = int(filesystem.size(path) or 0)
-        self._fetch = _local(path) if is_local(filesystem) else functools.partial(read_range, url)
-        # Members may be small: the further the reads go on without a gap, the more is fetched at once.
-        self._least, self._most = (2**13, 2**13) if is_local(filesystem) else (2**16, 2**22)
-        self._ahead = self._least
-        self._begin, self._data = 0, b""
+    size: int
 
     def read(self, offset: int, count: int) -> bytes:
-        """Exactly so many bytes.
-
-        Raises:
-            TarError: the file ends before.
-        """
-        if offset + count > self.size:
-            raise TarError("it ends in the middle of a member or without an end-of-archive mark")
-        end = self._begin + len(self._data)
-        if not self._begin <= offset <= offset + count <= end:
-            near = self._begin <= offset <= end
-            self._ahead = min(2 * self._ahead, self._most) if near else self._least
-            self._data = self._fetch(offset, min(offset + max(count, self._ahead), self.size))
-            self._begin = offset
-        return self._data[offset - self._begin : offset - self._begin + count]
+        """Return exactly `count` bytes from an offset on. Raises TarError if the tar ends before."""
 
 
-def _local(path: str) -> Callable[[int, int], bytes]:
-    file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with the reader
-    return lambda start, stop: os.pread(file.fileno(), stop - start, start)
+class FileBytes:
+    """The bytes of an open, seekable file."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.size = file.seek(0, io.SEEK_END)
+
+    def read(self, offset: int, count: int) -> bytes:
+        self._file.seek(offset)
+        return require_bytes(self._file.read(count), count)
 
 
-def members(reader: HeaderReader, offset: int = 0) -> Iterator[Member]:
-    """The regular files from an offset on, in order.
+def require_bytes(data: bytes, count: int) -> bytes:
+    """Return the data. Raises TarError if it is not of that many bytes."""
+    if len(data) != count:
+        raise TarError(ENDS_EARLY)
+    return data
+
+
+def members(tar: Bytes, offset: int = 0) -> Iterator[Member]:
+    """Yield the members from an offset on, in order; whoever gets to the end has read a whole archive.
+
+    Args:
+        tar: the bytes.
+        offset: of a member's first header.
 
     Raises:
-        TarError: truncated, damaged or not a tar.
+        TarError: truncated, damaged or not a tar; also if the mark at the end of the archive is missing.
     """
     begin, facts = offset, _Extended()
-    while (block := reader.read(offset, _BLOCK)) != _END:
-        if _number(block[148:156]) != sum(block) - sum(block[148:156]) + 8 * ord(" "):
+    while (block := tar.read(offset, BLOCK)) != _END:
+        if not has_checksum(block):
             raise TarError(f"no header at byte {offset}")
-        kind, size, data = block[156:157], _number(block[124:136]), offset + _BLOCK
+        kind, size, data = block[156:157], _number(block[124:136]), offset + BLOCK
         if kind in b"xLKg":
             if size <= _MAX_NAME_BYTES:
-                facts.take(kind, reader.read(data, size))
+                facts.take(kind, tar.read(data, size))
             offset = data + _padded(size)
             continue
         size = size if facts.size is None else facts.size
         sparse = facts.sparse or kind == b"S"
         if kind == b"S":
-            data = _behind_sparse_map(reader, block, data)
+            data = _behind_sparse_map(tar, block, data)
         offset = data if kind in _WITHOUT_DATA else data + _padded(size)
-        if offset > reader.size:
+        # Before anybody reads or allocates what the header promises.
+        if offset > tar.size:
             raise TarError("it ends in the middle of a member")
         name = _name(block) if facts.name is None else facts.name
-        if kind in _REGULAR and not name.endswith(b"/"):
-            yield Member(name.decode("utf-8", "surrogateescape"), begin, data, None if sparse else size)
+        is_file = kind in _REGULAR and not name.endswith(b"/")
+        yield Member(name.decode("utf-8", "surrogateescape"), begin, data, None if sparse else size, is_file)
         begin, facts = offset, _Extended()
 
 
+def has_checksum(block: bytes) -> bool:
+    """Tell whether a block has the checksum that every header has: the sum of its bytes, with spaces for the sum's own.
+
+    Raises:
+        TarError: there is no number where the checksum stands.
+    """
+    return _number(block[_CHECKSUM]) == sum(block) - sum(block[_CHECKSUM]) + 8 * ord(" ")
+
+
 class _Extended:
-    """What headers in front of a member's own say of it."""
+    """What pax and GNU headers in front of a member's own say of it."""
 
     def __init__(self) -> None:
         self.name: bytes | None = None
@@ -137,11 +149,12 @@ def _pax_records(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         position += length
 
 
-def _behind_sparse_map(reader: HeaderReader, block: bytes, offset: int) -> int:
+def _behind_sparse_map(tar: Bytes, block: bytes, offset: int) -> int:
+    # GNU: the map of a sparse file goes on in blocks of its own as long as each says that another follows.
     more = block[482]
     while more:
-        more = reader.read(offset, _BLOCK)[504]
-        offset += _BLOCK
+        more = tar.read(offset, BLOCK)[504]
+        offset += BLOCK
     return offset
 
 
@@ -152,6 +165,7 @@ def _name(block: bytes) -> bytes:
 
 
 def _number(field: bytes) -> int:
+    # GNU: sizes of 8 GiB and more do not fit into eleven octal digits and stand there in binary.
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     try:
@@ -170,4 +184,4 @@ def _decimal(text: bytes) -> int:
 
 
 def _padded(size: int) -> int:
-    return -(-size // _BLOCK) * _BLOCK
+    return -(-size // BLOCK) * BLOCK

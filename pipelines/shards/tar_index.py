@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
 from pipelines.errors import UserError
-from pipelines.shards.tar_headers import HeaderReader, TarError, members
-from pipelines.store.ranges import readable, stamp
+from pipelines.shards.samples import Sample, Span, samples, span
+from pipelines.shards.tar_headers import ENDS_EARLY, TarError, members, require_bytes
+from pipelines.store.failures import readable
+from pipelines.store.location import Location
+from pipelines.store.remembered import remember_by_stamp
 
 _STEP_ROWS = 1000
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The files of one sample: (offset, bytes) by extension; bytes is None for files that are not read."""
-
-    key: str
-    header: int
-    spans: dict[str, tuple[int, int | None]] = field(default_factory=dict)
-
-    def first(self, extensions: tuple[str, ...]) -> tuple[int, int | None] | None:
-        """The file with the first of these extensions; `left.jpg` counts where there is no `jpg`."""
-        exact = next((self.spans[e] for e in extensions if e in self.spans), None)
-        if exact is not None:
-            return exact
-        return next((span for e, span in self.spans.items() if e.rpartition(".")[2] in extensions), None)
+_REMEMBERED = 1024
 
 
 @dataclass(frozen=True)
@@ -46,27 +34,22 @@ def index_tar(url: str) -> TarIndex:
     Raises:
         UserError: missing, truncated or not a tar.
     """
-    # What is remembered of a file is known to be of that file only by its stamp.
-    return _scan(url) if stamp(url) is None else _remembered(url, stamp(url))
-
-
-@functools.lru_cache(maxsize=1024)
-def _remembered(url: str, stamp: tuple[int, int] | None) -> TarIndex:
-    return _scan(url)
-
-
-def _scan(url: str) -> TarIndex:
-    rows, marks = 0, array("q")
     with _whole(url):
-        for sample in _samples(url, 0):
-            if rows % _STEP_ROWS == 0:
-                marks.append(sample.header)
-            rows += 1
+        return _scan(Location.of(url))
+
+
+@remember_by_stamp(_REMEMBERED)
+def _scan(location: Location) -> TarIndex:
+    rows, marks = 0, array("q")
+    for sample in samples(members(_SparseReads(location)), span):
+        if rows % _STEP_ROWS == 0:
+            marks.append(sample.header)
+        rows += 1
     return TarIndex(rows, marks)
 
 
-def samples_of(url: str, index: TarIndex, start: int, stop: int) -> list[Sample]:
-    """Samples start to stop - 1.
+def samples_of(url: str, index: TarIndex, start: int, stop: int) -> list[Sample[Span]]:
+    """Return samples start to stop - 1, each file as its offset and size.
 
     Raises:
         UserError: the tar is not the one that was indexed.
@@ -75,29 +58,11 @@ def samples_of(url: str, index: TarIndex, start: int, stop: int) -> list[Sample]
         return []
     mark, skipped = divmod(start, _STEP_ROWS)
     with _whole(url):
-        found = list(islice(_samples(url, index.marks[mark]), skipped, skipped + stop - start))
-    if len(found) != stop - start:
+        found = samples(members(_SparseReads(Location.of(url)), index.marks[mark]), span)
+        wanted = list(islice(found, skipped, skipped + stop - start))
+    if len(wanted) != stop - start:
         raise UserError(f"{url} has changed since it was first read: run again")
-    return found
-
-
-def _samples(url: str, offset: int) -> Iterator[Sample]:
-    sample: Sample | None = None
-    for member in members(HeaderReader(url), offset):
-        folder, _, name = member.name.rpartition("/")
-        stem, dot, extension = name.partition(".")
-        # Without a stem it is what file managers leave behind (`._0001.jpg`), without an extension no part of a sample.
-        if not stem or not dot:
-            continue
-        key = f"{folder}/{stem}" if folder else stem
-        extension = extension.lower()
-        if sample is None or sample.key != key or extension in sample.spans:
-            if sample is not None:
-                yield sample
-            sample = Sample(key, member.header)
-        sample.spans[extension] = (member.offset, member.size)
-    if sample is not None:
-        yield sample
+    return wanted
 
 
 @contextlib.contextmanager
@@ -107,3 +72,33 @@ def _whole(url: str) -> Iterator[None]:
             yield
         except TarError as error:
             raise UserError(f"{url} is truncated or not a tar ({error}): get or write it again") from None
+
+
+class _SparseReads:
+    """The bytes of a tar for small reads at ascending offsets: one request for reads that are near each other, none for
+    what lies between distant ones.
+    """
+
+    def __init__(self, location: Location) -> None:
+        self.size = location.size()
+        self._fetch = _local_reads(location.path) if location.is_local else location.read_range
+        # Members may be small: the further the reads go on without a gap, the more is fetched at once.
+        self._least, self._most = (2**13, 2**13) if location.is_local else (2**16, 2**22)
+        self._ahead = self._least
+        self._begin, self._data = 0, b""
+
+    def read(self, offset: int, count: int) -> bytes:
+        if offset + count > self.size:
+            raise TarError(ENDS_EARLY)
+        end = self._begin + len(self._data)
+        if not self._begin <= offset <= offset + count <= end:
+            near = self._begin <= offset <= end
+            self._ahead = min(2 * self._ahead, self._most) if near else self._least
+            self._data = self._fetch(offset, min(offset + max(count, self._ahead), self.size))
+            self._begin = offset
+        return require_bytes(self._data[offset - self._begin : offset - self._begin + count], count)
+
+
+def _local_reads(path: str) -> Callable[[int, int], bytes]:
+    file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with the reader
+    return lambda start, stop: os.pread(file.fileno(), stop - start, start)

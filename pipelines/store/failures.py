@@ -1,15 +1,20 @@
-"""What went wrong with an object store: whether it may pass, and how to say it without credentials.
+"""Failures of stores: which of them are transient, and what a person is told, on one line and without credentials.
 
-Errors are told apart by name, so that neither botocore nor aiohttp is imported where storage is local.
+Errors are told apart by name, so that neither botocore nor aiohttp is imported if storage is local.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 from pipelines.errors import UserError
 
+# What a person must be allowed to do with our own storage, and with the files of others.
+OWNING = "list, read, write and delete"
+READING = "list and read"
 LIBRARIES = {"botocore", "aiobotocore", "aiohttp"}
 TRANSIENT_ERRORS = {"HTTPClientError", "ConnectionError", "ResponseStreamingError", "ResponseParserError"}
 TRANSIENT_STATUSES = {408, 429, 500, 502, 503, 504}
@@ -38,8 +43,12 @@ CREDENTIAL_CODES = {
 CREDENTIAL_ERRORS = ("SSO", "Token", "ProfileNotFound")
 
 
+class MissingFileError(UserError):
+    """A file that should be there is not."""
+
+
 def is_transient(error: BaseException) -> bool:
-    """Whether the same request can succeed later."""
+    """Tell whether the same request can succeed later."""
     error = _origin(error)
     code, status = code_and_status(error)
     if code:
@@ -51,24 +60,37 @@ def is_transient(error: BaseException) -> bool:
 
 
 def must_restart(error: BaseException) -> bool:
-    """Whether the request cannot succeed again, but the whole upload that it belongs to can."""
+    """Tell whether the whole upload must begin again: repeating this one request of it cannot succeed."""
     return code_and_status(error)[0] in RESTART_CODES
 
 
 def code_and_status(error: BaseException) -> tuple[str, int]:
-    """What an S3 store answered, as its error code and HTTP status; ("", 0) where it did not answer."""
-    response = getattr(_origin(error), "response", None)
-    if not isinstance(response, dict):
-        return "", 0
-    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    return str(response.get("Error", {}).get("Code", status)), int(status)
+    """Return a store's answer as its error code and HTTP status; ("", 0) if it did not answer."""
+    origin = _origin(error)
+    response = getattr(origin, "response", None)
+    if isinstance(response, dict):
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return str(response.get("Error", {}).get("Code", status)), int(status)
+    # A plain web server answers with a status alone.
+    status = getattr(origin, "status", None) if _library(origin) == "aiohttp" else None
+    return (str(status), status) if isinstance(status, int) and status else ("", 0)
 
 
-def explain_failure(url: str, error: BaseException) -> UserError | None:
-    """A store's failure as one line; None for everything else, and for a file that is not there."""
+def explain_failure(url: str, error: BaseException, *, rights: str = OWNING) -> UserError | None:
+    """Explain a store's failure on one line.
+
+    Args:
+        url: the file or folder that was asked for.
+        error: what the store's library raised.
+        rights: what one must be allowed to do there, for the advice if the store forbids it.
+
+    Returns:
+        None for what is no failure of a store, and for a file that is not there.
+    """
     origin = _origin(error)
     code, status = code_and_status(origin)
     name = type(origin).__name__
+    answer = code if code == str(status) else f"{code} {status}"
     if str(origin).startswith("Invalid endpoint"):
         return UserError(f"{url}: AWS_ENDPOINT_URL is not a URL; set it to one such as https://s3.example.org")
     if code == "NoSuchBucket":
@@ -76,19 +98,18 @@ def explain_failure(url: str, error: BaseException) -> UserError | None:
     if code in CREDENTIAL_CODES:
         return UserError(f"the store of {url} refuses the credentials ({code}): renew them, or choose another profile")
     if status == 403:
-        return UserError(f"no permission for {url} ({code}): it takes the right to list, read, write and delete")
+        return UserError(f"no permission for {url} ({code}): it takes the right to {rights}")
     if is_transient(origin):
-        reason = f"{code} {status}" if code else _cause_in_words(origin)
         return UserError(
-            f"{url} cannot be reached ({reason}): check the network and the store's endpoint, then run the same "
-            "command again; what is committed is kept"
+            f"{url} cannot be reached ({answer if code else _cause_in_words(origin)}): check the network and the "
+            "store's endpoint, then run the same command again; what is committed is kept"
         )
     if must_restart(origin):
         return UserError(f"{url} could not be written ({code}): does another program write there?")
     if isinstance(error, FileNotFoundError):
         return None
     if code:
-        return UserError(f"the store of {url} refuses the request ({code} {status}): check the URL and the endpoint")
+        return UserError(f"the store of {url} refuses the request ({answer}): check the URL and the endpoint")
     if _library(origin) and ("Credential" in name or name.startswith(CREDENTIAL_ERRORS)):
         return UserError(
             f"no credentials for {url}: set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY ({name})"
@@ -98,8 +119,31 @@ def explain_failure(url: str, error: BaseException) -> UserError | None:
     return None
 
 
+@contextlib.contextmanager
+def readable(url: str) -> Iterator[None]:
+    """Turn whatever goes wrong while somebody else's file is read into one line.
+
+    Raises:
+        UserError: the file is missing or cannot be read; with the reason and what to do.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise MissingFileError(f"{url} is missing") from None
+    # Foreign files pass through many libraries, each with errors of its own.
+    except Exception as error:
+        raise explain_failure(url, error, rights=READING) or _unreadable(url, error) from None
+
+
+def _unreadable(url: str, error: Exception) -> UserError:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return UserError(f"{url} cannot be read ({reason}): check its address, access to it and the network")
+
+
 def _origin(error: BaseException) -> BaseException:
-    """The library's error behind what s3fs made of it."""
+    """Return the library's error behind the OSError that s3fs makes of it."""
     cause = error.__cause__
     return cause if cause is not None and hasattr(cause, "response") else error
 

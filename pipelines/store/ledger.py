@@ -9,10 +9,11 @@ to the new one.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -159,17 +160,23 @@ def read_manifest(storage: Storage) -> Manifest:
         raise UserError(f"{storage.url}/{MANIFEST} is not a manifest ({place}: {first['msg']})") from error
 
 
-class ArtifactWriter:
-    """The folder of an artifact that is being made: commits files one by one, then the manifest.
+def _record_name(name: str) -> str:
+    # All records lie in one folder, so that one listing finds them.
+    return f"{COMMITS}/{name.replace('/', '__')}.json"
 
-    Safe to pickle into Ray tasks. Two writers that race on one shard write the same bytes; the first commit stands.
+
+class ArtifactWriter:
+    """The folder of an artifact that is not finished: commits files one by one, then the manifest.
+
+    Safe to pickle into Ray tasks. Two writers that race on one file may both write it, each whole; the first commit
+    stands.
     """
 
     def __init__(self, stage: str, key: str, storage: Storage) -> None:
         self.stage, self.key, self.storage = stage, key, storage
 
     def committed(self) -> dict[str, FileRecord]:
-        """Every file committed so far, by name.
+        """Return every file committed so far, by name.
 
         Raises:
             UserError: a committed file has another size now; it is never redone silently.
@@ -180,42 +187,75 @@ class ArtifactWriter:
             # Object stores answer slowly, but many at once; on a local disk threads only cost.
             read = map if folder.is_local else readers.map
             records = [FileRecord.model_validate(record) for record in read(folder.read_json, names)]
+        # One listing tells the sizes of all shards; only files in folders of their own cost a request each.
         sizes = self.storage.sizes() if records else {}
-        for name, record in zip(names, records, strict=True):
-            size = sizes[record.name] if record.name in sizes else self.storage.size(record.name)
-            if size != record.bytes:
-                raise UserError(
-                    f"{self.storage.url}/{record.name} was committed with {record.bytes} bytes but has {max(size, 0)}: "
-                    f"it was damaged afterwards; remove {record.name.partition('.')[0]}.* and "
-                    f"{COMMITS}/{name.partition('.')[0]}.* there, then run the same command again to rebuild them"
-                )
+        for record in records:
+            self._check_size(record, sizes[record.name] if record.name in sizes else self.storage.size(record.name))
         return {record.name: record for record in records}
 
+    def is_committed(self, name: str) -> bool:
+        """Tell whether a file is committed, by its own record alone.
+
+        Raises:
+            UserError: it is, but has another size now; it is never redone silently.
+        """
+        if not self.storage.exists(_record_name(name)):
+            return False
+        self._check_size(self._earlier(name), self.storage.size(name))
+        return True
+
     def commit(self, name: str, *, rows: int = 0, sha256: str | None = None) -> FileRecord:
-        """Record a file that is already in place as committed; keeps the earlier record where there is one.
+        """Record a file that is already in place as committed; an earlier record of it stands.
 
         Args:
+            name: the file's path in the artifact's folder.
             rows: samples in the file.
-            sha256: of its contents, where the caller has computed it; else the file is read once more.
+            sha256: of its contents, if the caller has computed it; else the file is read once more.
 
         Raises:
             UserError: the file is missing.
         """
-        record_name = f"{COMMITS}/{name.replace('/', '__')}.json"
         if sha256 is None:
-            if self.storage.exists(record_name):
-                return self._earlier(record_name)
+            if self.storage.exists(_record_name(name)):
+                return self._earlier(name)
             with self.storage.open(name) as file:
                 sha256 = sha256_file(file)
         if (size := self.storage.size(name)) < 0:
             raise UserError(f"{self.storage.url}/{name} is missing: it cannot be committed")
         record = FileRecord(name=name, rows=rows, bytes=size, sha256=sha256)
-        if self.storage.create(record_name, encode_json(record.model_dump())):
+        # Of several writers exactly one creates the record. The others take its rows and digest for theirs, also if
+        # they wrote other bytes: what the record says is what later stages have been promised.
+        if self.storage.create(_record_name(name), encode_json(record.model_dump())):
             return record
-        return self._earlier(record_name)
+        return self._earlier(name)
 
-    def _earlier(self, record_name: str) -> FileRecord:
-        return FileRecord.model_validate(self.storage.read_json(record_name))
+    def commit_once(self, name: str, write: Callable[[Path], object]) -> None:
+        """Write a file and commit it, unless it is committed already: a run that goes on does not write it again.
+
+        Args:
+            name: the file's path in the artifact's folder.
+            write: writes the contents to the local path that it is given.
+
+        Raises:
+            UserError: the file is committed but has another size now.
+        """
+        if self.is_committed(name):
+            return
+        with self.storage.writer(name) as path:
+            write(path)
+        self.commit(name)
+
+    def _earlier(self, name: str) -> FileRecord:
+        return FileRecord.model_validate(self.storage.read_json(_record_name(name)))
+
+    def _check_size(self, record: FileRecord, size: int) -> None:
+        if size != record.bytes:
+            commit = _record_name(record.name).removeprefix(f"{COMMITS}/")
+            raise UserError(
+                f"{self.storage.url}/{record.name} was committed with {record.bytes} bytes but has {max(size, 0)}: "
+                f"it was damaged afterwards; remove {record.name.partition('.')[0]}.* and "
+                f"{COMMITS}/{commit.partition('.')[0]}.* there, then run the same command again to rebuild them"
+            )
 
     def finish(
         self,

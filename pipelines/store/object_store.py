@@ -1,82 +1,42 @@
 """Requests to object stores: retried while they can succeed later, then explained on one line without credentials.
 
 Two layers of retries. s3fs repeats one request, so that a part of an upload or a range of a download is repeated, not
-the file; `attempt` repeats the whole operation, more patiently. botocore's own retries are off: they would multiply.
+the file; `attempt` repeats the whole operation, more patiently.
 """
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import math
 import random
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
-
-import fsspec
+from typing import TypeVar
 
 from pipelines.errors import UserError
-from pipelines.store.failures import code_and_status, explain_failure, is_transient, must_restart
+from pipelines.store.failures import OWNING, code_and_status, explain_failure, is_transient, must_restart
+from pipelines.store.filesystems import PARTS_AT_ONCE, RANGE_BYTES, FileSystem, is_s3
 
 T = TypeVar("T")
 
-# s3fs waits 0.1 s * 1.7^n between two requests: 3.3 s in all.
-REQUEST_ATTEMPTS = 6
 PAUSES_S = (1.0, 3.0, 9.0)
-CONNECT_TIMEOUT_S = 10
-READ_TIMEOUT_S = 30
-CONNECTIONS = 64
 # Files of two parts and more go up part by part; a part that fails is sent again alone.
 PART_BYTES = 16 << 20
-PARTS_AT_ONCE = 4
+# S3 takes no more; larger files get larger parts.
 MAX_PARTS = 10_000
-RANGE_BYTES = 8 << 20
 
 _jitter = random.Random()
 
 
-def filesystem(url: str) -> fsspec.AbstractFileSystem:
-    """The file system of a URL, set up to see what other processes write and to retry requests.
+def attempt(url: str, operation: Callable[[], T], *, rights: str = OWNING) -> T:
+    """Return what `operation` returns; it is repeated after transient failures, so it must be idempotent.
 
-    Raises:
-        UserError: an unknown protocol.
-    """
-    protocol = url.partition("://")[0]
-    options: dict[str, Any] = {"use_listings_cache": False}
-    if protocol in ("s3", "s3a"):
-        options |= {
-            "default_block_size": RANGE_BYTES,
-            "max_concurrency": PARTS_AT_ONCE,
-            "config_kwargs": {
-                "connect_timeout": CONNECT_TIMEOUT_S,
-                "read_timeout": READ_TIMEOUT_S,
-                "max_pool_connections": CONNECTIONS,
-                "retries": {"total_max_attempts": 1, "mode": "standard"},
-            },
-        }
-    try:
-        store: fsspec.AbstractFileSystem = fsspec.core.url_to_fs(url, **options)[0]
-    except (ValueError, ImportError) as error:
-        raise UserError(f"no file system for {url}: {error}") from error
-    if is_s3(store):
-        import s3fs.core
-
-        s3fs.core.set_custom_error_handler(is_transient)
-        store.retries = REQUEST_ATTEMPTS
-        # At DEBUG botocore logs every header, session tokens among them.
-        for library in ("botocore", "aiobotocore"):
-            logging.getLogger(library).setLevel(logging.INFO)
-    return store
-
-
-def is_s3(store: fsspec.AbstractFileSystem) -> bool:
-    return "s3" in store.protocol
-
-
-def attempt(url: str, operation: Callable[[], T]) -> T:
-    """What `operation` returns; it is repeated after failures that may pass, so it must be idempotent.
+    Args:
+        url: the file or folder it is about, for the message.
+        operation: one or more requests.
+        rights: what one must be allowed to do there, for the message.
 
     Raises:
         UserError: the store refused for good, or did not recover; names `url` and what to do.
@@ -86,25 +46,46 @@ def attempt(url: str, operation: Callable[[], T]) -> T:
         try:
             return operation()
         except Exception as error:
-            if (failure := explain_failure(url, error)) is None:
+            if (failure := explain_failure(url, error, rights=rights)) is None:
                 raise
             if pause is None or not (is_transient(error) or must_restart(error)):
                 # Without the libraries' own errors, which hold whole requests.
                 raise failure from None
+            # Workers that one outage stopped at the same moment should not all come back at the same moment.
             time.sleep(pause * _jitter.uniform(0.5, 1.0))
     raise AssertionError
 
 
-def upload(store: fsspec.AbstractFileSystem, local: Path, path: str) -> None:
+def upload(url: str, store: FileSystem, local: Path, path: str) -> None:
     """Put a local file under `path`, where it appears whole or not at all."""
-    if not is_s3(store):
+    size = local.stat().st_size
+    try:
+        attempt(url, partial(_put_file, store, local, path, size))
+    finally:
+        # If the answer to "begin an upload" was lost, nobody but the store knows of that upload, and its parts would
+        # be paid for until somebody looked.
+        if size >= 2 * PART_BYTES:
+            abort_uploads(url, store, path)
+
+
+def _put_file(store: FileSystem, local: Path, path: str, size: int) -> None:
+    if is_s3(store):
+        part_bytes = max(PART_BYTES, math.ceil(size / MAX_PARTS))
+        store.put_file(str(local), path, chunksize=part_bytes, max_concurrency=PARTS_AT_ONCE)
+    else:
         store.put_file(str(local), path)
-        return
-    part_bytes = max(PART_BYTES, math.ceil(local.stat().st_size / MAX_PARTS))
-    store.put_file(str(local), path, chunksize=part_bytes, max_concurrency=PARTS_AT_ONCE)
 
 
-def download(url: str, store: fsspec.AbstractFileSystem, path: str, local: Path) -> None:
+def copy(url: str, store: FileSystem, source: str, target: str) -> None:
+    """Have the store copy a file within itself; `url` is the target's. Raises FileNotFoundError if there is none."""
+    try:
+        attempt(url, lambda: store.cp_file(source, target))
+    finally:
+        # Large files are copied in parts, which is an upload that may be lost track of like any other.
+        abort_uploads(url, store, target)
+
+
+def download(url: str, store: FileSystem, path: str, local: Path) -> None:
     """Fetch a file by ranges, a few at once; each of them is retried alone."""
     size = attempt(url, lambda: store.size(path))
     starts = list(range(0, size, RANGE_BYTES))
@@ -115,29 +96,37 @@ def download(url: str, store: fsspec.AbstractFileSystem, path: str, local: Path)
                 file.write(data)
 
 
-def _ranges(store: fsspec.AbstractFileSystem, path: str, starts: list[int], size: int) -> list[bytes]:
+def _ranges(store: FileSystem, path: str, starts: list[int], size: int) -> list[bytes]:
     ends = [min(start + RANGE_BYTES, size) for start in starts]
     found: list[bytes] = store.cat_ranges([path] * len(starts), starts, ends, on_error="raise")
     if [len(data) for data in found] != [end - start for start, end in zip(starts, ends, strict=True)]:
+        # Some proxies end an answer early without saying so.
         raise ConnectionError("an answer ended early")
     return found
 
 
-def read(store: fsspec.AbstractFileSystem, path: str) -> bytes:
-    """A whole file at once."""
-    # s3fs asks for the size first where it may read in parallel.
+def read(store: FileSystem, path: str) -> bytes:
+    """Read a whole file at once."""
+    # s3fs asks for the size first if it may read in parallel: two requests for the small files that this is for.
     data: bytes = store.cat_file(path, max_concurrency=1) if is_s3(store) else store.cat_file(path)
     return data
 
 
-def abort_uploads(store: fsspec.AbstractFileSystem, path: str, *, below: bool = False) -> None:
+def abort_uploads(url: str, store: FileSystem, path: str, *, below: bool = False) -> None:
     """Abort the unfinished uploads of a file, or of every file `below` a folder; what is finished stays."""
-    if not is_s3(store):
-        return
+    if is_s3(store):
+        # Not worth failing for: stores without this request, or credentials that may not make it.
+        with contextlib.suppress(UserError):
+            attempt(url, lambda: _abort_uploads(store, path, below))
+
+
+def _abort_uploads(store: FileSystem, path: str, below: bool) -> None:
     bucket, key, _ = store.split_path(path)
+    # S3 lists by prefix, and `runs/demo` is also a prefix of `runs/demo2`. A bucket's root has no key to end.
+    prefix = f"{key}/" if below and key else key
     page: dict[str, str] = {}
     while True:
-        found = store.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=key + "/" * (below and key != ""), **page)
+        found = store.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **page)
         for each in found.get("Uploads", []):
             if below or each["Key"] == key:
                 _abort(store, bucket, each["Key"], each["UploadId"])
@@ -146,7 +135,7 @@ def abort_uploads(store: fsspec.AbstractFileSystem, path: str, *, below: bool = 
         page = {"KeyMarker": found["NextKeyMarker"], "UploadIdMarker": found["NextUploadIdMarker"]}
 
 
-def _abort(store: fsspec.AbstractFileSystem, bucket: str, key: str, upload_id: str) -> None:
+def _abort(store: FileSystem, bucket: str, key: str, upload_id: str) -> None:
     try:
         store.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload_id)
     except FileNotFoundError:
@@ -154,17 +143,15 @@ def _abort(store: fsspec.AbstractFileSystem, bucket: str, key: str, upload_id: s
         return
 
 
-def version(store: fsspec.AbstractFileSystem, path: str) -> str | None:
-    """What names a file's present contents (its ETag; "" where the store has none); None where there is no file."""
+def version(store: FileSystem, path: str) -> str | None:
+    """Return what names a file's present contents (its ETag; "" if the store has none); None if there is no file."""
     try:
         return str(store.info(path).get("ETag", ""))
     except FileNotFoundError:
         return None
 
 
-def put_if(
-    store: fsspec.AbstractFileSystem, path: str, data: bytes, *, expected: str | None, writer: str
-) -> str | None:
+def put_if(store: FileSystem, path: str, data: bytes, *, expected: str | None, writer: str) -> str | None:
     """Put a small file if what is there is `expected`: a version, or None for nothing.
 
     Stores other than S3 cannot do both at once; there, only the absence of a file is checked, beforehand.
@@ -173,7 +160,7 @@ def put_if(
         writer: a token of this call, kept with the object, so that the call knows its own work when an answer was lost.
 
     Returns:
-        The new version, or None where something else is there.
+        The new version, or None if something else is there.
     """
     if not is_s3(store):
         return _put_checked(store, path, data, expected)
@@ -185,16 +172,18 @@ def put_if(
         code, status = code_and_status(error)
         if code == "NotImplemented":
             return _put_checked(store, path, data, expected)
+        # "If it is that version" of a file that is gone: not that version either.
         if status == 404 and code != "NoSuchBucket":
             return None
         if status != 412:
             raise
+        # The condition failed, perhaps only on s3fs's second try, after the answer to a first that succeeded was lost.
         found = store.call_s3("head_object", Bucket=bucket, Key=key)
         return str(found["ETag"]) if found.get("Metadata", {}).get("writer") == writer else None
     return str(put["ETag"])
 
 
-def _put_checked(store: fsspec.AbstractFileSystem, path: str, data: bytes, expected: str | None) -> str | None:
+def _put_checked(store: FileSystem, path: str, data: bytes, expected: str | None) -> str | None:
     if expected is None and store.exists(path):
         return None
     store.pipe_file(path, data)

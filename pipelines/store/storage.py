@@ -1,7 +1,7 @@
 """Files under any fsspec URL, written so that a reader sees a whole file or none.
 
 Local paths: a temporary file beside the target, fsync, rename. Object stores: a local temporary file, then one upload,
-which the store makes visible atomically (multipart uploads included). What fails there and may pass is retried.
+which the store makes visible atomically (multipart uploads included). Transient failures there are retried.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -19,23 +18,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
-import fsspec
-
 from pipelines.errors import MisuseError, UserError
-from pipelines.store import object_store
-from pipelines.store.failures import explain_failure
+from pipelines.store import local_disk, object_store
+from pipelines.store.failures import MissingFileError, explain_failure
+from pipelines.store.filesystems import FileSystem, filesystem_of, is_s3
 
 T = TypeVar("T")
 
 CHUNK_BYTES = 1 << 20
-NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EXDEV, errno.EMLINK)
 
 
 @dataclass(frozen=True)
 class Storage:
     """A folder at an fsspec URL (`runs/demo`, `s3://bucket/prefix`); cheap to build, safe to pickle.
 
-    Every method raises UserError where an object store refuses or cannot be reached, naming the URL and what to do.
+    Every method raises UserError if an object store refuses or cannot be reached, naming the URL and what to do.
 
     Args:
         url: the folder. Local paths are made absolute, so that workers with another working directory agree on it.
@@ -56,8 +53,9 @@ class Storage:
         return Storage(f"{self.url.rstrip('/')}/{name}")
 
     @property
-    def filesystem(self) -> fsspec.AbstractFileSystem:
-        return fsspec.filesystem("file") if self.is_local else object_store.filesystem(self.url)
+    def filesystem(self) -> FileSystem:
+        # Not kept: its connections and threads would not survive the way to another process.
+        return filesystem_of(self.url)[0]
 
     @property
     def is_local(self) -> bool:
@@ -68,11 +66,11 @@ class Storage:
         return self.url.rstrip("/").rsplit("/", 1)[-1]
 
     def path(self, name: str = "") -> str:
-        """The path of `name` in this folder, as `filesystem` takes it."""
-        path = self.url if self.is_local else str(self.filesystem._strip_protocol(self.url))
+        """Return the path of `name` in this folder, as `filesystem` takes it."""
+        path = self.url if self.is_local else filesystem_of(self.url)[1]
         return f"{path.rstrip('/')}/{name}" if name else path
 
-    def _attempt(self, name: str, operation: Callable[[fsspec.AbstractFileSystem, str], T]) -> T:
+    def _attempt(self, name: str, operation: Callable[[FileSystem, str], T]) -> T:
         url = f"{self.url}/{name}" if name else self.url
         return object_store.attempt(url, lambda: operation(self.filesystem, self.path(name)))
 
@@ -80,18 +78,18 @@ class Storage:
         return self._attempt(name, lambda store, path: bool(store.exists(path)))
 
     def size(self, name: str) -> int:
-        """Bytes of a file; -1 where there is none."""
+        """Return the bytes of a file; -1 if there is none."""
         try:
             return self._attempt(name, lambda store, path: int(store.size(path) or 0))
         except FileNotFoundError:
             return -1
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every file of this folder, by name: one listing instead of a request a file."""
+        """Return the bytes of every file of this folder, by name: one listing instead of one request per file."""
         return {name: int(each["size"] or 0) for name, each in self._entries().items() if each["type"] == "file"}
 
     def names(self, pattern: str = "*") -> list[str]:
-        """Sorted names of this folder's entries that match a glob pattern; none where the folder does not exist."""
+        """Return the sorted names of this folder's entries that match a glob pattern; none if there is no folder."""
         # Not `glob`: the folder's own path may hold characters that mean something in a pattern.
         # Files that are being written have hidden names.
         return sorted(n for n in self._entries() if not n.startswith(".") and fnmatch.fnmatchcase(n, pattern))
@@ -102,27 +100,35 @@ class Storage:
             return {str(each["name"]).rstrip("/").rsplit("/", 1)[-1]: each for each in entries}
         return {}
 
+    def modified_at(self, name: str) -> float:
+        """Return when a file was written, in seconds since 1970; 0 if the store does not say."""
+        facts = self._attempt(name, lambda store, path: dict(store.info(path)))
+        when = facts.get("mtime") or facts.get("LastModified") or 0
+        return float(when.timestamp() if hasattr(when, "timestamp") else when)
+
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[BinaryIO]:
-        """Open a file for reading; UserError where it is missing."""
-        try:
+        """Open a file for reading. Raises UserError if it is missing."""
+        with self._not_missing(name):
             handle = self._attempt(name, lambda store, path: store.open(path, "rb"))
-        except FileNotFoundError:
-            raise UserError(f"{self.url}/{name} is missing") from None
         with handle:
             try:
                 yield cast(BinaryIO, handle)
             except Exception as error:
-                # What was read is asked for while the block runs.
+                # The bytes are asked for while the block runs, so a store's failure surfaces there; so do errors of
+                # the block's own, which are not ours to explain.
                 if self.is_local or (failure := explain_failure(f"{self.url}/{name}", error)) is None:
                     raise
                 raise failure from None
 
     def read_bytes(self, name: str) -> bytes:
-        try:
+        with self._not_missing(name):
             return self._attempt(name, object_store.read)
-        except FileNotFoundError:
-            raise UserError(f"{self.url}/{name} is missing") from None
+
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """Read bytes start to stop - 1 of a file, in one request."""
+        with self._not_missing(name):
+            return self._attempt(name, lambda store, path: bytes(store.cat_file(path, start=start, end=stop)))
 
     def read_json(self, name: str) -> Any:
         try:
@@ -130,41 +136,40 @@ class Storage:
         except ValueError as error:
             raise UserError(f"{self.url}/{name} is not valid JSON ({error}); the file is damaged") from error
 
+    def download(self, name: str, local: Path) -> None:
+        """Copy a file's bytes to a local path."""
+        with self._not_missing(name):
+            object_store.download(f"{self.url}/{name}", self.filesystem, self.path(name), local)
+
+    @contextlib.contextmanager
+    def local_copy(self, name: str) -> Iterator[Path]:
+        """Yield a local path with a file's contents: the file itself if storage is local, else a temporary download."""
+        if self.is_local:
+            yield Path(self.path(name))
+            return
+        with tempfile.TemporaryDirectory(prefix="ldm-") as folder:
+            path = Path(folder) / Path(name).name
+            self.download(name, path)
+            yield path
+
+    @contextlib.contextmanager
+    def _not_missing(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise MissingFileError(f"{self.url}/{name} is missing") from None
+
     @contextlib.contextmanager
     def writer(self, name: str) -> Iterator[Path]:
-        """A local path to write to; what it holds appears under `name`, whole, when the block ends without an error."""
+        """Yield a local path to write to; its contents appear under `name`, whole, once the block ends without error."""
         if self.is_local:
-            target = Path(self.path(name))
-            with _beside(target) as temporary:
+            with local_disk.replacing(Path(self.path(name))) as temporary:
                 yield temporary
-                _sync(temporary)
-                os.replace(temporary, target)
             return
         with tempfile.TemporaryDirectory(prefix="ldm-") as folder:
             temporary = Path(folder) / Path(name).name
             yield temporary
-            self._upload(temporary, name)
-
-    def _upload(self, local: Path, name: str) -> None:
-        try:
-            self._attempt(name, lambda store, path: object_store.upload(store, local, path))
-        finally:
-            # Where the answer to "begin an upload" was lost, nobody but the store knows of it.
-            if local.stat().st_size >= 2 * object_store.PART_BYTES:
-                self._abort_uploads(name)
-
-    def _abort_uploads(self, name: str, *, below: bool = False) -> None:
-        # Not worth failing for: stores without this request, or credentials that may not make it.
-        with contextlib.suppress(UserError):
-            self._attempt(name, lambda store, path: object_store.abort_uploads(store, path, below=below))
-
-    def remove_leftovers(self) -> None:
-        """Remove what writers left behind that were killed before they finished a file; nobody may be writing here."""
-        if not self.is_local:
-            self._abort_uploads("", below=True)
-            return
-        for leftover in Path(self.path()).rglob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+            object_store.upload(f"{self.url}/{name}", self.filesystem, temporary, self.path(name))
 
     def write_bytes(self, name: str, data: bytes) -> None:
         with self.writer(name) as path:
@@ -173,49 +178,8 @@ class Storage:
     def write_json(self, name: str, value: Any) -> None:
         self.write_bytes(name, encode_json(value))
 
-    def create(self, name: str, data: bytes) -> bool:
-        """Write a small file unless it exists. Of several that create one file, exactly one is told True.
-
-        (Where the store has no conditional writes, two that do so at the same moment may both be.)
-        """
-        if self.is_local:
-            return self._create_local(Path(self.path(name)), data)
-        return self.replace(name, data, None) is not None
-
-    @staticmethod
-    def _create_local(target: Path, data: bytes) -> bool:
-        with _beside(target) as temporary:
-            temporary.write_bytes(data)
-            _sync(temporary)
-            try:
-                os.link(temporary, target)
-            except FileExistsError:
-                return False
-            except OSError as error:
-                if error.errno not in NO_HARD_LINKS:
-                    raise
-                if target.exists():
-                    return False
-                os.replace(temporary, target)
-        return True
-
-    def version(self, name: str) -> str | None:
-        """What names the present contents of an object (its ETag), or None where there is none."""
-        return self._attempt(name, object_store.version)
-
-    def replace(self, name: str, data: bytes, version: str | None) -> str | None:
-        """Write a small object if the store still holds that version (None: nothing) there.
-
-        Returns:
-            The new version, or None where somebody else wrote in between.
-        """
-        writer = uuid.uuid4().hex
-        return self._attempt(
-            name, lambda store, path: object_store.put_if(store, path, data, expected=version, writer=writer)
-        )
-
     def copy(self, name: str, target: "Storage", target_name: str | None = None) -> None:
-        """Give another folder a file of this one, whole or not at all, without moving its bytes where that can be.
+        """Give another folder a file of this one, whole or not at all, without moving its bytes if that can be.
 
         Locally a hard link, within one object store a copy made by the store, else through a local file.
 
@@ -223,104 +187,76 @@ class Storage:
             UserError: the file is missing.
         """
         target_name = target_name or name
-        try:
+        url, path = f"{target.url}/{target_name}", target.path(target_name)
+        with self._not_missing(name):
             if self.is_local and target.is_local:
-                _link(Path(self.path(name)), Path(target.path(target_name)))
+                local_disk.link(Path(self.path(name)), Path(path))
             elif not self.is_local and type(self.filesystem) is type(target.filesystem):
-                self._copy_inside_store(name, target, target_name)
+                object_store.copy(url, target.filesystem, self.path(name), path)
             elif target.is_local:
-                with target.writer(target_name) as path:
-                    self._download(name, path)
+                with target.writer(target_name) as temporary:
+                    self.download(name, temporary)
             else:
-                with self.local_copy(name) as path:
-                    target._upload(path, target_name)
-        except FileNotFoundError:
-            raise UserError(f"{self.url}/{name} is missing") from None
-
-    def _copy_inside_store(self, name: str, target: "Storage", target_name: str) -> None:
-        source = self.path(name)
-        try:
-            target._attempt(target_name, lambda store, path: store.cp_file(source, path))
-        finally:
-            target._abort_uploads(target_name)
+                with self.local_copy(name) as local:
+                    object_store.upload(url, target.filesystem, local, path)
 
     def remove(self, name: str = "") -> None:
         """Remove a file or folder, if it is there."""
         with contextlib.suppress(FileNotFoundError):
             self._attempt(name, _remove)
 
-    @contextlib.contextmanager
-    def local_copy(self, name: str) -> Iterator[Path]:
-        """A local path with a file's contents: the file itself where storage is local, else a temporary download."""
+    def remove_leftovers(self) -> None:
+        """Remove what killed writers left of unfinished files; nobody may be writing below this folder."""
         if self.is_local:
-            yield Path(self.path(name))
-            return
-        with tempfile.TemporaryDirectory(prefix="ldm-") as folder:
-            path = Path(folder) / Path(name).name
-            self._download(name, path)
-            yield path
+            local_disk.remove_leftovers(Path(self.path()))
+        else:
+            object_store.abort_uploads(self.url, self.filesystem, self.path(), below=True)
 
-    def _download(self, name: str, local: Path) -> None:
-        object_store.download(f"{self.url}/{name}", self.filesystem, self.path(name), local)
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a small file unless it exists. Of several that create one file, exactly one is told True.
+
+        (If the store has no conditional writes, two that do so at the same moment may both be.)
+        """
+        if self.is_local:
+            return local_disk.create(Path(self.path(name)), data)
+        return self.replace(name, data, None) is not None
+
+    def version(self, name: str) -> str | None:
+        """Return what names the present contents of an object (its ETag), or None if there is none."""
+        return self._attempt(name, object_store.version)
+
+    def replace(self, name: str, data: bytes, version: str | None) -> str | None:
+        """Write a small object if the store still holds that version (None: nothing) there.
+
+        Returns:
+            The new version, or None if somebody else wrote in between.
+        """
+        # The same for all attempts: one of them may have succeeded without our hearing of it.
+        writer = uuid.uuid4().hex
+        return self._attempt(
+            name, lambda store, path: object_store.put_if(store, path, data, expected=version, writer=writer)
+        )
 
 
 def encode_json(value: Any) -> bytes:
-    """JSON for people and diffs: indented, keys sorted, one line feed at the end."""
+    """Encode JSON for people and diffs: indented, keys sorted, one line feed at the end."""
     return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-@contextlib.contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """A temporary path in the target's folder, for what is then renamed or linked; gone afterwards."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
-    try:
-        yield temporary
-        _sync_folder(target.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _link(source: Path, target: Path) -> None:
-    with _beside(target) as temporary:
-        try:
-            os.link(source, temporary)
-        except OSError as error:
-            if error.errno not in NO_HARD_LINKS:
-                raise
-            shutil.copyfile(source, temporary)
-            _sync(temporary)
-        os.replace(temporary, target)
-
-
-def _remove(store: fsspec.AbstractFileSystem, path: str) -> None:
+def _remove(store: FileSystem, path: str) -> None:
     store.rm(path, recursive=True)
-    # s3fs does not tell of objects that the store failed to delete.
-    if object_store.is_s3(store) and store.exists(path):
+    # s3fs does not tell of objects that the store failed to delete; a "busy" error has the removal repeated.
+    if is_s3(store) and store.exists(path):
         raise OSError(errno.EBUSY, "still there after it was removed")
 
 
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    # A rename survives a power cut only once its folder is on disk too.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def holds_password(url: str) -> bool:
-    """Whether a URL is of the form `s3://KEY:SECRET@…`; a secret may hold slashes, a port is none."""
+    """Tell whether a URL is of the form `s3://KEY:SECRET@…`; a secret may hold slashes, a port is none."""
     return bool(re.match(r"[a-z0-9+.-]+://[^/@]*:(?!\d+(/|$)).*@", url, re.IGNORECASE))
 
 
 def sha256_file(file: BinaryIO | Path | str) -> str:
-    """Hexadecimal sha256 of an open binary file, or of a file at a path or fsspec URL."""
+    """Return the hexadecimal sha256 of an open binary file, or of a file at a path or fsspec URL."""
     if isinstance(file, str | Path):
         folder, _, name = str(file if "://" in str(file) else os.path.abspath(file)).rpartition("/")
         with Storage(folder or "/").open(name) as opened:

@@ -17,7 +17,7 @@ from ldm_core.ema import EMA
 from pipelines.drawing.grids import encode_png
 from pipelines.errors import UserError
 from pipelines.training.optimization import build_optimizer, clip_gradient, learning_rate, wrap
-from pipelines.training.outputs import DETAILS_FILE, HISTORY_FILE, commit_once
+from pipelines.training.outputs import DETAILS_FILE, HISTORY_FILE
 from pipelines.training.prefetch import Prefetcher
 from pipelines.training.relay import Message
 
@@ -159,7 +159,7 @@ class TrainingLoop:
 
     def _preview(self, ema: EMA) -> None:
         name = f"previews/step_{self.step:08d}.png"
-        if name in self.writer.committed():
+        if self.writer.is_committed(name):
             return
         with ema.swapped(), torch.no_grad():
             self.network.eval()
@@ -167,7 +167,7 @@ class TrainingLoop:
             self.network.train()
         if picture is not None:
             png = encode_png(picture)
-            commit_once(self.writer, name, lambda path: path.write_bytes(png))
+            self.writer.commit_once(name, lambda path: path.write_bytes(png))
             self.relay.send(Message(self.step, preview=picture))
 
     def _stop(self, batch: _Batch, losses: Tensor) -> None:
@@ -216,7 +216,7 @@ class TrainingLoop:
 
     def _finish(self, ema: EMA, clock: _Clock) -> None:
         history = (json.dumps(self.history, indent=0) + "\n").encode()
-        commit_once(self.writer, HISTORY_FILE, lambda path: path.write_bytes(history))
+        self.writer.commit_once(HISTORY_FILE, lambda path: path.write_bytes(history))
         with ema.swapped(), torch.no_grad():
             self.network.eval()
             facts = self.learner.save(self.writer)

@@ -1,10 +1,6 @@
-"""Final files of a training stage, committed once: a run that was killed after its commit does not write them again."""
+"""Names of the files of a training stage."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
-from pipelines.store.ledger import DETAILS, ArtifactWriter
+from pipelines.store.ledger import DETAILS
 
 # Written last and not committed: it holds timings, and says that all that is committed is complete.
 DETAILS_FILE = DETAILS
@@ -12,12 +8,3 @@ HISTORY_FILE = "history.json"
 TRAIN_FOLDER = "train"
 # Their contents depend on how often something is logged.
 LOGS = (HISTORY_FILE, "previews/")
-
-
-def commit_once(writer: ArtifactWriter, name: str, write: Callable[[Path], Any]) -> None:
-    """Commit a file, written by `write(local path)`, unless it is committed already."""
-    if name in writer.committed():
-        return
-    with writer.storage.writer(name) as path:
-        write(path)
-    writer.commit(name)

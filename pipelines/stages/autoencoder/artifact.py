@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.store.storage import sha256_file
-from pipelines.training.outputs import commit_once
 
 if TYPE_CHECKING:
     import torch
@@ -147,9 +146,9 @@ def commit_first_stage(
     with tempfile.TemporaryDirectory(prefix="ldm-") as folder:
         save_first_stage(first_stage, config, Path(folder))
         for name in (WEIGHTS_FILE, CONFIG_FILE):
-            commit_once(writer, f"{FOLDER}/{name}", partial(shutil.copyfile, Path(folder) / name))
+            writer.commit_once(f"{FOLDER}/{name}", partial(shutil.copyfile, Path(folder) / name))
     png = test.grid_png(first_stage, device)
-    commit_once(writer, "reconstructions.png", lambda path: path.write_bytes(png))
+    writer.commit_once("reconstructions.png", lambda path: path.write_bytes(png))
     with writer.storage.open(f"{FOLDER}/{WEIGHTS_FILE}") as file:
         digest = sha256_file(file)
     return {

@@ -45,5 +45,5 @@ def _local_folder(artifact: Artifact) -> Iterator[Path]:
 
     with tempfile.TemporaryDirectory(prefix="ldm-") as folder:
         for name in FILES:
-            storage.filesystem.get_file(storage.path(name), str(Path(folder) / name))
+            storage.download(name, Path(folder) / name)
         yield Path(folder)

@@ -36,7 +36,7 @@ def find_model(place: str) -> Storage:
             return candidate
     finished = [key for key in (storage / "diffusion").names() if (storage / "diffusion" / key).exists(MANIFEST)]
     if finished:
-        newest = max(finished, key=lambda key: _modified(storage / "diffusion" / key))
+        newest = max(finished, key=lambda key: (storage / "diffusion" / key).modified_at(MANIFEST))
         return Ledger(storage).storage("diffusion", newest) / "model"
     raise UserError(
         f"no model in {storage.url}: neither model.safetensors, nor model/, nor a finished diffusion stage; "
@@ -77,11 +77,5 @@ def local_folder(folder: Storage) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="ldm-") as scratch:
         for name in folder.names():
             if any(fnmatch.fnmatch(name, pattern) for pattern in MODEL_FILES):
-                folder.filesystem.get_file(folder.path(name), str(Path(scratch) / name))
+                folder.download(name, Path(scratch) / name)
         yield Path(scratch)
-
-
-def _modified(storage: Storage) -> float:
-    info = storage.filesystem.info(storage.path(MANIFEST))
-    stamp = info.get("mtime") or info.get("LastModified") or 0
-    return float(stamp.timestamp() if hasattr(stamp, "timestamp") else stamp)

@@ -35,7 +35,6 @@ from pipelines.stages.diffusion.config import DiffusionConfig
 from pipelines.stages.diffusion.sampling import sample_prompts
 from pipelines.stages.latents.artifact import Latents
 from pipelines.store.ledger import Artifact, ArtifactWriter
-from pipelines.training.outputs import commit_once
 
 PREVIEW_COLUMNS = 4
 PREVIEW_CELL_PIXELS = 128
@@ -134,7 +133,7 @@ class DiffusionLearner:
         with tempfile.TemporaryDirectory(prefix="ldm-") as folder:
             checkpoint.save(self._model, folder, tokenizer=self._tokenizer)
             for name in FILES:
-                commit_once(writer, f"{FOLDER}/{name}", partial(shutil.copyfile, Path(folder) / name))
+                writer.commit_once(f"{FOLDER}/{name}", partial(shutil.copyfile, Path(folder) / name))
         parts = {"unet": self._model.unet, "text": self._model.conditioner, "first_stage": self._model.first_stage}
         return {
             "parameters": {

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import dataclass, field
 from typing import Any
 
-import fsspec
-
 from pipelines.errors import UserError
 from pipelines.stages.evaluate.config import EvaluateConfig
+from pipelines.store.location import Location
 from pipelines.store.storage import sha256_file
 
 
@@ -43,12 +43,12 @@ def load_prompts(config: EvaluateConfig) -> list[Prompt]:
         return prompts
     path = config.prompts_file
     try:
-        with fsspec.open(path, "rt", encoding="utf-8") as file:
-            lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
+        text = io.StringIO(Location.of(path).read().decode(), newline=None)
     except FileNotFoundError:
         raise UserError(f"evaluate.prompts_file {path} is missing") from None
     except UnicodeDecodeError as error:
         raise UserError(f"evaluate.prompts_file {path} is not UTF-8 text ({error})") from error
+    lines = [(number, line) for number, line in enumerate(text, start=1) if line.strip()]
     if not lines:
         raise UserError(f"evaluate.prompts_file {path} holds no prompts: write one a line")
     parse = _json_prompt if path.endswith(".jsonl") else _text_prompt

@@ -138,6 +138,4 @@ def _write_scores(
 
 
 def _write(context: StageContext[EvaluateConfig], name: str, data: bytes) -> None:
-    if name not in context.writer.committed():
-        context.writer.storage.write_bytes(name, data)
-        context.writer.commit(name)
+    context.writer.commit_once(name, lambda path: path.write_bytes(data))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from pipelines.stage import StageContext
 from pipelines.stages.diffusion.artifact import FORMAT_VERSION as DIFFUSION_FORMAT
 from pipelines.stages.diffusion.artifact import load_model
 from pipelines.stages.export.config import ExportConfig
-from pipelines.store.ledger import ArtifactWriter
 
 DIFFUSERS_FOLDER = "diffusers"
 
@@ -45,7 +45,7 @@ def run(context: StageContext[ExportConfig]) -> dict[str, Any]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for done, path in enumerate(files):
         context.progress(done, len(files), file=path.name)
-        _commit_copy(context.writer, path, path.relative_to(folder).as_posix())
+        context.writer.commit_once(path.relative_to(folder).as_posix(), partial(shutil.copyfile, path))
     context.progress(len(files), len(files))
     return details | {"files": len(files)}
 
@@ -54,13 +54,6 @@ def _check_same_weights(model: LatentDiffusion, folder: Path) -> None:
     read_back = checkpoint.load(folder, device="cpu").state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(read_back[name], tensor.float()), f"{name} changed on its way through {folder}"
-
-
-def _commit_copy(writer: ArtifactWriter, source: Path, name: str) -> None:
-    if name not in writer.committed():
-        with writer.storage.writer(name) as target:
-            shutil.copyfile(source, target)
-        writer.commit(name)
 
 
 def _parameters(model: LatentDiffusion) -> dict[str, int]:

@@ -6,12 +6,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import fsspec
-
 from pipelines.errors import UserError
 from pipelines.stages.latents.config import TokenizerConfig
 from pipelines.stages.pairs.artifact import _all_captions
 from pipelines.store.ledger import Artifact, ArtifactWriter
+from pipelines.store.location import Location
 from pipelines.store.storage import Storage, sha256_file
 
 if TYPE_CHECKING:
@@ -30,8 +29,7 @@ def vocabulary_digest(config: TokenizerConfig) -> dict[str, str]:
     if config.vocabulary is None:
         return {}
     digest = sha256_file(config.vocabulary)
-    with fsspec.open(config.vocabulary, "rb") as file:
-        _tokenizer(file.read(), config, origin=config.vocabulary)
+    _tokenizer(Location.of(config.vocabulary).read(), config, origin=config.vocabulary)
     return {"vocabulary": digest}
 
 
@@ -41,10 +39,7 @@ def commit_vocabulary(config: TokenizerConfig, pairs: Artifact, writer: Artifact
     Raises:
         UserError: the given file is no vocabulary, or a shard of the pairs is damaged.
     """
-    if VOCABULARY_FILE not in writer.committed():
-        with writer.storage.writer(VOCABULARY_FILE) as path:
-            _make(config, pairs).write(path)
-        writer.commit(VOCABULARY_FILE)
+    writer.commit_once(VOCABULARY_FILE, lambda path: _make(config, pairs).write(path))
     return load_vocabulary(writer.storage, config)
 
 
@@ -57,8 +52,7 @@ def _make(config: TokenizerConfig, pairs: Artifact) -> Tokenizer:
     from ldm_core.tokenizers.wordpiece import Tokenizer, build_vocabulary
 
     if config.vocabulary is not None:
-        with fsspec.open(config.vocabulary, "rb") as file:
-            return _tokenizer(file.read(), config, origin=config.vocabulary)
+        return _tokenizer(Location.of(config.vocabulary).read(), config, origin=config.vocabulary)
     words = build_vocabulary(_all_captions(pairs), size=config.size)
     return Tokenizer.from_vocabulary(words, max_length=config.max_length)
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pipelines.errors import UserError
 from pipelines.shards.format import read_shard
 from pipelines.shards.reader import ShardReader
+from pipelines.stages.pairs.pictures.formats import STORED
 from pipelines.store.ledger import Artifact
 
 CACHE_BYTES = 1 << 30
@@ -67,7 +68,7 @@ class Pictures:
 # Of the artifact that the pairs stage writes and others read; raised when its bytes or their meaning change.
 PAIRS_FORMAT = 2
 
-IMAGE_EXTENSIONS = ("jpg", "webp", "png")
+IMAGE_EXTENSIONS = STORED
 
 
 def decode_image(data: bytes) -> np.ndarray:

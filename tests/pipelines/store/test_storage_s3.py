@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.errors import MisuseError, UserError
-from pipelines.store import object_store
+from pipelines.store import filesystems, object_store
 from pipelines.store.ledger import ArtifactWriter
 from pipelines.store.storage import Storage
 from tests.pipelines.store.s3 import BUCKET, S3, SECRET, SESSION, Plan, environment
@@ -132,7 +132,7 @@ def test_a_process_killed_in_the_middle_of_an_upload_leaves_nothing_under_the_na
     s3_server: S3, root: Storage, use_s3: Callable[[str], None]
 ) -> None:
     program = (
-        "import sys; from pipelines import object_store; from pipelines.store.storage import Storage; "
+        "import sys; from pipelines.store import object_store; from pipelines.store.storage import Storage; "
         f"object_store.PART_BYTES = {5 * MIB}; Storage(sys.argv[1]).write_bytes('a.tar', bytes({32 * MIB}))"
     )
     with s3_server.behind(Plan({"delay": 1.0}, delay_s=60.0, only="partNumber=3")) as proxy:
@@ -240,7 +240,7 @@ def fail(root: Storage) -> str:
 def test_no_endpoint_is_one_line_without_what_its_url_hides(
     endpoint: str, reason: str, root: Storage, use_s3: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(object_store, "REQUEST_ATTEMPTS", 2)
+    monkeypatch.setattr(filesystems, "REQUEST_ATTEMPTS", 2)
     use_s3(endpoint)
     text = fail(root)
     assert re.search(rf"UserError: {re.escape(root.url)}/a cannot be reached \({reason}\): check the network", text)

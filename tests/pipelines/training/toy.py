@@ -20,7 +20,6 @@ from pipelines.store.storage import Storage
 from pipelines.tracking import null_stage_tracker
 from pipelines.training.config import TrainingConfig
 from pipelines.training.fit import finished, fit
-from pipelines.training.outputs import commit_once
 
 ROWS = (7, 0, 13, 5)
 SEED = 3
@@ -84,7 +83,7 @@ class ToyLearner:
         return np.full((4, 4, 3), level, np.uint8)
 
     def save(self, writer: ArtifactWriter) -> dict[str, Any]:
-        commit_once(writer, "weights.pt", lambda path: torch.save(self.network.state_dict(), path))
+        writer.commit_once("weights.pt", lambda path: torch.save(self.network.state_dict(), path))
         return {"toy": True}
 
 

@@ -14,13 +14,11 @@ from PIL import Image, UnidentifiedImageError
 
 from pipelines.stages.pairs.config import PairsConfig
 from pipelines.stages.pairs.pictures.color import converted, needs_conversion
+from pipelines.stages.pairs.pictures.formats import DECODED
 from pipelines.stages.pairs.pictures.jpeg import MARGIN, has_too_many_scans
 from pipelines.stages.pairs.pictures.resize import LEFT_TO_CUBIC, Size, shrink
 from pipelines.stages.pairs.rows import RejectedError
 
-# Formats that are pictures on the web and in data sets. Pillow knows many more, some of which start other programs
-# (EPS), have seen little testing, or decode before their size can be checked (ICO).
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA")
 # How files of these formats begin, to tell a broken picture from no picture.
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
 # What decoding one picture may take, and what decoders take: bytes a pixel at their peak.
@@ -48,7 +46,7 @@ class Raster:
         """
         self._data = data
         try:
-            self._image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+            self._image: Image.Image = Image.open(io.BytesIO(data), formats=DECODED)
         except UnidentifiedImageError:
             raise RejectedError("decode_error" if _looks_like_one(data) else "not_an_image") from None
         except (
@@ -114,7 +112,7 @@ class Raster:
             if image.size == (self.width, self.height):
                 raise
             # Lossless JPEGs cannot be decoded at a smaller scale.
-            image = Image.open(io.BytesIO(self._data), formats=FORMATS)
+            image = Image.open(io.BytesIO(self._data), formats=DECODED)
             self._load(image)
         return image
 

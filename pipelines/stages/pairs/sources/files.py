@@ -1,31 +1,25 @@
-"""Reading files of any store: what is there, ranges of bytes, many at once."""
+"""Reading the file of one row."""
 
 from __future__ import annotations
 
 import os
 import stat
 
-import fsspec
-
 from pipelines.stages.pairs.rows import RejectedError
-from pipelines.store.ranges import is_local
+from pipelines.store.location import Location
 
 
-def read_file(filesystem: fsspec.AbstractFileSystem, path: str, max_bytes: int) -> bytes:
-    """The bytes of a file of one row, at most `max_bytes`.
+def read_file(file: Location, max_bytes: int) -> bytes:
+    """Read the bytes of a file of one row, at most `max_bytes`.
 
     Raises:
         RejectedError: `missing_file`, `unreadable_file` or `too_large`.
     """
     try:
-        if is_local(filesystem):
-            # A pipe or a device named as a picture would block the shard for ever.
-            if not stat.S_ISREG(os.stat(path).st_mode):
-                raise RejectedError("missing_file")
-            with open(path, "rb") as file:
-                data = file.read(max_bytes + 1)
-        else:
-            data = bytes(filesystem.cat_file(path, start=0, end=max_bytes + 1))
+        # A pipe or a device named as a picture would block the shard for ever.
+        if file.is_local and not stat.S_ISREG(os.stat(file.path).st_mode):
+            raise RejectedError("missing_file")
+        data = file.read_range(0, max_bytes + 1)
     except RejectedError:
         raise
     except (FileNotFoundError, NotADirectoryError, ValueError):

@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, overload
 
 from pipelines.errors import UserError
+from pipelines.stages.pairs.pictures.formats import IN_FOLDERS
 from pipelines.stages.pairs.rows import RejectedError, Row, captions_of, plain
 from pipelines.stages.pairs.sources.files import read_file
 from pipelines.stages.pairs.sources.fingerprint import digest_files
-from pipelines.store.ranges import filesystem_of, is_local, map_in_threads
+from pipelines.store.location import Location
+from pipelines.store.threads import map_in_threads
 
 if TYPE_CHECKING:
-    import fsspec
     import pyarrow as pa
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm")
+PICTURE_SUFFIXES = tuple(f".{extension}" for extension in IN_FOLDERS)
 MAX_CAPTION_BYTES = 2**24
 # What is wrong with a caption's file, as the status of the row; a picture without one has an empty caption.
 _CAPTION_STATUS = {"missing_file": None, "too_large": "caption_too_long"}
@@ -78,32 +79,31 @@ class FolderSource:
         return {"file": pa.string()}
 
     def digest(self) -> str:
-        filesystem, base = filesystem_of(self.url)
+        folder = Location.of(self.url)
 
-        def files() -> Iterator[tuple[str, str]]:
+        def files() -> Iterator[tuple[str, Location]]:
             names = (n for name in self.names for n in (name, _caption_name(name)))
-            return ((name, posixpath.join(base, name)) for name in names)
+            return ((name, folder / name) for name in names)
 
-        return digest_files(filesystem, files)
+        return digest_files(files)
 
     def read(self, start: int, stop: int) -> list[Row]:
-        filesystem, base = filesystem_of(self.url)
-        read = functools.partial(self._row, filesystem, base)
+        folder = Location.of(self.url)
+        read = functools.partial(self._row, folder)
         indexes = range(start, min(stop, self.total))
-        return list(map(read, indexes) if is_local(filesystem) else map_in_threads(read, indexes))
+        return list(map(read, indexes) if folder.is_local else map_in_threads(read, indexes))
 
-    def _row(self, filesystem: fsspec.AbstractFileSystem, base: str, index: int) -> Row:
+    def _row(self, folder: Location, index: int) -> Row:
         name = self.names[index]
         status: str | None = None
         caption = ""
         try:
-            path = posixpath.join(base, _caption_name(name))
-            caption = read_file(filesystem, path, MAX_CAPTION_BYTES).decode("utf-8-sig")
+            caption = read_file(folder / _caption_name(name), MAX_CAPTION_BYTES).decode("utf-8-sig")
         except RejectedError as error:
             status = _CAPTION_STATUS.get(error.status, "unreadable_caption")
         except UnicodeDecodeError:
             status = "unreadable_caption"
-        load = functools.partial(read_file, filesystem, posixpath.join(base, name))
+        load = functools.partial(read_file, folder / name)
         return Row(index=index, captions=captions_of(caption), load=load, extra={"file": plain(name)}, status=status)
 
 
@@ -113,7 +113,7 @@ def open_folder(url: str, paths: list[str]) -> FolderSource:
     Raises:
         UserError: no picture, or none with a text file beside it.
     """
-    base = filesystem_of(url)[1].rstrip("/") + "/"
+    base = Location.of(url).path.rstrip("/") + "/"
     names = sorted(path.removeprefix(base) for path in paths)
     pictures = tuple(name for name in names if name.lower().endswith(PICTURE_SUFFIXES))
     if not pictures:

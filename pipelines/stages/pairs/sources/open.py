@@ -1,11 +1,17 @@
-"""Finding out what `pairs.source` points at."""
+"""Open whatever `pairs.source` points at: a table, a folder, tars; by path, URL, glob or brace pattern."""
 
 from __future__ import annotations
 
-import functools
+import hashlib
+import itertools
+import json
 import posixpath
 import re
-from typing import TYPE_CHECKING
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from braceexpand import UnbalancedBracesError, braceexpand
 
 from pipelines.errors import UserError
 from pipelines.stages.pairs.config import PairsConfig
@@ -13,87 +19,167 @@ from pipelines.stages.pairs.rows import Source
 from pipelines.stages.pairs.sources.folders import PICTURE_SUFFIXES, open_folder
 from pipelines.stages.pairs.sources.tables import TABLE_SUFFIXES, TableSource
 from pipelines.stages.pairs.sources.tars import TarSource
-from pipelines.store.ranges import filesystem_of, is_local, readable
-
-if TYPE_CHECKING:
-    import fsspec
+from pipelines.store.failures import readable
+from pipelines.store.location import Location
+from pipelines.store.remembered import is_fresh
+from pipelines.store.threads import map_in_threads
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _CHANGE = "say `--set pairs.source=PATH`"
+# `{0..9999999999}` is a slip of the pen, not a data set.
+_MOST_EXPANDED = 1_000_000
+# What stores say of a file that changes when it is written again.
+_VERSIONS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "created")
+
+# Files by their path in the file system, with what the store says of each.
+_Listing = Mapping[str, Mapping[str, Any]]
 
 
 def open_source(config: PairsConfig) -> Source:
-    """The source that a recipe names; nothing but listings and the head of a table is read.
+    """Open the source that a recipe names; nothing but listings and the head of a table is read.
+
+    As long as the same files are found in the same state, the same object is returned: a plan, an estimate and the run
+    then share what was learnt of it.
 
     Raises:
         UserError: nothing is there, or nothing that this stage reads.
     """
     try:
-        filesystem, path = filesystem_of(config.source)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"no file system for {config.source}: {error}; {_CHANGE}") from None
-    full = functools.partial(_with_protocol, filesystem)
+        location = Location.of(config.source)
+    except UserError as error:
+        raise UserError(f"{error}; {_CHANGE}") from None
     with readable(config.source):
-        if filesystem.isdir(path):
-            return _open_folder(filesystem, path, config)
-        if filesystem.exists(path):
-            paths = [path]
-        else:
-            found = filesystem.glob(path) if set("*?[") & set(path) else []
-            paths = sorted(p for p in found if not _is_leftover(p[len(_fixed_part(path)) :]))
-    if not paths:
+        is_folder = location.is_folder()
+        listing = _below(location) if is_folder else _named(location, config)
+    if not listing and not is_folder:
         raise UserError(f"no file, folder or match at {config.source}: {_CHANGE}")
+    with _last.lock:
+        key = _key(config, listing)
+        if key is None or _last.key != key:
+            opener = _open_folder if is_folder else _open_files
+            _last.key, _last.source = key, opener(location, sorted(listing), config)
+        return _last.source
+
+
+class _Last:
+    """The source opened last by this process."""
+
+    lock = threading.Lock()
+    key: str | None = None
+    source: Source
+
+
+_last = _Last()
+
+
+def _key(config: PairsConfig, listing: _Listing) -> str | None:
+    """Digest what decides which rows a source has: what the recipe says of it, and the state of every file.
+
+    None if the state of a file is not known, so that it could change without our noticing.
+    """
+    key = hashlib.sha256(json.dumps([config.source, config.format, config.columns.model_dump()]).encode())
+    for path, facts in listing.items():
+        versions = [facts.get(name) for name in _VERSIONS]
+        modified_at = facts.get("mtime")
+        if not any(versions) or (isinstance(modified_at, float) and is_fresh(modified_at)):
+            return None
+        key.update(repr((path, facts.get("size"), facts.get("ino"), versions)).encode("utf-8", "surrogateescape"))
+    return key.hexdigest()
+
+
+def _below(folder: Location) -> _Listing:
+    start = len(folder.path.rstrip("/"))
+    return {path: facts for path, facts in folder.files_below().items() if not _is_leftover(path[start:])}
+
+
+def _named(location: Location, config: PairsConfig) -> _Listing:
+    """Find the files that a path, a glob or a brace pattern names; a file whose name looks like a pattern wins."""
+    if (facts := location.facts()) is not None:
+        return {location.path: facts}
+    if not {"{", "}"} & set(location.path):
+        return _matches(location)
+    patterns = _expand(config.source)
+    listings = list(map_in_threads(lambda pattern: _matches(Location.of(pattern)), patterns))
+    missing = [pattern for pattern, listing in zip(patterns, listings, strict=True) if not listing]
+    # All or nothing: who writes {000000..000123} means 124 files, and would not notice that three were left out.
+    if missing:
+        raise UserError(
+            f"{config.source} stands for {len(patterns)} files or patterns, of which {len(missing)} match nothing, "
+            f"the first being {missing[0]}: {_CHANGE}"
+        )
+    return {path: facts for listing in listings for path, facts in listing.items()}
+
+
+def _expand(pattern: str) -> list[str]:
+    # By what WebDataset expands the names of shards with; `webdataset` itself would import torch for it.
+    try:
+        expanded = list(itertools.islice(braceexpand(pattern), _MOST_EXPANDED + 1))
+    except UnbalancedBracesError:
+        raise UserError(f"{pattern} has braces that do not match: close them, or {_CHANGE}") from None
+    if len(expanded) > _MOST_EXPANDED:
+        raise UserError(f"{pattern} stands for more than {_MOST_EXPANDED} files: {_CHANGE}")
+    return expanded
+
+
+def _matches(location: Location) -> _Listing:
+    path = location.path
+    if not set("*?[") & set(path):
+        facts = location.facts()
+        return {} if facts is None else {path: facts}
+    start = len(_fixed_part(path))
+    return {found: facts for found, facts in location.matches().items() if not _is_leftover(found[start:])}
+
+
+def _open_files(location: Location, paths: list[str], config: PairsConfig) -> Source:
     tars, tables = _ending(paths, (".tar",)), _ending(paths, TABLE_SUFFIXES)
     if tars and config.format in ("auto", "webdataset"):
-        return TarSource(tuple(map(full, tars)), config.columns.text)
+        return TarSource(_urls(location, tars), config.columns.text)
     if tables and config.format in ("auto", "table"):
-        return _table(list(map(full, tables)), config)
+        return _table(_urls(location, tables), config)
     raise UserError(
         f"{config.source} is no source of format {config.format}: a table ({' '.join(TABLE_SUFFIXES)}), "
         f".tar files or a folder is needed; {_CHANGE}"
     )
 
 
-def _open_folder(filesystem: fsspec.AbstractFileSystem, path: str, config: PairsConfig) -> Source:
-    paths = sorted(p for p in filesystem.find(path) if not _is_leftover(p[len(path.rstrip("/")) :]))
-    full = functools.partial(_with_protocol, filesystem)
-    direct = [p for p in paths if posixpath.dirname(p) == path.rstrip("/")]
-    metadata = [p for name in METADATA_NAMES for p in direct if posixpath.basename(p) == name]
+def _open_folder(folder: Location, paths: list[str], config: PairsConfig) -> Source:
+    direct = [path for path in paths if posixpath.dirname(path) == folder.path.rstrip("/")]
+    metadata = [path for name in METADATA_NAMES for path in direct if posixpath.basename(path) == name]
     tars, tables = _ending(paths, (".tar",)), _ending(paths, TABLE_SUFFIXES)
     wanted = config.format
     if metadata and wanted in ("auto", "table"):
-        return _table([full(metadata[0])], config)
+        return _table(_urls(folder, metadata[:1]), config)
     # Before tables: img2dataset leaves a .parquet beside each tar.
     if tars and wanted in ("auto", "webdataset"):
-        return TarSource(tuple(map(full, tars)), config.columns.text)
+        return TarSource(_urls(folder, tars), config.columns.text)
     pictures = _ending(paths, PICTURE_SUFFIXES)
     if tables and (wanted == "table" or (wanted == "auto" and not pictures)):
-        return _table(list(map(full, tables)), config)
+        return _table(_urls(folder, tables), config)
     if wanted in ("auto", "folder"):
-        return open_folder(full(path), paths)
+        return open_folder(folder.url, paths)
     raise UserError(f"{config.source} holds nothing of format {wanted}: {_CHANGE} or pairs.format=auto")
 
 
-def _table(urls: list[str], config: PairsConfig) -> TableSource:
+def _table(urls: tuple[str, ...], config: PairsConfig) -> TableSource:
     suffixes = {posixpath.splitext(url)[1].lower() for url in urls}
     if len(suffixes) > 1:
         raise UserError(f"{config.source} holds tables of several kinds ({', '.join(sorted(suffixes))}): name one")
-    return TableSource(urls=tuple(urls), wanted=config.columns, pictures=urls[0].rsplit("/", 1)[0])
+    return TableSource(urls=urls, wanted=config.columns, pictures=urls[0].rsplit("/", 1)[0])
+
+
+def _urls(location: Location, paths: list[str]) -> tuple[str, ...]:
+    return tuple(Location(location.filesystem, path).url for path in paths)
 
 
 def _fixed_part(pattern: str) -> str:
-    """The folders of a glob pattern that are written out."""
+    """Return the folders of a glob pattern that are written out."""
     return re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")[0]
 
 
 def _is_leftover(path: str) -> bool:
-    """What file managers, unfinished copies and unfinished jobs of Spark leave behind in a data set's folder."""
+    """Tell what file managers, unfinished copies and unfinished jobs of Spark leave behind in a data set's folder."""
     return "/." in path or "/_temporary/" in path
 
 
 def _ending(paths: list[str], suffixes: tuple[str, ...]) -> list[str]:
     return [path for path in paths if path.lower().endswith(suffixes)]
-
-
-def _with_protocol(filesystem: fsspec.AbstractFileSystem, path: str) -> str:
-    return path if is_local(filesystem) else str(filesystem.unstrip_protocol(path))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import itertools
 import threading
@@ -13,7 +12,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import UserError
-from pipelines.store.ranges import filesystem_of, is_local, open_remote, readable, stamp
+from pipelines.store.failures import readable
+from pipelines.store.location import Location
+from pipelines.store.remembered import remember_by_stamp
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -36,19 +37,20 @@ def read_footer(url: str) -> tuple[int, dict[str, pa.DataType | None]]:
 
     with readable(url):
         try:
-            filesystem, path = filesystem_of(url)
-            metadata = pq.read_metadata(path if is_local(filesystem) else io.BytesIO(_tail(filesystem, path)))
+            file = Location.of(url)
+            metadata = pq.read_metadata(file.path if file.is_local else io.BytesIO(_footer(file)))
             schema = metadata.schema.to_arrow_schema()
         except pa.ArrowException as error:
             raise _damaged(url, error) from None
     return metadata.num_rows, {column.name: _carried_type(column.type) for column in schema}
 
 
-def _tail(filesystem: Any, path: str) -> bytes:
-    """The end of a remote file that holds its footer: mostly one request."""
-    tail = bytes(filesystem.cat_file(path, start=-_FOOTER_GUESS_BYTES))
+def _footer(file: Location) -> bytes:
+    """Read the end of a remote file that holds its footer: mostly one request."""
+    tail = file.read_tail(_FOOTER_GUESS_BYTES)
+    # The last eight bytes are the footer's length and a magic.
     size = int.from_bytes(tail[-8:-4], "little") + 8
-    return bytes(filesystem.cat_file(path, start=-size)) if size > len(tail) == _FOOTER_GUESS_BYTES else tail
+    return file.read_tail(size) if size > len(tail) == _FOOTER_GUESS_BYTES else tail
 
 
 def _carried_type(kind: pa.DataType) -> pa.DataType | None:
@@ -70,7 +72,7 @@ def read_parquet(url: str, start: int, stop: int) -> list[dict[str, Any]]:
     Raises:
         UserError: damaged, or not the file that was counted.
     """
-    batches = _cursor_of(url).read(start, stop)
+    batches = _cursor(Location.of(url)).read(start, stop)
     if sum(batch.num_rows for batch in batches) != stop - start:
         raise UserError(f"{url} has changed since it was first read: run again")
     return [row for batch in batches for row in _rows(batch)]
@@ -79,15 +81,15 @@ def read_parquet(url: str, start: int, stop: int) -> list[dict[str, Any]]:
 def read_column(url: str, column: str) -> Iterator[Any]:
     """All values of one column, in order."""
     with _explained(url):
-        for batch in _batches(_open(url), 0, [column]):
+        for batch in _batches(_open(Location.of(url)), 0, [column]):
             yield from _cells(batch.column(0))
 
 
 class _Cursor:
     """A place in a file that moves forward, and the batches just behind it."""
 
-    def __init__(self, url: str) -> None:
-        self._url = url
+    def __init__(self, location: Location) -> None:
+        self._location = location
         self._lock = threading.Lock()
         self._file: pq.ParquetFile | None = None
         self._group_starts: list[int] = []
@@ -97,7 +99,7 @@ class _Cursor:
         self._position = 0
 
     def read(self, start: int, stop: int) -> list[pa.RecordBatch]:
-        with self._lock, _explained(self._url):
+        with self._lock, _explained(self._location.url):
             try:
                 return self._read(start, stop)
             except BaseException:
@@ -107,7 +109,7 @@ class _Cursor:
 
     def _read(self, start: int, stop: int) -> list[pa.RecordBatch]:
         if self._file is None:
-            self._file = _open(self._url)
+            self._file = _open(self._location)
             metadata = self._file.metadata
             sizes = (metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
             self._group_starts = [0, *itertools.accumulate(sizes)]
@@ -141,17 +143,10 @@ class _Cursor:
             self._window_bytes -= self._window.popleft()[1].nbytes
 
 
-_cursors_lock = threading.Lock()
-
-
-def _cursor_of(url: str) -> _Cursor:
-    with _cursors_lock:
-        return _remembered_cursor(url, stamp(url))
-
-
-@functools.lru_cache(maxsize=_OPEN_FILES)
-def _remembered_cursor(url: str, stamp: tuple[int, int] | None) -> _Cursor:
-    return _Cursor(url)
+# A remote file that changes under a cursor has other rows than were counted, or is no parquet at the old offsets.
+@remember_by_stamp(_OPEN_FILES, unstamped=True)
+def _cursor(file: Location) -> _Cursor:
+    return _Cursor(file)
 
 
 def _overlap(begin: int, batch: pa.RecordBatch, start: int, stop: int) -> pa.RecordBatch | None:
@@ -159,11 +154,10 @@ def _overlap(begin: int, batch: pa.RecordBatch, start: int, stop: int) -> pa.Rec
     return batch.slice(first, last - first) if first < last else None
 
 
-def _open(url: str) -> pq.ParquetFile:
+def _open(location: Location) -> pq.ParquetFile:
     import pyarrow.parquet as pq
 
-    filesystem, path = filesystem_of(url)
-    file = path if is_local(filesystem) else open_remote(filesystem, path)
+    file = location.path if location.is_local else location.open_by_ranges()
     return pq.ParquetFile(file, pre_buffer=False, buffer_size=_COLUMN_BUFFER_BYTES)
 
 

@@ -19,10 +19,10 @@ from pipelines.stages.pairs.sources.fingerprint import digest_files
 from pipelines.stages.pairs.sources.parquet_parts import read_column, read_footer, read_parquet
 from pipelines.stages.pairs.sources.text_tables import TEXT_SUFFIXES, TextIndex, index_text, read_text
 from pipelines.store.ledger import digest_json
-from pipelines.store.ranges import filesystem_of, is_local, map_in_threads
+from pipelines.store.location import Location
+from pipelines.store.threads import map_in_threads
 
 if TYPE_CHECKING:
-    import fsspec
     import pyarrow as pa
 
 TABLE_SUFFIXES = (".parquet", *TEXT_SUFFIXES)
@@ -86,9 +86,9 @@ class TableSource:
         head = self._values(0, min(_SAMPLE_ROWS, self.total))
         first = {name: next((row[name] for row in head if row.get(name)), None) for name in names}
 
-        def exists(path: str) -> bool:
-            resolved = self._picture_path(path)
-            return resolved is not None and bool(self._place[0].exists(resolved))
+        def exists(name: str) -> bool:
+            picture = self._picture(name)
+            return picture is not None and picture.exists()
 
         return resolve_columns(self.urls[0], names, self.wanted, first, exists)
 
@@ -104,18 +104,17 @@ class TableSource:
 
     def digest(self) -> str:
         """By the bytes of the table, and of the pictures that stand beside it."""
-        filesystem = filesystem_of(self.urls[0])[0]
-        table = digest_files(filesystem, lambda: [("", filesystem_of(url)[1]) for url in self.urls], always_read=True)
+        table = digest_files(lambda: [("", Location.of(url)) for url in self.urls], always_read=True)
         column = self.columns.image
         if column is None or self._survey.types.get(column) is None:
             return table
-        return digest_json([table, digest_files(self._place[0], lambda: self._named_pictures(column))])
+        return digest_json([table, digest_files(lambda: self._named_pictures(column))])
 
-    def _named_pictures(self, column: str) -> Iterator[tuple[str, str]]:
-        """What a column says and the path it means, where it names a picture."""
+    def _named_pictures(self, column: str) -> Iterator[tuple[str, Location]]:
+        """Yield what a column says and the file it means, for values that name a picture."""
         for value in self._column(column):
-            if isinstance(value, str) and (path := self._picture_path(value)) is not None:
-                yield value, path
+            if isinstance(value, str) and (picture := self._picture(value)) is not None:
+                yield value, picture
 
     def _column(self, column: str) -> Iterator[Any]:
         if not self._survey.indexes:
@@ -146,14 +145,14 @@ class TableSource:
         return read_parquet(self.urls[part], start, stop)
 
     @functools.cached_property
-    def _place(self) -> tuple[fsspec.AbstractFileSystem, str]:
-        return filesystem_of(self.pictures)
+    def _folder(self) -> Location:
+        return Location.of(self.pictures)
 
     def __getstate__(self) -> dict[str, Any]:
         # Looked at once here, not once in every worker.
         _ = self.extra_types
         # Handles of remote stores do not travel between processes.
-        return {name: value for name, value in self.__dict__.items() if name != "_place"}
+        return {name: value for name, value in self.__dict__.items() if name != "_folder"}
 
     def _row(self, index: int, values: dict[str, Any]) -> Row:
         columns, names = self.columns, self._carried
@@ -175,19 +174,20 @@ class TableSource:
                 if len(value) > max_bytes:
                     raise RejectedError("too_large")
                 return value
-            path = self._picture_path(value) if isinstance(value, str) and value else None
-            if path is None:
+            picture = self._picture(value) if isinstance(value, str) and value else None
+            if picture is None:
                 raise RejectedError("missing_file")
-            return read_file(self._place[0], path, max_bytes)
+            return read_file(picture, max_bytes)
 
         return load
 
-    def _picture_path(self, name: str) -> str | None:
+    def _picture(self, name: str) -> Location | None:
         # A table may name any place, but not another kind of store than it is read from.
         if "://" in name:
             return None
-        filesystem, base = self._place
-        return posixpath.normpath(posixpath.join(base, name if is_local(filesystem) else name.lstrip("/")))
+        folder = self._folder
+        path = posixpath.join(folder.path, name if folder.is_local else name.lstrip("/"))
+        return Location(folder.filesystem, posixpath.normpath(path))
 
 
 def _is_picture(value: Any) -> bool:

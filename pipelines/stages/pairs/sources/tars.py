@@ -11,21 +11,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipelines.shards.tar_index import Sample, TarIndex, index_tar, samples_of
+from pipelines.shards.samples import Sample, Span
+from pipelines.shards.tar_index import TarIndex, index_tar, samples_of
+from pipelines.stages.pairs.pictures.formats import IN_TARS
 from pipelines.stages.pairs.rows import RejectedError, Row, captions_of, extra_names, kind_of, plain, type_of, url_of
 from pipelines.stages.pairs.sources.columns import TEXT_NAMES, URL_NAMES, first_of
 from pipelines.stages.pairs.sources.fingerprint import digest_files
-from pipelines.store.ranges import filesystem_of, is_local, map_in_threads, read_range
+from pipelines.store.location import Location
+from pipelines.store.threads import map_in_threads
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "image")
+_PICTURES = (*IN_TARS, "image")
 _CAPTIONS = ("txt", "text", "caption")
 MAX_TEXT_BYTES = 2**24
 _SAMPLE_ROWS = 100
-
-_Span = tuple[int, int | None]
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,8 @@ class TarSource:
         return {name: kind for name, kind in types.items() if kind is not None}
 
     def digest(self) -> str:
-        filesystem = filesystem_of(self.urls[0])[0]
-        paths = [filesystem_of(url)[1] for url in self.urls]
-        return digest_files(filesystem, lambda: ((path.rsplit("/", 1)[-1], path) for path in paths))
+        tars = [Location.of(url) for url in self.urls]
+        return digest_files(lambda: ((tar.path.rsplit("/", 1)[-1], tar) for tar in tars))
 
     def __getstate__(self) -> dict[str, Any]:
         # Looked at once here, not once in every worker.
@@ -94,7 +94,7 @@ class TarSource:
         pairs = zip(texts[::2], texts[1::2])
         return [self._row(row + i, url, sample, *pair) for i, (sample, pair) in enumerate(zip(samples, pairs))]
 
-    def _row(self, index: int, url: str, sample: Sample, facts: _Text, caption: _Text) -> Row:
+    def _row(self, index: int, url: str, sample: Sample[Span], facts: _Text, caption: _Text) -> Row:
         key = plain(sample.key)
         try:
             loaded = None if facts is None else json.loads(_bytes(facts))
@@ -137,7 +137,7 @@ def _bytes(text: bytes | RejectedError) -> bytes:
     return text
 
 
-def _load(url: str, span: _Span | None, max_bytes: int) -> bytes:
+def _load(url: str, span: Span | None, max_bytes: int) -> bytes:
     if span is None:
         raise RejectedError("missing_file")
     offset, size = span
@@ -146,7 +146,7 @@ def _load(url: str, span: _Span | None, max_bytes: int) -> bytes:
     if size > max_bytes:
         raise RejectedError("too_large")
     try:
-        data = read_range(url, offset, offset + size)
+        data = Location.of(url).read_range(offset, offset + size)
     # Client libraries of stores raise classes of their own.
     except Exception:
         raise RejectedError("unreadable_file") from None
@@ -155,28 +155,19 @@ def _load(url: str, span: _Span | None, max_bytes: int) -> bytes:
     return data
 
 
-def _read_spans(url: str, spans: Sequence[_Span | None]) -> list[_Text]:
-    """The small files at these places of a tar, or for each why it cannot be had."""
-    filesystem, path = filesystem_of(url)
+def _read_spans(url: str, spans: Sequence[Span | None]) -> list[_Text]:
+    """Read the small files at these places of a tar; for each that cannot be had, why."""
     wanted = [span for span in spans if span is not None and _refused(span) is None]
-    starts, stops = [offset for offset, _ in wanted], [offset + (size or 0) for offset, size in wanted]
-    if is_local(filesystem):
-        with open(path, "rb", buffering=0) as file:
-            found: list[Any] = [(file.seek(start), file.read(stop - start))[1] for start, stop in zip(starts, stops)]
-    else:
-        found = list(filesystem.cat_ranges([path] * len(wanted), starts, stops, on_error="return")) if wanted else []
-    texts = iter(found)
-    return [None if span is None else _refused(span) or _found(span, next(texts)) for span in spans]
+    found = iter(Location.of(url).read_ranges([(offset, offset + (size or 0)) for offset, size in wanted]))
+    return [None if span is None else _refused(span) or _found(span, next(found)) for span in spans]
 
 
-def _refused(span: _Span) -> RejectedError | None:
+def _refused(span: Span) -> RejectedError | None:
     size = span[1]
     if size is None:
         return RejectedError("unreadable_caption")
     return RejectedError("caption_too_long") if size > MAX_TEXT_BYTES else None
 
 
-def _found(span: _Span, data: Any) -> bytes | RejectedError:
-    if isinstance(data, bytes | bytearray) and len(data) == span[1]:
-        return bytes(data)
-    return RejectedError("unreadable_file")
+def _found(span: Span, data: bytes | None) -> bytes | RejectedError:
+    return data if data is not None and len(data) == span[1] else RejectedError("unreadable_file")

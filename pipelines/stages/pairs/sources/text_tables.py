@@ -11,12 +11,14 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pipelines.errors import UserError
 from pipelines.stages.pairs.rows import kind_of, type_of
 from pipelines.stages.pairs.sources.columns import headless_names
-from pipelines.store.ranges import filesystem_of, is_local, read_range, readable, stamp
+from pipelines.store.failures import readable
+from pipelines.store.location import Location
+from pipelines.store.remembered import remember_by_stamp
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,7 +30,11 @@ _STEP_ROWS = 1000
 _STEP_BYTES = 4 * 2**20
 # A file without line ends must not fill the memory.
 _MAX_LINE_BYTES = 2**26
-_READ_BYTES = 2**20
+_REMEMBERED = 256
+
+
+class _NotARowError(UserError):
+    """A line that is no row of a table written in this way."""
 
 
 class _Lines:
@@ -84,7 +90,7 @@ def _quoted_records(url: str, lines: _Lines, delimiter: str) -> Iterator[list[st
             if cells:
                 yield cells
     except csv.Error as error:
-        raise UserError(f"{url} line {lines.number} is not a row of the table ({error})") from None
+        raise _NotARowError(f"{url} line {lines.number} is not a row of the table ({error})") from None
 
 
 def _unquoted_records(url: str, lines: _Lines) -> Iterator[list[str]]:
@@ -129,32 +135,29 @@ def index_text(url: str) -> TextIndex:
     Raises:
         UserError: not UTF-8, or a line that is not a row of the table; names the line.
     """
-    # What is remembered of a file is known to be of that file only by its stamp.
-    return _scan(url) if stamp(url) is None else _remembered(url, stamp(url))
+    with readable(url):
+        return _scan(Location.of(url))
 
 
-@functools.lru_cache(maxsize=256)
-def _remembered(url: str, stamp: tuple[int, int] | None) -> TextIndex:
-    return _scan(url)
-
-
-def _scan(url: str) -> TextIndex:
-    lowered = url.lower()
+@remember_by_stamp(_REMEMBERED)
+def _scan(location: Location) -> TextIndex:
+    lowered = location.path.lower()
     if lowered.endswith(JSON_SUFFIXES):
-        return _index(url, "json")
+        return _index(location, "json")
     if not lowered.endswith(".tsv"):
-        return _index(url, "csv")
+        return _index(location, "csv")
     try:
-        return _index(url, "tsv")
-    except UserError:
+        return _index(location, "tsv")
+    except _NotARowError:
         # Published .tsv files mostly do not quote at all, and a caption may begin with a quotation mark.
-        return _index(url, "unquoted")
+        return _index(location, "unquoted")
 
 
-def _index(url: str, reader: str) -> TextIndex:
+def _index(location: Location, reader: str) -> TextIndex:
+    url = location.url
     marks = _Marks()
     columns = _JsonColumns() if reader == "json" else _Cells(url)
-    with readable(url), _opened(url) as file:
+    with location.open() as file:
         lines = _Lines(url, file, from_start=True)
         begin = 0
         for record in _READERS[reader](url, lines):
@@ -163,13 +166,6 @@ def _index(url: str, reader: str) -> TextIndex:
             begin = lines.offset
         marks.end(begin)
     return TextIndex(reader, marks.count, tuple(columns.names), columns.types(), marks.rows, marks.offsets)
-
-
-def _opened(url: str) -> BinaryIO:
-    filesystem, path = filesystem_of(url)
-    if is_local(filesystem):
-        return open(path, "rb", buffering=_READ_BYTES)
-    return cast(BinaryIO, io.BufferedReader(filesystem.open(path, "rb", block_size=8 * _READ_BYTES), _READ_BYTES))
 
 
 class _Marks:
@@ -203,7 +199,7 @@ class _Cells:
             names = headless_names(cells)
             self.names, is_row = names or cells, names is not None
         if len(cells) != len(self.names):
-            raise UserError(
+            raise _NotARowError(
                 f"{self._url} line {line} has {len(cells)} fields where the first line has {len(self.names)}: "
                 "quote fields that hold the separator"
             )
@@ -242,7 +238,7 @@ def read_text(url: str, index: TextIndex, start: int, stop: int) -> list[dict[st
     first = bisect_right(index.mark_rows, start) - 1
     last = bisect_left(index.mark_rows, stop)
     with readable(url):
-        data = read_range(url, index.mark_bytes[first], index.mark_bytes[last])
+        data = Location.of(url).read_range(index.mark_bytes[first], index.mark_bytes[last])
     lines = _Lines(url, io.BytesIO(data), from_start=index.mark_bytes[first] == 0)
     skipped = index.mark_rows[first]
     try:

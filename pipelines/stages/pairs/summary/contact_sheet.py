@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from pipelines.drawing.grids import Image8, grid
 from pipelines.errors import UserError
 from pipelines.shards.tar_windows import Tar, random_samples
-from pipelines.stages.pairs.pictures.raster import FORMATS
+from pipelines.stages.pairs.pictures.formats import DECODED, IN_TARS
 from pipelines.stages.pairs.summary.unfinished import tars_in_the_making
 from pipelines.store.ledger import MANIFEST, WORK, read_manifest
 from pipelines.store.storage import Storage
@@ -25,7 +25,6 @@ FONT_PIXELS = 12
 CAPTION_LINES = 4
 # Stored pictures of other people's tars may be anything.
 MOST_PIXELS = 100_000_000
-PICTURES = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff")
 _MOUNT, _UNREADABLE = (238, 238, 238), (200, 120, 120)
 
 
@@ -73,7 +72,7 @@ def contact_sheet(tars: Sequence[Tar], count: int = SAMPLES) -> Image8 | None:
 
 
 def _picture_name(sample: Mapping[str, bytes]) -> str | None:
-    return next((name for kind in PICTURES for name in sample if name.rpartition(".")[2] == kind), None)
+    return next((name for kind in IN_TARS for name in sample if name.rpartition(".")[2] == kind), None)
 
 
 def _caption(sample: Mapping[str, bytes]) -> str:
@@ -91,7 +90,7 @@ def _cell(data: bytes) -> Image8:
     """(CELL_PIXELS, CELL_PIXELS, 3) uint8."""
     side = (CELL_PIXELS, CELL_PIXELS)
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=DECODED) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError("too many pixels")
             image.draft("RGB", side)

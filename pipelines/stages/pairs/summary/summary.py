@@ -18,8 +18,8 @@ from pipelines.stages.pairs.shard.files import table_name
 from pipelines.stages.pairs.shard.outcome import OK
 from pipelines.stages.pairs.summary.histogram import Histogram
 from pipelines.stages.pairs.summary.hosts import HostCounts
-from pipelines.store.ranges import map_in_threads
 from pipelines.store.storage import Storage
+from pipelines.store.threads import map_in_threads
 
 if TYPE_CHECKING:
     import pyarrow as pa

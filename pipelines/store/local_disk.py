@@ -1,0 +1,86 @@
+"""Local files that appear whole or not at all: written beside their place, synced, then renamed or linked into it."""
+
+import contextlib
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+# What file systems answer that have no hard links (FAT, some network mounts), or none between these two folders.
+_NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EXDEV, errno.EMLINK)
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Yield a path to write to; what it holds replaces the target when the block ends without an error."""
+    with _beside(target) as temporary:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, target)
+
+
+def create(target: Path, data: bytes) -> bool:
+    """Write a file unless it exists. Of several callers that create one file, exactly one is told True."""
+    with _beside(target) as temporary:
+        temporary.write_bytes(data)
+        _sync(temporary)
+        try:
+            # Unlike a rename, a link fails if the target exists: it is the test and the act in one.
+            os.link(temporary, target)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            if target.exists():
+                return False
+            os.replace(temporary, target)
+    return True
+
+
+def link(source: Path, target: Path) -> None:
+    """Give a file a second place: a hard link where the file system has them, else a copy."""
+    with _beside(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            shutil.copyfile(source, temporary)
+            _sync(temporary)
+        os.replace(temporary, target)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of writers that were killed; nobody may be writing below the folder."""
+    for leftover in folder.rglob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """Yield a temporary path in the target's folder (a rename is atomic only within a file system); remove it after."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
+    try:
+        yield temporary
+        _sync_folder(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    # Without it, a power cut can leave the new name with none of the bytes.
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    # A rename survives a power cut only once its folder is on disk too.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
