@@ -23,17 +23,20 @@ class MisuseError(UserError):
 
 
 def explain(error: BaseException) -> UserError | None:
-    """Return the UserError behind an exception, looking through the wrappers of Ray and of `raise … from`.
+    """Return the UserError behind an exception, looking through what Ray and `raise … from` wrap around it.
 
-    Returns None if there is none: the exception is then a bug and deserves its traceback.
+    None if there is none: the exception is then a bug and deserves its traceback.
     """
     seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
+    waiting: list[BaseException] = [error]
+    while waiting:
+        current = waiting.pop()
+        if id(current) in seen:
+            continue
         seen.add(id(current))
+        # What Ray Core raises is also of the class of the task's exception, but its text is a whole traceback.
         if isinstance(cause := getattr(current, "cause", None), BaseException):
-            # Ray Core's error has the class of the task's exception too, but its text is a whole traceback.
-            current = cause
+            waiting.append(cause)
             continue
         if isinstance(current, UserError):
             return current
@@ -41,16 +44,17 @@ def explain(error: BaseException) -> UserError | None:
             return known
         if any(all(word in str(current) for word in words) for words in DISK_FULL_WORDS):
             return UserError(f"disk full: {DISK_FULL_ADVICE}")
-        current = _inner(current)
+        waiting += reversed(_inner(current))
     return None
 
 
-def _inner(error: BaseException) -> BaseException | None:
-    # Ray Train keeps the failures of its workers by rank.
-    failures = getattr(error, "worker_failures", None)
-    if isinstance(failures, dict) and failures:
-        return failures[min(failures)]
-    return error.__cause__ or error.__context__
+def _inner(error: BaseException) -> list[BaseException]:
+    """Return the exceptions that one was raised for, the most telling first."""
+    # Ray Train: the failures of the workers by rank, that of its controller, a worker's exception with its traceback.
+    failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
+    wrapped = [getattr(error, name, None) for name in ("controller_failure", "_base_exc")]
+    inner = [failures[rank] for rank in sorted(failures)] + wrapped + [error.__cause__ or error.__context__]
+    return [found for found in inner if found is not None]
 
 
 def _explain_os_error(error: OSError) -> UserError | None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pipelines.compute.cluster import ClusterConfig, connect
+from pipelines.compute.cluster import connect
+from pipelines.compute.config import ClusterConfig
 
 if TYPE_CHECKING:
     from tests.pipelines.store.s3 import S3

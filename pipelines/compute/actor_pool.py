@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import ray
+import ray.data
+
+from pipelines.compute.host_memory import keep_freed_memory
 from pipelines.errors import UserError, explain
 
-# Kernels may sum in another order with another number of threads: with one a worker, results do not depend on
-# the number of cores, and the pool keeps them all busy.
+# Kernels may sum in another order with another number of threads. With one thread a worker, results do not depend on
+# the number of cores, and the pool keeps all cores busy.
 CPU_THREADS_PER_WORKER = 1
-MOST_BLOCKS = 8192
+MAX_BLOCKS = 8192
 
 
 class Worker(Protocol):
-    """An actor class: built once in each process, then called with one item (plain values) at a time."""
+    """An actor class: built once in each process, then called with one item at a time. Items are plain values."""
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
 class PoolSize:
-    """How many actors, and whether each has a GPU (then none needs a CPU of its own to be scheduled)."""
+    """Number of actors, and whether each holds a GPU; actors with a GPU reserve no CPU."""
 
     workers: int
     use_gpu: bool
@@ -34,18 +39,16 @@ class PoolSize:
 
 
 def pool_size(items: int, *, workers: int | None = None, use_gpu: bool | None = None) -> PoolSize:
-    """One actor a GPU of the cluster, or a CPU core where there is no GPU; never more than items.
+    """Return a pool of one actor per GPU of the cluster, or per CPU core if it has no GPU; never more than items.
 
     Args:
-        items: pieces of work.
-        workers: what the recipe asks for; None for as many as there are GPUs or cores.
-        use_gpu: what the recipe asks for; None for GPUs where the cluster has any.
+        items: number of items to work on.
+        workers: number of actors that the recipe asks for; None takes all GPUs or cores.
+        use_gpu: whether the recipe asks for GPUs; None takes them if the cluster has any.
 
     Raises:
-        UserError: where GPUs are asked for that the cluster does not have.
+        UserError: the recipe asks for GPUs, but the cluster has none.
     """
-    import ray
-
     resources = ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
     if use_gpu and not gpus:
@@ -63,24 +66,30 @@ def map_on_actors(
     arguments: dict[str, Any],
     size: PoolSize,
     calls_at_once: int = 1,
+    check: Callable[[], None] = lambda: None,
 ) -> Iterator[dict[str, Any]]:
-    """Call `worker(**arguments)(item)` for every item on a pool of actors; results come as they are ready.
+    """Call `worker(**arguments)(item)` for every item on a pool of actors; yield results as they become ready.
 
     A worker that dies is replaced and its items are done again. Results must be JSON values.
 
     Args:
+        items: what the worker is called with, plain values each.
+        worker: the actor class; it must be picklable.
+        arguments: keyword arguments of its constructor.
+        size: number of actors, and whether they hold GPUs.
         calls_at_once: threads that call one worker; more than one for workers that wait more than they compute.
+        check: called at the start and after every result; whatever it raises ends the work and frees the actors.
+            `StageContext.check` stops the work of a driver that has lost its root.
 
     Raises:
-        UserError: as a worker raised it, or what `pipelines.errors.explain` makes of it; ends the work.
+        UserError: raised by a worker, or what `pipelines.errors.explain` makes of a worker's error; ends the work.
     """
-    import ray.data
-
     if not items:
         return
-    # One block an item: Ray Data would otherwise hand several to one actor while another idles. The driver keeps some
-    # thousand bytes a block, so that where there are very many items a block holds several.
-    dataset = ray.data.from_items(list(items), override_num_blocks=min(len(items), MOST_BLOCKS)).map(
+    check()
+    # One block per item: Ray Data would otherwise hand several items to one actor while another is idle. The driver
+    # keeps some thousand bytes per block, so that beyond a limit a block holds several items.
+    dataset = ray.data.from_items(list(items), override_num_blocks=min(len(items), MAX_BLOCKS)).map(
         _Reporting,  # type: ignore[arg-type]
         fn_constructor_kwargs={"worker": worker, "arguments": arguments},
         compute=ray.data.ActorPoolStrategy(
@@ -92,14 +101,17 @@ def map_on_actors(
         num_cpus=0 if size.use_gpu else 1,
         num_gpus=1 if size.use_gpu else 0,
     )
-    for row in dataset.iter_rows():
-        if row["error"]:
-            raise UserError(row["error"])
-        yield json.loads(row["result"])
+    # Closed at once: until then the actors work on, and an exception's traceback would keep them alive.
+    with contextlib.closing(iter(dataset.iter_rows())) as rows:  # type: ignore[type-var]
+        for row in rows:
+            if row["error"]:
+                raise UserError(row["error"])
+            yield json.loads(row["result"])
+            check()
 
 
 class _Reporting:
-    """A worker whose UserErrors travel as data, because Ray Data rewrites the messages of exceptions."""
+    """A worker that returns its UserErrors as data, because Ray Data rewrites the messages of exceptions."""
 
     def __init__(self, *, worker: type[Worker], arguments: dict[str, Any]) -> None:
         self.error = ""
@@ -114,13 +126,13 @@ class _Reporting:
         try:
             return {"result": json.dumps(self.work(item)), "error": ""}
         except Exception as error:
-            # The items that are still waiting for this worker would only fail too, one after the other.
+            # The items that still wait for this worker would only fail too, one after the other.
             self.error = _message(error)
             return {"result": "", "error": self.error}
 
 
 def _message(error: Exception) -> str:
-    """The line that a person should read; an error without one is a bug, and goes on as it is."""
+    """Return the line that a person should read; raise an error that has none again, since it is a bug."""
     known = explain(error)
     if known is None:
         raise error
@@ -128,13 +140,13 @@ def _message(error: Exception) -> str:
 
 
 def prepare_torch(device: str) -> None:
-    """Fix what the last bits of a result depend on, and keep memory that was freed; called once in each worker."""
+    """Fix what the last bits of a result depend on, and keep freed memory; to be called once in each worker."""
+    # Not every pool needs torch: workers that download pictures start without the seconds and the memory it takes.
     import torch
-
-    from pipelines.compute.host_memory import keep_freed_memory
 
     torch.set_num_threads(CPU_THREADS_PER_WORKER)
     keep_freed_memory()
     if device == "cuda":
+        # Benchmarking would choose kernels by their speed on this day, and with them the last bits.
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True

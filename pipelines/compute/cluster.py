@@ -1,4 +1,4 @@
-"""The Ray cluster that the stages run on: the one named by the recipe, or one started on this machine for the run."""
+"""The Ray cluster that the stages run on: the one that the recipe names, or one started on this machine for the run."""
 
 import contextlib
 import logging
@@ -7,45 +7,31 @@ from collections.abc import Iterator
 from typing import Any
 
 import psutil
+import ray
+from ray.data import DataContext
 
-from pipelines.config import Config, runtime
+from pipelines.compute.config import ClusterConfig
 from pipelines.errors import UserError
 
 START_ATTEMPTS = 3
 
 
-class ClusterConfig(Config):
-    """Where the work runs.
-
-    Args:
-        address: of a running cluster (`auto`, `10.0.0.1:6379`, `ray://…`); None takes RAY_ADDRESS, which a submitted
-            job has set, else starts Ray on this machine for the run.
-        cpus: logical CPUs of a Ray started here; None for all cores, and never fewer than 2, so that two workers fit.
-        object_store_mib: of a Ray started here.
-    """
-
-    address: str | None = runtime(None)
-    cpus: int | None = runtime(None, ge=2)
-    object_store_mib: int = runtime(512, ge=100)
-
-
 @contextlib.contextmanager
 def connect(config: ClusterConfig, *, debug: bool = False) -> Iterator[None]:
-    """Connect to Ray, or start it, and let go at the end; does nothing in a process that is already connected.
+    """Connect to Ray, or start it, and disconnect at the end. Does nothing in a process that is already connected.
+
+    Args:
+        config: the recipe's section on where the work runs.
+        debug: show Ray's own log, and what workers print.
 
     Raises:
-        UserError: where no cluster answers at the address.
+        UserError: no cluster answers at the address.
     """
     _quieten(debug)
-    address = config.address or os.environ.get("RAY_ADDRESS")
-    options: dict[str, Any] = {"logging_level": "info" if debug else "error", "log_to_driver": debug}
-    with contextlib.nullcontext() if debug else _silent_stderr():
-        import ray
-        from ray.data import DataContext
-
-        ours = not ray.is_initialized()
-        if ours:
-            _init(config, address, options)
+    ours = not ray.is_initialized()
+    if ours:
+        with contextlib.nullcontext() if debug else _silent_stderr():
+            _init(config, debug)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -58,9 +44,9 @@ def connect(config: ClusterConfig, *, debug: bool = False) -> Iterator[None]:
             ray.shutdown()
 
 
-def _init(config: ClusterConfig, address: str | None, options: dict[str, Any]) -> None:
-    import ray
-
+def _init(config: ClusterConfig, debug: bool) -> None:
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"logging_level": "info" if debug else "error", "log_to_driver": debug}
     try:
         if address:
             ray.init(address=address, **options)
@@ -72,9 +58,7 @@ def _init(config: ClusterConfig, address: str | None, options: dict[str, Any]) -
 
 
 def _start(config: ClusterConfig, options: dict[str, Any]) -> None:
-    """Start Ray here. Its processes get a fixed half minute to come up, which a busy machine may exceed: try again."""
-    import ray
-
+    """Start Ray here, with a few attempts: its processes get a fixed half minute, which a busy machine may exceed."""
     for attempt in range(START_ATTEMPTS):
         before = set(psutil.Process().children(recursive=True))
         try:
@@ -109,12 +93,12 @@ def _silent_stderr() -> Iterator[None]:
 
 
 def _quieten(debug: bool) -> None:
-    """Keep Ray's own messages out of the display; errors reach the driver as exceptions all the same."""
-    if not debug:
-        logging.getLogger("ray").setLevel(logging.ERROR)
-        os.environ.setdefault("RAY_DATA_LOG_LEVEL", "CRITICAL")
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    for name, value in {
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }.items():
-        os.environ.setdefault(name, value)
+    """Keep Ray's own messages out of the progress display; errors reach the driver as exceptions all the same."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if debug:
+        return
+    # The loggers are this process's; the variables are for the processes that Ray starts.
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "CRITICAL")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
-from pipelines.compute.cluster import ClusterConfig
+from pipelines.compute.config import ClusterConfig
 from pipelines.config import Config, merge, runtime
 from pipelines.errors import MisuseError, UserError
 from pipelines.stages.autoencoder.config import AutoencoderConfig

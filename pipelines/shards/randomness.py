@@ -16,6 +16,7 @@ class Purpose(IntEnum):
     SHARD_ORDER = 1
     SAMPLE_ORDER = 2
     SAMPLE = 3
+    DROPOUT = 4
 
 
 def generator(seed: int, purpose: Purpose, place: int, inner: int = 0) -> np.random.Generator:

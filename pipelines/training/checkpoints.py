@@ -1,10 +1,10 @@
-"""Training checkpoints: one file each, put under its final name atomically, so that what exists is whole.
+"""Training checkpoints: one file each, put under its final name atomically, so that whatever exists is complete.
 
-Each start of the driver is an attempt with a Ray Train run folder of its own:
-    `train/ATTEMPT/step_00001000/state.pt`. Ray Train can itself resume a
-run of the same name, but it rewrites its snapshot in place: a process killed at that moment leaves an empty
-    snapshot, which then refuses to
-start. So its snapshot is never read back, and the newest checkpoint is found by its name.
+Each start of the driver is an attempt, with a run folder of its own: `train/ATTEMPT/step_00001000/state.pt`.
+
+Ray Train can resume a run of the same name by itself, but it rewrites its snapshot of the run in place. A process that
+is killed at that moment leaves an empty snapshot, and Ray Train then refuses to start. So no attempt reads the snapshot
+of an earlier one: the newest checkpoint is found by its name.
 """
 
 from __future__ import annotations
@@ -13,50 +13,46 @@ import pickle
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointUploadMode
 
 from pipelines.errors import UserError
 from pipelines.store.storage import Storage
-
-if TYPE_CHECKING:
-    import torch
-    from ray.train import Checkpoint
 
 STATE_FILE = "state.pt"
 _PREFIX = "step_"
 
 
 class Checkpoints:
-    """A worker's access to checkpoints: loads the newest, saves in the background through Ray Train, which keeps
-    the newest few.
+    """A worker's access to checkpoints: load the newest, save in the background. Ray Train keeps the newest few.
 
     Args:
-        attempt: folder of this attempt's Ray Train run.
-        resume_from: checkpoint folder of an earlier attempt; used until this attempt has one of its own.
+        attempt: the folder of this attempt's Ray Train run.
+        resume_from: URL of a checkpoint folder of an earlier attempt; used until this attempt has one of its own.
     """
 
     def __init__(self, attempt: Storage, resume_from: str | None) -> None:
         self.attempt, self.resume_from = attempt, resume_from
 
     def newest(self, device: torch.device) -> dict[str, Any] | None:
-        """The state to go on from, the same on all workers; None at the very beginning."""
-        import ray.train
-
+        """Return the state to go on from, the same on all workers; None if training has to begin at step 0."""
+        # Ray Train knows what this attempt has saved before it lost a worker.
         if (own := ray.train.get_checkpoint()) is not None:
             return load(self.attempt / Path(own.path).name, device)
         return load(Storage(self.resume_from), device) if self.resume_from else None
 
     def save(self, step: int, state: dict[str, Any] | None) -> None:
-        """Called by all workers together; only one of them brings the state."""
-        import ray.train
-        import torch
-        from ray.train import Checkpoint, CheckpointUploadMode
-
+        """Save the state after `step` steps. Called by all workers together; only rank 0 brings the state."""
         checkpoint = None
         if state is not None:
+            # To a local disk now, since training changes the tensors at the next step; from there by a thread.
             folder = Path(tempfile.mkdtemp(prefix="ldm-checkpoint-"))
             torch.save(state, folder / STATE_FILE)
             checkpoint = Checkpoint.from_directory(folder)
+        # A barrier of Ray Train: it counts a checkpoint when all workers have reported it.
         ray.train.report(
             {"step": step},
             checkpoint=checkpoint,
@@ -67,24 +63,21 @@ class Checkpoints:
         )
 
     def _upload(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
-        # Ray's own upload copies in place: a process killed in the middle would leave half a file under the final
-        # name.
-        import ray.train
-
+        # Ray's own upload copies in place: a process killed during it would leave half a file under the final name,
+        # which would be the newest checkpoint of the next attempt.
         with (self.attempt / name).writer(STATE_FILE) as path:
             shutil.copyfile(Path(checkpoint.path) / STATE_FILE, path)
         storage = ray.train.get_context().get_storage()
-        return ray.train.Checkpoint(
-            storage.build_checkpoint_path_from_name(name), filesystem=storage.storage_filesystem
-        )
+        return Checkpoint(storage.build_checkpoint_path_from_name(name), filesystem=storage.storage_filesystem)
 
 
 def newest(train: Storage) -> str | None:
-    """URL of the checkpoint folder with the most steps among all attempts; None where there is none."""
+    """Return the URL of the checkpoint folder with the most steps among all attempts; None if there is none."""
     found: list[tuple[int, str]] = []
     for attempt in train.names("*"):
         for name in (train / attempt).names(f"{_PREFIX}*"):
             folder = train / attempt / name
+            # Ray Train makes the folder before our file is in it.
             if name.removeprefix(_PREFIX).isdigit() and folder.exists(STATE_FILE):
                 found.append((int(name.removeprefix(_PREFIX)), folder.url))
     return max(found)[1] if found else None
@@ -98,13 +91,15 @@ def discard_attempts(train: Storage, *, keep: str | None) -> None:
 
 
 def load(folder: Storage, device: torch.device) -> dict[str, Any]:
-    """The state that was saved in a checkpoint folder; tensors and plain values only.
+    """Read the state saved in a checkpoint folder: tensors and plain values only, no code.
+
+    Args:
+        folder: the checkpoint's own folder.
+        device: where to put the tensors.
 
     Raises:
-        UserError: where it cannot be read.
+        UserError: the file is missing or damaged.
     """
-    import torch
-
     with folder.local_copy(STATE_FILE) as path:
         try:
             state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)

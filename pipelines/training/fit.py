@@ -1,33 +1,43 @@
-"""Training as the driver sees it: start Ray Train on a task, pass on what the workers tell, resume."""
+"""Training as the driver sees it: start Ray Train on a task, pass on what the workers report, resume, stop."""
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import ray
+import ray.exceptions
+import ray.train
+import ray.train.torch
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchTrainer
+
 from pipelines.compute.host_memory import keep_freed_memory
-from pipelines.errors import UserError
+from pipelines.errors import UserError, explain
 from pipelines.store.ledger import ArtifactWriter
 from pipelines.training.checkpoints import Checkpoints, discard_attempts, newest
 from pipelines.training.config import TrainingConfig
+from pipelines.training.loop import Rank, TrainingLoop, use_cores
 from pipelines.training.outputs import DETAILS_FILE, TRAIN_FOLDER
 from pipelines.training.relay import Relay
 from pipelines.training.task import Task
 
 if TYPE_CHECKING:
-    from ray.train.torch import TorchTrainer
-
     from pipelines.stage import StageContext
     from pipelines.store.storage import Storage
 
 POLL_S = 0.5
+# How long workers may take to notice that they must stop: a step, or a preview, is finished first.
+STOP_PATIENCE_S = 60.0
 
 
 def finished(writer: ArtifactWriter) -> dict[str, Any] | None:
-    """What `fit` returned, where training was finished before; None otherwise."""
+    """Return what `fit` returned if training was finished before, else None. Removes checkpoints no longer needed."""
     if not writer.storage.exists(DETAILS_FILE):
         return None
     (writer.storage / TRAIN_FOLDER).remove()
@@ -36,7 +46,7 @@ def finished(writer: ArtifactWriter) -> dict[str, Any] | None:
 
 
 def fit(task: Task, config: TrainingConfig, context: StageContext) -> dict[str, Any]:
-    """Train a task's network by distributed data parallelism; resumes by itself.
+    """Train a task's network by distributed data parallelism, from the newest checkpoint if there is one.
 
     A worker that dies is replaced and training goes on from the newest checkpoint; after the whole process tree was
     killed the same call does the same. The samples seen, and on one kind of device the weights, are those of an
@@ -44,48 +54,47 @@ def fit(task: Task, config: TrainingConfig, context: StageContext) -> dict[str, 
 
     Args:
         task: what to train; must be picklable.
-        config: optimisation.
-        context: of the stage. Final files are committed to its writer; checkpoints are kept under `train/`
-            until training is finished.
+        config: the optimisation section of the recipe.
+        context: the stage's context. Final files are committed to its writer; checkpoints are kept under `train/`
+            until training is finished. Its `check` is called while training runs; whatever it raises stops training.
 
     Returns:
-        Facts for the manifest: steps, final_loss, workers, images_per_s, trained_parameters, and what the
-            task's `save` returned.
+        Facts for the manifest: steps, final_loss, workers, images_per_s, trained_parameters, and what the task's
+        `save` returned.
 
     Raises:
-        UserError: what a person can mend: a loss that is not finite, a damaged shard, workers that die again
-            and again.
+        UserError: what a person can mend: a loss that is not finite, a damaged shard, workers that die again and
+            again, a root that another driver has taken over.
     """
-    import ray
-
     train = context.writer.storage / TRAIN_FOLDER
     resume_from = newest(train)
     discard_attempts(train, keep=resume_from)
     relay = Relay()
     attempt = train / f"attempt_{uuid.uuid4().hex[:8]}"
-    job = _Job(task, config, context.seed, context.writer, relay, Checkpoints(attempt, resume_from))
-    # Ray Train takes over Ctrl-C when it is started from the main thread, and then ends the process as if all were
-    # well.
-    runner = _Runner(_trainer(job, attempt))
-    runner.start()
+    job = _WorkerJob(task, config, context.seed, context.writer, relay, Checkpoints(attempt, resume_from))
+    training = _TrainingThread(_trainer(job, attempt))
+    training.start()
     try:
-        while runner.is_alive():
+        while training.is_alive():
             _forward(relay, context, config.steps)
-        runner.join()
+            context.check()
         _forward(relay, context, config.steps, timeout_s=0.0)
+    except BaseException as error:
+        # Ctrl-C is not kept waiting: the process ends, and with it the workers.
+        _stop(training, relay, str(error), STOP_PATIENCE_S if isinstance(error, Exception) else 0.0)
+        raise
     finally:
         relay.close()
-    if runner.error is not None:
-        raise _explained(runner.error) from runner.error
-    assert ray.is_initialized()
+    if training.error is not None:
+        raise _explained(training.error) from training.error
     details = finished(context.writer)
     assert details is not None, "rank 0 writes the details before it returns"
     return details
 
 
 @dataclass(frozen=True)
-class _Job:
-    """All that a worker needs."""
+class _WorkerJob:
+    """All that a worker needs to know, sent to it by Ray Train."""
 
     task: Task
     config: TrainingConfig
@@ -95,38 +104,40 @@ class _Job:
     checkpoints: Checkpoints
 
 
-def _work(job: _Job) -> None:
-    """Runs in each worker."""
-    import ray.train
-    import ray.train.torch
-
-    from pipelines.training.loop import Place, TrainingLoop, use_cores
-
+def _run_worker(job: _WorkerJob) -> None:
+    """Train in a worker process: Ray Train's training function."""
     worker = ray.train.get_context()
     use_cores(worker.get_local_world_size())
     keep_freed_memory()
-    place = Place(worker.get_world_rank(), worker.get_world_size(), ray.train.torch.get_device())
-    TrainingLoop(job.task, job.config, job.seed, job.writer, job.relay, place).run(job.checkpoints)
+    rank = Rank(worker.get_world_rank(), worker.get_world_size(), ray.train.torch.get_device())
+    TrainingLoop(job.task, job.config, job.seed, job.writer, job.relay, rank).run(job.checkpoints)
 
 
-def _trainer(job: _Job, attempt: Storage) -> TorchTrainer:
-    import ray
-    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
-    from ray.train.torch import TorchTrainer
+class _StopOnUserError(UserCallback):
+    """Ends the run at a UserError, which says that trying again is of no use. Runs in Ray Train's controller."""
 
-    class StopOnUserError(UserCallback):
-        """A UserError says that trying again is no use: raised in the controller, it ends the run at once."""
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        # Without a callback that raises, every exception of a worker counts as a failure and is tried again.
+        for error in worker_exceptions.values():
+            if (known := explain(error)) is not None:
+                raise known
 
-        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            for error in worker_exceptions.values():
-                if (known := _user_error(error)) is not None:
-                    raise known
 
+def _trainer(job: _WorkerJob, attempt: Storage) -> TorchTrainer:
     # How soon a dead worker, and the end of training, are noticed.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    # A process more that we have no use for: a pre-empted worker is replaced as any other that dies.
+    # The watcher is one more process, of no use here: a pre-empted worker is replaced like any other that dies.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    config = job.config
+    return TorchTrainer(
+        _run_worker,  # type: ignore[arg-type]
+        train_loop_config=job,  # type: ignore[arg-type]
+        scaling_config=_scaling(job.config),
+        run_config=_run_config(job.config, attempt),
+    )
+
+
+def _scaling(config: TrainingConfig) -> ScalingConfig:
+    """Return the workers and what each reserves of the cluster; UserError if it asks for GPUs that are not there."""
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
     if config.use_gpu and gpus < config.workers:
@@ -135,35 +146,37 @@ def _trainer(job: _Job, attempt: Storage) -> TorchTrainer:
             "set training.workers to at most that, or use_gpu to false"
         )
     use_gpu = gpus >= config.workers if config.use_gpu is None else config.use_gpu
-    # A machine with fewer cores than workers would otherwise wait for cores for ever.
+    # On a machine with fewer cores than workers, Ray would otherwise wait for cores for ever.
     cpus = min(1.0, int(100 * resources.get("CPU", config.workers) / config.workers) / 100)
+    per_worker = {"CPU": cpus, "GPU": int(use_gpu)}
+    return ScalingConfig(num_workers=config.workers, use_gpu=use_gpu, resources_per_worker=per_worker)
+
+
+def _run_config(config: TrainingConfig, attempt: Storage) -> RunConfig:
+    """Return where Ray Train keeps this attempt's folder, how many checkpoints, and when it gives up."""
     folder, _, name = attempt.url.rpartition("/")
     filesystem: dict[str, Any] = {}
     if not attempt.is_local:
-        from pyarrow.fs import FSSpecHandler, PyFileSystem
-
+        # Through our own fsspec file system, with its credentials and endpoint; Ray's default would look for its own.
         folder = attempt.path().rpartition("/")[0]
         filesystem["storage_filesystem"] = PyFileSystem(FSSpecHandler(attempt.filesystem))
-    return TorchTrainer(
-        _work,  # type: ignore[arg-type]
-        train_loop_config=job,  # type: ignore[arg-type]
-        scaling_config=ScalingConfig(
-            num_workers=config.workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus, "GPU": int(use_gpu)}
-        ),
-        run_config=RunConfig(
-            name=name,
-            storage_path=folder,
-            checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
-            failure_config=FailureConfig(max_failures=config.max_failures),
-            callbacks=[StopOnUserError()],  # type: ignore[list-item]
-            logging_config=LoggingConfig(log_level="CRITICAL"),  # type: ignore[call-arg]
-            **filesystem,
-        ),
+    return RunConfig(
+        name=name,
+        storage_path=folder,
+        checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
+        failure_config=FailureConfig(max_failures=config.max_failures),
+        callbacks=[_StopOnUserError()],  # type: ignore[list-item]
+        logging_config=LoggingConfig(log_level="CRITICAL"),  # type: ignore[call-arg]
+        **filesystem,
     )
 
 
-class _Runner(threading.Thread):
-    """Runs the trainer and keeps its error."""
+class _TrainingThread(threading.Thread):
+    """Waits for Ray Train, and keeps its error.
+
+    A thread of its own, because Ray Train started from the main thread takes over Ctrl-C and then ends the process as
+    if all were well; and because the driver has other things to do meanwhile.
+    """
 
     def __init__(self, trainer: TorchTrainer) -> None:
         super().__init__(name="ray-train", daemon=True)
@@ -182,21 +195,23 @@ def _forward(relay: Relay, context: StageContext, total_steps: int, timeout_s: f
         message.forward(context, total_steps)
 
 
-def _user_error(error: BaseException | None) -> UserError | None:
-    """The UserError that a worker raised, inside what Ray Train wraps around it."""
-    while error is not None and not isinstance(error, UserError):
-        failures: dict[int, Exception] = getattr(error, "worker_failures", {})
-        for failure in failures.values():
-            if (known := _user_error(failure)) is not None:
-                return known
-        error = getattr(error, "_base_exc", None) or getattr(error, "controller_failure", None)
-    return error
+def _stop(training: _TrainingThread, relay: Relay, reason: str, patience_s: float) -> None:
+    """Have the workers end themselves, and wait until Ray Train has released them.
+
+    Ray Train has no public call that ends a run. Workers that take longer end with the driver's connection to Ray.
+    """
+    deadline = time.monotonic() + patience_s
+    while training.is_alive():
+        # Every time anew: the mailbox forgets the order if it dies.
+        relay.order_stop(reason)
+        if time.monotonic() >= deadline:
+            return
+        training.join(POLL_S)
 
 
 def _explained(error: Exception) -> Exception:
-    import ray.exceptions
-
-    if (known := _user_error(error)) is not None:
+    """Return the error to raise for one of Ray Train's: a UserError if a person can mend it, else the error itself."""
+    if (known := explain(error)) is not None:
         return UserError(str(known))
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     if any(isinstance(failure, ray.exceptions.RayActorError) for failure in failures.values()):

@@ -16,6 +16,7 @@ from torch import Tensor
 from ldm_core.ema import EMA
 from pipelines.drawing.grids import encode_png
 from pipelines.errors import UserError
+from pipelines.shards.randomness import Purpose, generator
 from pipelines.training.optimization import build_optimizer, clip_gradient, learning_rate, wrap
 from pipelines.training.outputs import DETAILS_FILE, HISTORY_FILE
 from pipelines.training.prefetch import Prefetcher
@@ -33,16 +34,17 @@ SHOWN_KEYS = 8
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where this worker stands among the others."""
+class Rank:
+    """This worker among the others, as torch.distributed counts them, and the device that it trains on."""
 
-    rank: int
-    world: int
+    index: int
+    world_size: int
     device: torch.device
 
     @property
     def leads(self) -> bool:
-        return self.rank == 0
+        """True on rank 0, which writes all files."""
+        return self.index == 0
 
 
 @dataclass(frozen=True)
@@ -59,31 +61,32 @@ class TrainingLoop:
     """
 
     def __init__(
-        self, task: Task, config: TrainingConfig, seed: int, writer: ArtifactWriter, relay: Relay, place: Place
+        self, task: Task, config: TrainingConfig, seed: int, writer: ArtifactWriter, relay: Relay, rank: Rank
     ) -> None:
-        self.config, self.seed, self.writer, self.relay, self.place = config, seed, writer, relay, place
+        self.config, self.seed, self.writer, self.relay, self.rank = config, seed, writer, relay, rank
         torch.manual_seed(seed)
-        self.learner = task.build(place.device)
-        self.network = self.learner.network.to(place.device).train()
+        self.learner = task.build(rank.device)
+        self.network = self.learner.network.to(rank.device).train()
         self.optimizer = build_optimizer(self.network, config)
         self.weights: list[torch.nn.Parameter] = self.optimizer.param_groups[0]["params"]
-        self.ema = EMA(self.network, decay=config.ema_decay) if place.leads else None
+        self.ema = EMA(self.network, decay=config.ema_decay) if rank.leads else None
         self.step = 0
         self.history: list[dict[str, float]] = []
-        self.loss_sum = torch.zeros((), device=place.device)
-        self.norm_sum = torch.zeros((), device=place.device)
+        self.loss_sum = torch.zeros((), device=rank.device)
+        self.norm_sum = torch.zeros((), device=rank.device)
 
     def run(self, checkpoints: Checkpoints) -> None:
         """Train to the last step and, on rank 0, save what the task makes of the averaged weights."""
-        if (state := checkpoints.newest(self.place.device)) is not None:
+        if (state := checkpoints.newest(self.rank.device)) is not None:
             self._restore(state)
-        wrapped = wrap(self.network, self.config, self.place.world)
+        wrapped = wrap(self.network, self.config, self.rank.world_size)
         batches = Prefetcher(self._load, self.step, self.config.steps)
         clock = _Clock(self.step)
-        if self.place.leads:
+        if self.rank.leads:
             self.relay.send(Message(self.step))
         try:
             while self.step < self.config.steps:
+                self._obey_stop()
                 self._train_step(wrapped, batches.next())
                 saves = self._due(self.config.checkpoint_every_steps)
                 # The sums are empty whenever a checkpoint is made, so that they need not be part of it.
@@ -98,22 +101,27 @@ class TrainingLoop:
         if self.ema is not None:
             self._finish(self.ema, clock)
 
+    def _obey_stop(self) -> None:
+        # One worker is enough: the first UserError to reach the driver ends all of them.
+        if self.rank.leads and (reason := self.relay.stop_ordered()) is not None:
+            raise UserError(f"training stopped at step {self.step}: {reason}")
+
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.steps
 
     def _load(self, step: int) -> _Batch:
         cursor = step * self.config.batch_size
         self.learner.fetch_ahead(cursor)
-        samples = self.learner.order.slice(cursor, self.config.batch_size, self.place.rank, self.place.world)
+        samples = self.learner.order.slice(cursor, self.config.batch_size, self.rank.index, self.rank.world_size)
         tensors = self.learner.load(samples)
-        if self.place.device.type == "cuda":
+        if self.rank.device.type == "cuda":
             tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
         return _Batch(samples, tensors)
 
     def _train_step(self, wrapped: torch.nn.Module, batch: _Batch) -> None:
-        device = self.place.device
-        # Dropout is all that draws from the global generator; a restart must draw the same.
-        torch.manual_seed(hash((self.seed, self.step, self.place.rank)) % 2**63)
+        device = self.rank.device
+        # Dropout, where a network has any, draws from the global generator: after a restart it must draw the same.
+        torch.manual_seed(_dropout_seed(self.seed, self.step, self.rank.index))
         self.optimizer.param_groups[0]["lr"] = learning_rate(self.config, self.step)
         tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.tensors.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
@@ -135,12 +143,12 @@ class TrainingLoop:
     def _log(self, clock: _Clock, batches: Prefetcher[_Batch]) -> None:
         elapsed, steps = clock.lap(self.step)
         sums = torch.stack([self.loss_sum, self.norm_sum])
-        if self.place.world > 1:
+        if self.rank.world_size > 1:
             dist.all_reduce(sums)
-        loss, norm = (sums / (steps * self.place.world)).tolist()
+        loss, norm = (sums / (steps * self.rank.world_size)).tolist()
         self.loss_sum.zero_()
         self.norm_sum.zero_()
-        if not self.place.leads:
+        if not self.rank.leads:
             return
         rate = learning_rate(self.config, self.step - 1)
         self.history.append({"step": self.step, "loss": _short(loss), "grad_norm": _short(norm), "lr": _short(rate)})
@@ -151,7 +159,7 @@ class TrainingLoop:
             "lr": rate,
             "throughput/images_per_s": images_per_s,
             "time/data_wait_fraction": batches.waited_s / elapsed,
-            "memory/peak_gib": _peak_gib(self.place.device),
+            "memory/peak_gib": _peak_gib(self.rank.device),
         }
         batches.waited_s = 0.0
         facts = {"loss": f"{loss:.4f}", "images_per_s": f"{images_per_s:,.0f}"}
@@ -176,17 +184,17 @@ class TrainingLoop:
             self.learner.key(s) for s, fine in zip(batch.samples, losses.isfinite().tolist(), strict=True) if not fine
         ]
         gathered: list[Any] = [(bad, [self.learner.key(sample) for sample in batch.samples])]
-        if self.place.world > 1:
-            mine, gathered = gathered[0], [None] * self.place.world
+        if self.rank.world_size > 1:
+            mine, gathered = gathered[0], [None] * self.rank.world_size
             dist.all_gather_object(gathered, mine)
         bad = [key for part, _ in gathered for key in part]
         keys = [key for _, part in gathered for key in part]
         name = f"debug/step_{self.step:08d}.pt"
-        if self.place.leads:
+        if self.rank.leads:
             state = {"step": self.step, "keys": keys, "bad_keys": bad, "network": self.network.state_dict()}
             with self.writer.storage.writer(name) as path:
                 torch.save(state, path)
-        if self.place.world > 1:
+        if self.rank.world_size > 1:
             # The first error to reach the driver ends all workers: none may raise before the state is saved.
             dist.barrier()
         what = "loss" if bad else "gradient"
@@ -223,7 +231,7 @@ class TrainingLoop:
         details = {
             "steps": self.config.steps,
             "final_loss": self.history[-1]["loss"],
-            "workers": self.place.world,
+            "workers": self.rank.world_size,
             "images_per_s": round(clock.steps_per_s(self.step) * self.config.batch_size, 1),
             "trained_parameters": sum(weight.numel() for weight in self.weights),
             **facts,
@@ -249,6 +257,10 @@ class _Clock:
 def use_cores(workers_here: int) -> None:
     """Share this machine's cores among the workers on it."""
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers_here))
+
+
+def _dropout_seed(seed: int, step: int, rank: int) -> int:
+    return int(generator(seed, Purpose.DROPOUT, step, rank).integers(2**63))
 
 
 def _short(value: float) -> float:

@@ -1,4 +1,9 @@
-"""Batches made by a background thread, a few steps ahead of training."""
+"""Batches made by a background thread, a few steps ahead of training.
+
+Why not torch's DataLoader: the position in the data is one integer, the step, and any step can be asked for at once.
+A DataLoader that resumes in the middle of an epoch draws again what came before, or needs a sampler with a state of its
+own. And its worker processes would each hold a copy of the cached samples, which this thread shares with training.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +17,13 @@ T = TypeVar("T")
 
 
 class Prefetcher(Generic[T]):
-    """`make(first), make(first + 1), …, make(last - 1)`, each made before it is asked for.
+    """Yield `make(first), make(first + 1), …, make(last - 1)`, each made before it is asked for.
 
     Args:
-        make: what to do for an index; an exception in it is raised by the `next` that would have returned its result.
-        first, last: range of the indices.
-        depth: results held at most.
+        make: returns the result for an index; an exception in it is raised by the `next` that would have returned it.
+        first: the first index.
+        last: the index after the last one.
+        depth: how many results are held at most.
 
     Attributes:
         waited_s: seconds that `next` has spent waiting; its owner may reset it.
@@ -31,6 +37,7 @@ class Prefetcher(Generic[T]):
         self._thread.start()
 
     def next(self) -> T:
+        """Return the next result; wait for it if it is not ready."""
         started = time.perf_counter()
         result, error = self._results.get()
         self.waited_s += time.perf_counter() - started
@@ -40,8 +47,9 @@ class Prefetcher(Generic[T]):
         return result
 
     def close(self) -> None:
-        """Stop making batches; what is being made is finished first."""
+        """Stop making results; the one that is being made is finished first."""
         self._stopped.set()
+        # The thread may be waiting for room in a full queue: take results until it has ended.
         while self._thread.is_alive():
             try:
                 self._results.get(timeout=0.05)

@@ -1,14 +1,19 @@
-"""A pool of actors: errors, deaths, and how many."""
+"""A pool of actors: errors, deaths, their number, and the end of their work."""
 
 import os
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import ray
 
 from pipelines.compute.actor_pool import map_on_actors, pool_size
 from pipelines.errors import UserError
+from tests.pipelines.store.held_root import TAKEN_OVER, held_root
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -63,3 +68,53 @@ def test_no_more_actors_than_items_or_room() -> None:
 def test_gpus_that_are_not_there_are_refused() -> None:
     with pytest.raises(UserError, match="the Ray cluster has no GPU"):
         pool_size(1, use_gpu=True)
+
+
+class Patient:
+    """Writes down its process and the items it was given; takes its time for each."""
+
+    def __init__(self, *, log: Path) -> None:
+        self.log = log
+        (log / f"pid.{os.getpid()}").touch()
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        (self.log / f"item.{item['number']}").touch()
+        time.sleep(0.05)
+        return item
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Return when a condition holds; the test's own time limit ends it otherwise."""
+    while not holds():
+        time.sleep(0.1)
+
+
+@pytest.mark.timeout(120)
+def test_the_actors_are_gone_when_another_driver_has_taken_the_root_over(tmp_path: Path) -> None:
+    items = [{"number": number} for number in range(400)]
+    size = pool_size(len(items), workers=2)
+    with held_root() as root:
+        results = map_on_actors(items, Patient, arguments={"log": tmp_path}, size=size, check=root.check)
+        next(results)
+        root.lose()
+        with pytest.raises(UserError, match=TAKEN_OVER) as caught:
+            list(results)
+    pids = [int(file.suffix[1:]) for file in tmp_path.glob("pid.*")]
+    assert len(pids) == 2
+    # `caught` holds the frames of the work: it must not be what keeps the actors alive.
+    wait_until(lambda: not any(map(psutil.pid_exists, pids)))
+    wait_until(lambda: ray.available_resources().get("CPU") == 4)
+    assert len(list(tmp_path.glob("item.*"))) < len(items)
+    assert caught.value.exit_code == 1
+
+
+def test_no_actor_starts_for_a_driver_that_has_lost_its_root(tmp_path: Path) -> None:
+    with held_root() as root:
+        root.lose()
+        with pytest.raises(UserError, match=TAKEN_OVER):
+            next(
+                map_on_actors(
+                    [{"number": 1}], Patient, arguments={"log": tmp_path}, size=pool_size(1), check=root.check
+                )
+            )
+    assert not list(tmp_path.iterdir())

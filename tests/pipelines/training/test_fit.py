@@ -1,12 +1,17 @@
 """Training with a real Ray and two workers, through the death of one; that of all is in tests/faults."""
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 import torch
 
 from pipelines.errors import UserError
+from pipelines.training.fit import finished
+from tests.pipelines.store.held_root import TAKEN_OVER, held_root
 from tests.pipelines.training import toy
 
 ray.cloudpickle.register_pickle_by_value(toy)
@@ -73,3 +78,28 @@ def test_a_loss_that_is_not_a_number_stops_at_once_and_names_the_sample(ray_clus
     state = torch.load(tmp_path / "artifact/debug/step_00000012.pt", weights_only=True)
     assert state["bad_keys"] == ["key-101"]
     assert state["keys"] == [f"key-{position}" for position in range(96, 104)]
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Return when a condition holds; the test's own time limit ends it otherwise."""
+    while not holds():
+        time.sleep(0.1)
+
+
+@pytest.mark.timeout(240)
+def test_the_workers_are_gone_when_another_driver_has_taken_the_root_over(ray_cluster: None, tmp_path: Path) -> None:
+    with held_root() as root:
+
+        def lose_root(done: int, total: int) -> None:
+            if done and not root.lost:
+                root.lose()
+
+        run = toy.Run(tmp_path, watch=lose_root, check=root.check)
+        with pytest.raises(UserError, match=TAKEN_OVER):
+            run.fit(steps=4000)
+    assert run.progress[-1][0] < 4000
+    assert finished(run.writer) is None
+    pids = [int(file.suffix[1:]) for file in (tmp_path / "log").glob("started.*")]
+    assert len(pids) == 2, "a driver without a root must not start its workers again"
+    wait_until(lambda: not any(map(psutil.pid_exists, pids)))
+    wait_until(lambda: ray.available_resources().get("CPU") == 4)

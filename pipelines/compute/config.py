@@ -1,0 +1,18 @@
+"""The `cluster` section of a recipe. Apart from `cluster`, so that recipes are read without importing Ray."""
+
+from pipelines.config import Config, runtime
+
+
+class ClusterConfig(Config):
+    """Where the work runs.
+
+    Args:
+        address: address of a running cluster (`auto`, `10.0.0.1:6379`, `ray://…`). None takes RAY_ADDRESS, which a
+            submitted job has set, or else starts Ray on this machine for the run.
+        cpus: logical CPUs of a Ray that is started here, at least 2, so that two workers fit; None takes all cores.
+        object_store_mib: size of the object store of a Ray that is started here.
+    """
+
+    address: str | None = runtime(None)
+    cpus: int | None = runtime(None, ge=2)
+    object_store_mib: int = runtime(512, ge=100)
