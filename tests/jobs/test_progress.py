@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from jobs.progress import Display, _Running, _sparkline
+from jobs.progress import Display, _Running
 from pipelines.run.results import StageRow
 
 
@@ -87,6 +87,11 @@ def test_a_log_gets_one_line_a_stage() -> None:
     assert stream.getvalue() == "pairs: run  4,032 rows  1.0 MiB  1 min 01 s\n"
 
 
-def test_the_sparkline_falls_with_the_loss() -> None:
-    line = _sparkline([1.0, 0.75, 0.5, 0.25, 0.0])
-    assert line.split() == ["loss", "1.0000", "█▆▄▂▁", "0.0000"]
+def test_a_terminal_shows_the_loss_so_far() -> None:
+    stream = io.StringIO()
+    planned: Any = SimpleNamespace(stage=SimpleNamespace(name="diffusion"), state="run", key="0" * 16)
+    with Display(Console(file=stream, width=100, force_terminal=True, color_system=None)) as display:
+        display.begin(planned)
+        for step, loss in enumerate(("1.0", "0.5", "nan", "0.0"), start=1):
+            display.progress("diffusion", step, 4, loss=loss)
+    assert "loss 1.0000 █▄▁ 0.0000" in stream.getvalue()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pipelines.drawing.formatting import format_count
-from pipelines.drawing.sections import _facts, _loss_chart, _picture, _previews, _rate
+from pipelines.drawing.sections import facts, loss_chart_of, picture, previews, rate
 
 if TYPE_CHECKING:
     from pipelines.store.ledger import Artifact
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 def _autoencoder(artifact: Artifact) -> dict[str, Any]:
     details = artifact.details
     return {
-        "facts": _facts(
+        "facts": facts(
             ("Parameters", format_count(details.get("parameters"))),
             ("PSNR", f"{details['psnr_db']:.2f} dB" if "psnr_db" in details else None),
             ("Steps", format_count(details.get("steps"))),
-            ("Throughput", _rate(details)),
+            ("Throughput", rate(details)),
             ("Weights", details.get("encoder_sha256", "")[:16]),
         ),
-        "loss": _loss_chart(artifact),
-        "reconstructions": _picture(artifact, "reconstructions.png"),
-        "previews": _previews(artifact),
+        "loss": loss_chart_of(artifact),
+        "reconstructions": picture(artifact, "reconstructions.png"),
+        "previews": previews(artifact),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from pipelines.drawing.sections import _picture
+from pipelines.drawing.sections import picture
 
 if TYPE_CHECKING:
     from pipelines.store.ledger import Artifact
@@ -21,8 +21,8 @@ def _evaluate(artifact: Artifact) -> dict[str, Any]:
         for value, score in group.items()
     ]
     return {
-        "grid": _picture(artifact, "grid.png"),
-        "training_grid": _picture(artifact, "training_grid.png"),
+        "grid": picture(artifact, "grid.png"),
+        "training_grid": picture(artifact, "training_grid.png"),
         "prompts": details.get("prompts", []) if isinstance(details.get("prompts"), list) else [],
         "attributes": [(name, share, scores.get("samples", 0)) for name, share in scores.get("attributes", {}).items()]
         + groups,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pipelines.drawing.sections import _facts
+from pipelines.drawing.sections import facts
 
 if TYPE_CHECKING:
     from pipelines.store.ledger import Artifact
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def _export(artifact: Artifact) -> dict[str, Any]:
     return {
-        "facts": _facts(("Layouts", ", ".join(artifact.details.get("layouts", [])))),
+        "facts": facts(("Layouts", ", ".join(artifact.details.get("layouts", [])))),
         "place": artifact.storage.url,
         "files": [(file.name, file.bytes) for file in artifact.manifest.files],
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pipelines.drawing.formatting import format_bytes, format_count
-from pipelines.drawing.sections import _facts
+from pipelines.drawing.sections import facts
 
 if TYPE_CHECKING:
     from pipelines.store.ledger import Artifact
@@ -16,7 +16,7 @@ def _latents(artifact: Artifact) -> dict[str, Any]:
     shape = " × ".join(str(size) for size in details.get("latent_shape", []))
     bytes_per_sample = artifact.manifest.bytes / max(details.get("samples", 0), 1)
     return {
-        "facts": _facts(
+        "facts": facts(
             ("Latents", format_count(details.get("samples"))),
             ("Shape (C, h, w)", shape),
             ("Stored as", details.get("latent_dtype")),

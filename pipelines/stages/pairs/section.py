@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.drawing.charts import histogram
 from pipelines.drawing.formatting import format_bytes, format_count
-from pipelines.drawing.sections import _facts, _webp
+from pipelines.drawing.sections import facts, webp_url
 
 if TYPE_CHECKING:
     from pipelines.store.ledger import Artifact
@@ -28,7 +28,7 @@ def _pairs(artifact: Artifact) -> dict[str, Any]:
     ]
     samples = max(details.get("samples", 0), 1)
     return {
-        "facts": _facts(
+        "facts": facts(
             ("Samples", format_count(details.get("samples"))),
             ("Size", format_bytes(details["bytes"]) if "bytes" in details else None),
             ("Size of one", format_bytes(details["bytes_per_sample"]) if "bytes_per_sample" in details else None),
@@ -56,4 +56,4 @@ def _contact_sheet(artifact: Artifact) -> str | None:
     from pipelines.stages.pairs.summary.contact_sheet import contact_sheet, tars_of
 
     sheet = contact_sheet(tars_of(artifact.storage))
-    return None if sheet is None else _webp(Image.fromarray(sheet), quality=80)
+    return None if sheet is None else webp_url(Image.fromarray(sheet), quality=80)
