@@ -11,14 +11,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.drawing.formatting import format_bytes, format_seconds
+from pipelines.drawing.formatting import format_bytes, format_seconds, sparkline
 from pipelines.run.plan import STAGE_NAMES, PlannedStage
 from pipelines.run.results import RunObserver, RunResult, StageRow
 
 LOG_EVERY_S = 10.0
 ETA_WINDOW_S = 120.0
 REMEMBER_EVERY_S = 0.5
-SPARKS = "▁▂▃▄▅▆▇█"
 STYLES = {"cached": "dim", "run": "green", "resumed": "green", "retried": "green", "skipped": "dim"}
 
 
@@ -121,7 +120,11 @@ class Display(RunObserver):
             else:
                 table.add_row(Text("·", "dim"), Text(name, "dim"))
         below = [_line(f"  {state.facts_line}") for state in self.running.values() if state.facts]
-        sparks = [_line(_sparkline(state.losses), "cyan") for state in self.running.values() if len(state.losses) > 1]
+        sparks = [
+            _line(f"   loss {sparkline(state.losses)}", "cyan")
+            for state in self.running.values()
+            if len(state.losses) > 1
+        ]
         return Group(table, *below, *sparks)
 
 
@@ -136,16 +139,6 @@ def _bar(state: _Running) -> list[RenderableType]:
         ProgressBar(total=state.total or None, completed=state.done, width=30, pulse=not state.total),
         _line(counts),
     ]
-
-
-def _sparkline(values: list[float], width: int = 60) -> str:
-    """Draw the loss so far as one line of blocks, averaged into at most `width` columns."""
-    size = max(1, -(-len(values) // width))
-    means = [sum(chunk) / len(chunk) for i in range(0, len(values), size) if (chunk := values[i : i + size])]
-    low, high = min(means), max(means)
-    span = (high - low) or 1.0
-    bars = "".join(SPARKS[int((value - low) / span * (len(SPARKS) - 1))] for value in means)
-    return f"   loss {means[0]:.4f} {bars} {means[-1]:.4f}"
 
 
 def stage_table(result: RunResult) -> Table:

@@ -1,174 +1,223 @@
-"""Charts as inline SVG: they scale, print, and take their colours from the page's style sheet."""
+"""Charts for the report, drawn by matplotlib as inline SVG that takes its colors and font from the page around it."""
 
-import itertools
+from __future__ import annotations
+
+import contextlib
+import io
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree
 
+import numpy as np
 from markupsafe import Markup
+from numpy.typing import ArrayLike, NDArray
 
-MOST_POINTS, MOST_LABELS = 500, 9
+from pipelines.drawing.printable import printable
+
+# matplotlib is imported where a chart is drawn: stages declare their section of the report, and `ldm --help` and
+# `ldm plan`, which load these declarations, need not wait half a second for it.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Floats = NDArray[np.float64]
+
+WIDE, NARROW = (880, 260), (420, 230)  # width and height in pixels
+PIXELS_PER_INCH = 72  # one unit of matplotlib's SVG is one point
+MOST_POINTS = 1000
+MOST_BIN_LABELS = 9
+ROUND = [1, 2, 5, 10]  # times a power of ten: steps from tick to tick
 LEAST_LOG_RATIO = 4  # below it, a logarithmic axis has hardly a round value to show
+LARGEST_VALUE = 1e100  # beyond it (float32 ends at 3.4e38), the arithmetic of the axes would overflow
+
+# The light colors of the page's style sheet, and the variables that hold them: a chart follows the page into dark mode
+# and print, and keeps these colors in a page without the variables.
+ACCENT, FAINT, SOFT, LINE = "#2f6fde", "#b9cdf3", "#667085", "#e4e7ec"
+VARIABLES = {ACCENT: "--accent", FAINT: "--faint", SOFT: "--soft", LINE: "--line"}
+
+PARTS = ("raw", "smooth", "bar")  # classes of the parts of a chart
+
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": LINE,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.labelcolor": SOFT,
+    "axes.labelsize": 12,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 12,
+    "grid.color": LINE,
+    "svg.fonttype": "none",  # text stays text: in the page's font, and searchable
+    "svg.hashsalt": "ldm",  # or ids would differ from run to run
+    "text.parse_math": False,
+    "xtick.color": LINE,
+    "xtick.labelcolor": SOFT,
+    "ytick.labelcolor": SOFT,
+    "ytick.left": False,
+}
 
 
-@dataclass(frozen=True)
-class Frame:
-    """A drawing's size in pixels, and the lines between which its values lie."""
+def loss_chart(steps: ArrayLike, losses: ArrayLike) -> Markup:
+    """Draw a loss over optimizer steps: the logged values, and their mean over a twentieth of the run.
 
-    width: int
-    height: int
+    The vertical axis is logarithmic if the losses are positive and span enough. Values that are not finite are left
+    out; a long run is thinned, but keeps its spikes.
 
-    @property
-    def left(self) -> int:
-        return 60
+    Args:
+        steps: (N,) the optimizer step of each value.
+        losses: (N,) the values.
 
-    @property
-    def right(self) -> int:
-        return self.width - 14
-
-    @property
-    def top(self) -> int:
-        return 10
-
-    @property
-    def bottom(self) -> int:
-        return self.height - 42
-
-
-WIDE, NARROW = Frame(880, 260), Frame(420, 230)
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A range of values laid over a range of pixels, linearly or logarithmically."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool = False
-
-    def place(self, value: float) -> float:
-        low, high, value = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
-        return self.start + (value - low) / (high - low) * (self.end - self.start)
-
-    def ticks(self, count: int = 6) -> list[float]:
-        """Round values inside the range: 1, 2, 5 times a power of ten."""
-        if self.log:
-            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            candidates = [mantissa * 10.0**decade for decade in decades for mantissa in (1, 2, 5)]
-            if len(decades) > count:
-                candidates = [10.0**decade for decade in decades]
-        else:
-            step = _round_up((self.high - self.low) / count)
-            first = math.ceil(self.low / step)
-            candidates = [index * step for index in range(first, math.floor(self.high / step) + 1)]
-        return [value for value in candidates if self.low <= value <= self.high]
-
-
-def loss_chart(steps: Sequence[float], losses: Sequence[float]) -> Markup:
-    """A loss over optimiser steps: each logged value, and the mean over a twentieth of the run around it.
-
-    The vertical axis is logarithmic where the losses are positive and span enough. Not finite ones are left out.
+    Returns:
+        An `<svg>` element; nothing for fewer than two finite values.
     """
-    points = [(x, y) for x, y in zip(steps, losses) if math.isfinite(x) and math.isfinite(y)]
-    if len(points) < 2:
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, ScalarFormatter, StrMethodFormatter
+
+    xs, ys = np.asarray(steps, np.float64), np.asarray(losses, np.float64)
+    drawable = (np.abs(xs) < LARGEST_VALUE) & (np.abs(ys) < LARGEST_VALUE)  # False for NaN
+    xs, ys = xs[drawable], ys[drawable]
+    if len(xs) < 2:
         return Markup("")
-    xs, ys = [x for x, _ in points], [y for _, y in points]
     smooth = running_mean(ys, reach=max(1, len(ys) // 40))
-    log = 0 < min(ys) < max(ys) / LEAST_LOG_RATIO
-    x_axis = Axis(min(xs), max(max(xs), min(xs) + 1), WIDE.left, WIDE.right)
-    y_axis = Axis(*_margin(min(ys), max(ys), log=log), WIDE.bottom, WIDE.top, log=log)
-    body = _rules(WIDE, y_axis, "loss (log scale)" if log else "loss") + _axis_label(WIDE, "step")
-    for tick in x_axis.ticks(8):
-        body += _text(x_axis.place(tick), WIDE.bottom + 16, _number(tick), "middle")
-    body += _line("raw", xs, ys, x_axis, y_axis) + _line("smooth", xs, smooth, x_axis, y_axis)
-    return _svg(WIDE, f"Loss from {ys[0]:.3g} to {smooth[-1]:.3g} over {len(ys)} logged steps", body)
+    low, high = ys.min(), ys.max()
+    log = 1 / LARGEST_VALUE < low * LEAST_LOG_RATIO < high
+    with _style():
+        figure = _figure(WIDE)
+        axes = figure.add_subplot(xlabel="step", ylabel="loss (log scale)" if log else "loss")
+        axes.plot(*_thinned(xs, ys), color=FAINT, linewidth=1, gid="raw")
+        axes.plot(*_thinned(xs, smooth), color=ACCENT, linewidth=2, gid="smooth")
+        axes.margins(x=0)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=ROUND))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        if log:
+            axes.set_yscale("log")
+            axes.minorticks_off()
+            # Over several decades, 1, 2 and 5 of each would be a thicket.
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,), numticks=7))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        else:
+            axes.yaxis.set_major_locator(MaxNLocator(6, steps=ROUND))
+            # Without an offset in the corner ("+1.2e-1" above ticks that read 1, 2, 3).
+            axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
+        return _svg(figure, f"Loss from {ys[0]:.3g} to {smooth[-1]:.3g} over {len(ys):,} logged steps")
 
 
 def histogram(edges: Sequence[float], counts: Sequence[int], label: str) -> Markup:
-    """Bars of one width; bar i counts values from edges[i] up to edges[i + 1], the last one all from its edge on.
+    """Draw a histogram with bars of equal width, whatever the widths of its bins; each bar's tooltip says its count.
 
-    Empty bars at both ends are left out.
+    Args:
+        edges: (N,) or (N + 1,) ascending; bin i counts values from `edges[i]` up to `edges[i + 1]`, a last bin without
+            an upper edge all values from its lower edge on.
+        counts: (N,) values per bin; empty bins at both ends are left out.
+        label: what is measured, below the horizontal axis.
+
+    Returns:
+        An `<svg>` element; nothing if all bins are empty.
     """
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
     filled = [index for index, count in enumerate(counts) if count]
     if not filled:
         return Markup("")
-    shown = range(filled[0], filled[-1] + 1)
-    x_axis = Axis(0, len(shown), NARROW.left, NARROW.right)
-    y_axis = Axis(0, max(counts) * 1.05, NARROW.bottom, NARROW.top)
-    body = _rules(NARROW, y_axis, "samples") + _axis_label(NARROW, label)
-    for position, index in enumerate(shown):
-        left, right, top = x_axis.place(position), x_axis.place(position + 1), y_axis.place(counts[index])
-        after = f"{edges[index + 1]:g}" if index + 1 < len(edges) else "and more"
-        title = f"{edges[index]:g} to {after}: {counts[index]:,}"
-        body += Markup(
-            '<rect class="bar" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" rx="2"><title>{}</title></rect>'
-        ).format(left + 1, top, right - left - 2, NARROW.bottom - top, title)
-    for index in range(shown.start, shown.stop + 1, math.ceil(len(shown) / MOST_LABELS)):
-        if index < len(edges):
-            place = x_axis.place(index - shown.start)
-            body += _text(place, NARROW.bottom + 16, f"{edges[index]:g}", "middle")
-    return _svg(NARROW, f"Histogram of {label}", body)
+    bins = range(filled[0], filled[-1] + 1)
+    upper = [f"{edges[i + 1]:g}" if i + 1 < len(edges) else "and more" for i in bins]
+    tooltips = [f"{edges[i]:g} to {end}: {counts[i]:,}" for i, end in zip(bins, upper)]
+    labelled = [i for i in range(bins.start, bins.stop + 1, math.ceil(len(bins) / MOST_BIN_LABELS)) if i < len(edges)]
+    with _style():
+        figure = _figure(NARROW)
+        axes = figure.add_subplot(xlabel=printable(label), ylabel="samples", xlim=(bins.start, bins.stop))
+        for bar in axes.bar([i + 0.5 for i in bins], [counts[i] for i in bins], width=0.94, color=ACCENT):
+            bar.set_gid("bar")
+        axes.set_xticks(labelled, [f"{edges[i]:g}" for i in labelled])
+        axes.yaxis.set_major_locator(MaxNLocator(6, integer=True, steps=ROUND))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        return _svg(figure, f"Histogram of {printable(label)}", tooltips)
 
 
-def running_mean(values: Sequence[float], reach: int) -> list[float]:
-    """The mean of each value and up to `reach` values on either side, as many on the one as on the other."""
-    sums = [0.0, *itertools.accumulate(values)]
-    means = []
-    for index in range(len(values)):
-        # Fewer near the ends: a window to one side only would lag behind a falling loss.
-        side = min(reach, index, len(values) - 1 - index)
-        means.append((sums[index + side + 1] - sums[index - side]) / (2 * side + 1))
+def running_mean(values: ArrayLike, reach: int) -> Floats:
+    """Return the mean of each value and up to `reach` values on either side, equally many on both."""
+    values = np.asarray(values, np.float64)
+    index = np.arange(len(values))
+    # Fewer near the ends: a window to one side only would lag behind a falling loss.
+    side = np.minimum(np.minimum(index, index[::-1]), reach)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    means: Floats = (sums[index + side + 1] - sums[index - side]) / (2 * side + 1)
     return means
 
 
-def _svg(frame: Frame, title: str, body: Markup) -> Markup:
-    return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img"><title>{}</title>{}</svg>').format(
-        frame.width, frame.height, title, body
-    )
+def _thinned(xs: Floats, ys: Floats) -> tuple[Floats, Floats]:
+    """Both ends and, of each short stretch between them, the lowest and the highest value."""
+    if len(xs) <= MOST_POINTS:
+        return xs, ys
+    stretches = np.array_split(np.arange(len(ys)), MOST_POINTS // 2 - 1)
+    extremes = [stretch[extreme(ys[stretch])] for stretch in stretches for extreme in (np.argmin, np.argmax)]
+    kept = np.unique([0, *extremes, len(ys) - 1])
+    return xs[kept], ys[kept]
 
 
-def _rules(frame: Frame, y_axis: Axis, label: str) -> Markup:
-    """Horizontal lines at round values, with the values, and what they are."""
-    body = Markup("")
-    for tick in y_axis.ticks():
-        y = y_axis.place(tick)
-        line = Markup('<line class="rule" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>')
-        body += line.format(frame.left, frame.right, y, y) + _text(frame.left - 7, y + 4, _number(tick), "end")
-    middle = (frame.top + frame.bottom) / 2
-    upright = Markup('<text transform="translate(12 {:.0f}) rotate(-90)" text-anchor="middle">{}</text>')
-    return body + upright.format(middle, label)
+@contextlib.contextmanager
+def _style() -> Iterator[None]:
+    """Draw in our style, whatever matplotlibrc this machine has; the process's own settings come back afterwards."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        yield
 
 
-def _axis_label(frame: Frame, text: str) -> Markup:
-    return _text((frame.left + frame.right) / 2, frame.height - 7, text, "middle")
+def _figure(size: tuple[int, int]) -> Figure:
+    # Not pyplot's, which keeps every figure alive and picks a backend for the screen.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(size[0] / PIXELS_PER_INCH, size[1] / PIXELS_PER_INCH), layout="constrained")
 
 
-def _text(x: float, y: float, text: str, anchor: str) -> Markup:
-    return Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(x, y, anchor, text)
+def _svg(figure: Figure, title: str, tooltips: Sequence[str] = ()) -> Markup:
+    """The figure as an `<svg>` element for an HTML page; `tooltips` of its bars, from left to right."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    svg = ElementTree.fromstring(file.getvalue())
+    for element in svg.iter():
+        _make_html(element)
+    # In HTML, the style sheet of one drawing would hold for the whole page.
+    svg[:] = [child for child in svg if child.tag != "metadata" and child.find("style") is None]
+    svg.attrib = {"class": "chart", "role": "img", "viewBox": svg.attrib["viewBox"], "stroke-linejoin": "round"}
+    for text, parent in [(title, svg), *zip(tooltips, svg.iterfind(".//g[@class='bar']"))]:
+        # SVG takes the first child alone for a title.
+        parent.insert(0, ElementTree.Element("title"))
+        parent[0].text = text
+    # Escaped by ElementTree.
+    return Markup(ElementTree.tostring(svg, encoding="unicode"))
 
 
-def _line(style: str, xs: Sequence[float], ys: Sequence[float], x_axis: Axis, y_axis: Axis) -> Markup:
-    stride = math.ceil(len(xs) / MOST_POINTS)
-    kept = [*range(0, len(xs) - 1, stride), len(xs) - 1]
-    points = " ".join(f"{x_axis.place(xs[i]):.1f},{y_axis.place(ys[i]):.1f}" for i in kept)
-    return Markup('<polyline class="{}" points="{}"/>').format(style, points)
+def _make_html(element: ElementTree.Element) -> None:
+    """Rewrite an element of matplotlib's SVG as one of an HTML page that may hold several charts."""
+    # HTML knows SVG without namespaces; `xlink:href` is `href` today.
+    element.tag = element.tag.partition("}")[2]
+    attributes = {name.rpartition("}")[2]: value for name, value in element.attrib.items()}
+    if element.tag == "g" and (name := attributes.pop("id", "")) in PARTS:
+        # As a class: an id may occur once on a page. (The ids of markers and clip paths are digests of what they
+        # name, so that two charts share one only if it means the same in both.)
+        attributes["class"] = name
+    if "style" in attributes:
+        style = re.sub(r"font-family:[^;]*;? ?", "", attributes["style"])
+        attributes["style"] = re.sub("#[0-9a-f]{6}", _variable, style)
+    for name in attributes.keys() & {"d", "x", "y", "transform"}:
+        attributes[name] = re.sub(r"-?\d+\.\d+", _rounded, " ".join(attributes[name].split()))
+    element.attrib = attributes
+    element.tail = None
+    if element.tag != "text":
+        element.text = None
 
 
-def _margin(low: float, high: float, *, log: bool) -> tuple[float, float]:
-    if log:
-        factor = max((high / low) ** 0.04, 1.05)
-        return low / factor, high * factor
-    space = max((high - low) * 0.05, 1e-9)
-    return low - space, high + space
+def _variable(color: re.Match[str]) -> str:
+    name = VARIABLES.get(color[0])
+    return f"var({name}, {color[0]})" if name else color[0]
 
 
-def _round_up(value: float) -> float:
-    """The next of 1, 2, 5 times a power of ten."""
-    power = 10.0 ** math.floor(math.log10(value))
-    return next(mantissa * power for mantissa in (1, 2, 5, 10) if mantissa * power >= value * (1 - 1e-9))
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+def _rounded(number: re.Match[str]) -> str:
+    # Tenths of a pixel; matplotlib writes millionths, most of a long line's bytes.
+    return f"{float(number[0]):.1f}".removesuffix(".0")

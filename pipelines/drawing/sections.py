@@ -1,4 +1,4 @@
-"""Parts that the stages' report sections share: facts, charts and pictures as HTML."""
+"""Parts that the stages' report sections share: facts, a loss chart, and pictures as data URLs."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ import base64
 import io
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from markupsafe import Markup
+from PIL import Image
 
 from pipelines.drawing.charts import loss_chart
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from pipelines.store.ledger import Artifact
-
+from pipelines.store.ledger import Artifact
 
 MOST_PREVIEWS = 8
 
@@ -24,50 +20,55 @@ MOST_PREVIEWS = 8
 LARGEST_PNG_BYTES = 300_000
 
 
-def _facts(*facts: tuple[str, str | None]) -> list[tuple[str, str]]:
-    return [(name, value) for name, value in facts if value]
+def facts(*items: tuple[str, str | None]) -> list[tuple[str, str]]:
+    """Return the (name, value) items that have a value."""
+    return [(name, value) for name, value in items if value]
 
 
-def _rate(details: Mapping[str, Any]) -> str | None:
+def rate(details: Mapping[str, Any]) -> str | None:
+    """Return a training stage's throughput as text; None if its details do not tell."""
     return f"{details['images_per_s']:,.1f} images/s" if "images_per_s" in details else None
 
 
-def _loss_chart(artifact: Artifact) -> Markup:
-    if "history.json" not in {file.name for file in artifact.manifest.files}:
+def loss_chart_of(artifact: Artifact) -> Markup:
+    """Draw the loss history that a training stage committed; nothing if there is none."""
+    if not _has(artifact, "history.json"):
         return Markup("")
     history = artifact.storage.read_json("history.json")
     return loss_chart([entry["step"] for entry in history], [entry["loss"] for entry in history])
 
 
-def _previews(artifact: Artifact) -> list[tuple[int, str]]:
-    """(step, picture) of at most MOST_PREVIEWS grids, evenly spread, the last one among them."""
-    names = sorted(f.name for f in artifact.manifest.files if f.name.startswith("previews/step_"))
-    stride = math.ceil(len(names) / MOST_PREVIEWS)
-    kept = names[::-1][:: max(stride, 1)][::-1]
-    return [
-        (int(name.removesuffix(".png").rpartition("_")[2]), picture)
-        for name in kept
-        if (picture := _picture(artifact, name))
-    ]
+def previews(artifact: Artifact) -> list[tuple[int, str]]:
+    """Return (step, data URL) of at most MOST_PREVIEWS preview grids, evenly spread, the last one among them."""
+    names = sorted(file.name for file in artifact.manifest.files if file.name.startswith("previews/step_"))
+    stride = max(math.ceil(len(names) / MOST_PREVIEWS), 1)
+    kept = names[::-1][::stride][::-1]
+    return [(int(name.removesuffix(".png").rpartition("_")[2]), _picture_url(artifact, name)) for name in kept]
 
 
-def _picture(artifact: Artifact, name: str) -> str | None:
-    """A committed PNG as a data URL; None where the artifact has none of that name."""
-    from PIL import Image
-
-    if name not in {file.name for file in artifact.manifest.files}:
-        return None
-    data = artifact.storage.read_bytes(name)
-    if len(data) > LARGEST_PNG_BYTES:
-        return _webp(Image.open(io.BytesIO(data)), quality=88)
-    return _data_url("png", data)
+def picture(artifact: Artifact, name: str) -> str | None:
+    """Return a committed PNG as a data URL; None if the artifact has none of that name."""
+    return _picture_url(artifact, name) if _has(artifact, name) else None
 
 
-def _webp(image: Image.Image, quality: int) -> str:
+def webp_url(image: Image.Image, quality: int) -> str:
+    """Encode a picture as WebP, `quality` from 0 to 100, in a data URL."""
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=quality)
-    return _data_url("webp", buffer.getvalue())
+    return data_url("webp", buffer.getvalue())
 
 
-def _data_url(kind: str, data: bytes) -> str:
+def data_url(kind: str, data: bytes) -> str:
+    """Return an encoded picture as a URL that holds it; `kind` is its subtype of `image/`."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _picture_url(artifact: Artifact, name: str) -> str:
+    data = artifact.storage.read_bytes(name)
+    if len(data) > LARGEST_PNG_BYTES:
+        return webp_url(Image.open(io.BytesIO(data)), quality=88)
+    return data_url("png", data)
+
+
+def _has(artifact: Artifact, name: str) -> bool:
+    return any(file.name == name for file in artifact.manifest.files)

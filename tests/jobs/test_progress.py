@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from jobs.progress import Display, _Running, _sparkline, stage_table
+from jobs.progress import Display, _Running, stage_table
 from pipelines.run.results import RunResult, StageRow
 
 
@@ -104,6 +104,11 @@ def test_the_rate_counts_what_was_worked_on_and_not_the_samples_that_came_of_it(
     ]
 
 
-def test_the_sparkline_falls_with_the_loss() -> None:
-    line = _sparkline([1.0, 0.75, 0.5, 0.25, 0.0])
-    assert line.split() == ["loss", "1.0000", "█▆▄▂▁", "0.0000"]
+def test_a_terminal_shows_the_loss_so_far() -> None:
+    stream = io.StringIO()
+    planned: Any = SimpleNamespace(stage=SimpleNamespace(name="diffusion"), state="run", key="0" * 16)
+    with Display(Console(file=stream, width=100, force_terminal=True, color_system=None)) as display:
+        display.begin(planned)
+        for step, loss in enumerate(("1.0", "0.5", "nan", "0.0"), start=1):
+            display.progress("diffusion", step, 4, loss=loss)
+    assert "loss 1.0000 █▄▁ 0.0000" in stream.getvalue()

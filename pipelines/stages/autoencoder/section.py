@@ -2,7 +2,7 @@
 
 from pipelines.drawing.formatting import format_count
 from pipelines.drawing.html import render
-from pipelines.drawing.sections import _facts, _loss_chart, _picture, _previews, _rate
+from pipelines.drawing.sections import facts, loss_chart_of, picture, previews, rate
 from pipelines.stage import Headline, Section
 from pipelines.store.ledger import Artifact
 
@@ -15,15 +15,15 @@ def section(artifact: Artifact) -> Section:
         headlines = (Headline(f"{details['psnr_db']:.1f} dB", "reconstruction PSNR", "of the first stage"),)
     html = render(
         "stages/autoencoder/section.html.j2",
-        facts=_facts(
+        facts=facts(
             ("Parameters", format_count(details.get("parameters"))),
             ("PSNR", f"{details['psnr_db']:.2f} dB" if "psnr_db" in details else None),
             ("Steps", format_count(details.get("steps"))),
-            ("Throughput", _rate(details)),
+            ("Throughput", rate(details)),
             ("Weights", details.get("encoder_sha256", "")[:16]),
         ),
-        loss=_loss_chart(artifact),
-        reconstructions=_picture(artifact, "reconstructions.png"),
-        previews=_previews(artifact),
+        loss=loss_chart_of(artifact),
+        reconstructions=picture(artifact, "reconstructions.png"),
+        previews=previews(artifact),
     )
     return Section(html, headlines)

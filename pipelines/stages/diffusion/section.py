@@ -4,7 +4,7 @@ import math
 
 from pipelines.drawing.formatting import format_count
 from pipelines.drawing.html import render
-from pipelines.drawing.sections import _facts, _loss_chart, _previews, _rate
+from pipelines.drawing.sections import facts, loss_chart_of, previews, rate
 from pipelines.stage import Headline, Section
 from pipelines.store.ledger import Artifact
 
@@ -20,14 +20,14 @@ def section(artifact: Artifact) -> Section:
         headlines = (Headline(f"{details['images_per_s']:.1f}", "images/s in training", remark),)
     html = render(
         "stages/diffusion/section.html.j2",
-        facts=_facts(
+        facts=facts(
             *((f"Parameters: {name.replace('_', ' ')}", format_count(count)) for name, count in counts),
             ("Steps", format_count(details.get("steps"))),
-            ("Throughput", _rate(details)),
+            ("Throughput", rate(details)),
             ("Workers", format_count(details.get("workers"))),
             ("Final loss", f"{details['final_loss']:.4g}" if "final_loss" in details else None),
         ),
-        loss=_loss_chart(artifact),
-        previews=_previews(artifact),
+        loss=loss_chart_of(artifact),
+        previews=previews(artifact),
     )
     return Section(html, headlines)

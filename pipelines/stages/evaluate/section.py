@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from pipelines.drawing.html import render
-from pipelines.drawing.sections import _picture
+from pipelines.drawing.sections import picture
 from pipelines.stage import Headline, Section
 from pipelines.store.ledger import Artifact
 
@@ -24,8 +24,8 @@ def section(artifact: Artifact) -> Section:
     attributes = [(name, share, scores.get("samples", 0)) for name, share in scores.get("attributes", {}).items()]
     html = render(
         "stages/evaluate/section.html.j2",
-        grid=_picture(artifact, "grid.png"),
-        training_grid=_picture(artifact, "training_grid.png"),
+        grid=picture(artifact, "grid.png"),
+        training_grid=picture(artifact, "training_grid.png"),
         prompts=details.get("prompts", []) if isinstance(details.get("prompts"), list) else [],
         attributes=attributes + groups,
         mistakes=[item for item in scores.get("items", []) if not item["right"]][:MOST_MISTAKES],

@@ -1,7 +1,7 @@
 """The `export` stage's section of the report."""
 
 from pipelines.drawing.html import render
-from pipelines.drawing.sections import _facts
+from pipelines.drawing.sections import facts
 from pipelines.stage import Section
 from pipelines.store.ledger import Artifact
 
@@ -10,7 +10,7 @@ def section(artifact: Artifact) -> Section:
     """Return where the model is, and its files."""
     html = render(
         "stages/export/section.html.j2",
-        facts=_facts(("Layouts", ", ".join(artifact.details.get("layouts", [])))),
+        facts=facts(("Layouts", ", ".join(artifact.details.get("layouts", [])))),
         place=artifact.storage.url,
         files=[(file.name, file.bytes) for file in artifact.manifest.files],
     )

@@ -2,7 +2,7 @@
 
 from pipelines.drawing.formatting import format_bytes, format_count
 from pipelines.drawing.html import render
-from pipelines.drawing.sections import _facts
+from pipelines.drawing.sections import facts
 from pipelines.stage import Section
 from pipelines.store.ledger import Artifact
 
@@ -12,7 +12,7 @@ def section(artifact: Artifact) -> Section:
     details = artifact.details
     shape = " × ".join(str(size) for size in details.get("latent_shape", []))
     bytes_per_sample = artifact.manifest.bytes / max(details.get("samples", 0), 1)
-    facts = _facts(
+    facts = facts(
         ("Latents", format_count(details.get("samples"))),
         ("Shape (C, h, w)", shape),
         ("Stored as", details.get("latent_dtype")),

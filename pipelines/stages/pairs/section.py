@@ -8,7 +8,7 @@ from PIL import Image
 from pipelines.drawing.charts import histogram
 from pipelines.drawing.formatting import format_bytes, format_count
 from pipelines.drawing.html import render
-from pipelines.drawing.sections import _facts, _webp
+from pipelines.drawing.sections import facts, webp_url
 from pipelines.stage import Headline, Section
 from pipelines.stages.pairs.summary.contact_sheet import contact_sheet, tars_of
 from pipelines.store.ledger import Artifact
@@ -32,7 +32,7 @@ def section(artifact: Artifact) -> Section:
     ]
     html = render(
         "stages/pairs/section.html.j2",
-        facts=_facts(
+        facts=facts(
             ("Samples", format_count(details.get("samples"))),
             ("Size", format_bytes(details["bytes"]) if "bytes" in details else None),
             ("Size of one", format_bytes(details["bytes_per_sample"]) if "bytes_per_sample" in details else None),
@@ -64,4 +64,4 @@ def _most_frequent_first(counts: Mapping[str, int]) -> list[tuple[str, int]]:
 def _contact_sheet(artifact: Artifact) -> str | None:
     """Return random samples with their captions as a data URL; None if there are none."""
     sheet = contact_sheet(tars_of(artifact.storage))
-    return None if sheet is None else _webp(Image.fromarray(sheet), quality=80)
+    return None if sheet is None else webp_url(Image.fromarray(sheet), quality=80)
