@@ -12,7 +12,6 @@ from jobs.progress import Display, stage_table
 from pipelines.drawing.formatting import format_seconds
 from pipelines.run.plan import STAGES
 from pipelines.run.results import RunResult
-from pipelines.run.walk import run as run_pipeline
 
 
 @click.command()
@@ -42,6 +41,9 @@ def run(
           --set pairs.columns.image=file --set pairs.columns.text=captions
       ldm run small ... --only latents --force latents
     """
+    # Imports Ray, which takes a second that `ldm run --help` should not cost.
+    from pipelines.run.walk import run as run_pipeline
+
     recipe = open_recipe(recipe_name, root, overrides)
     out = console(as_json)
     with Display(out) as display:

@@ -15,7 +15,6 @@ from jobs.recipes import recipe_path
 from pipelines.run.plan import STAGE_NAMES, Selection
 from pipelines.run.recipe import load_recipe
 from pipelines.run.results import RunResult
-from pipelines.run.walk import run as run_pipeline
 
 NEXT = """
 [bold]what next[/bold]
@@ -52,6 +51,9 @@ def demo(
     Example:
       ldm demo --root runs/demo
     """
+    # Imports Ray, which takes a second that `ldm demo --help` should not cost.
+    from pipelines.run.walk import run as run_pipeline
+
     started = time.monotonic()
     out = console(as_json)
     with out.status("rendering pictures"):

@@ -1,29 +1,48 @@
-"""The command line and its recipes are at hand without the seconds that importing torch takes."""
+"""`ldm --help`, a recipe and a plan are at hand without the seconds that importing torch or Ray takes."""
 
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import jobs
+from tests.tiny import write_pictures
 
-SCRIPT = """
+RECIPES = sorted(path.stem for path in Path(jobs.__file__).parent.glob("recipes/*.yaml"))
+HEAVY = ("matplotlib", "mlflow", "ray", "torch", "transformers")
+RUN = """
 import sys
-from pathlib import Path
+from jobs import cli
 
-import jobs.cli, jobs.commands.plan, jobs.commands.run, pipelines.run.walk
-from pipelines.run.recipe import load_recipe
-
-for path in sys.argv[1:]:
-    recipe = load_recipe(Path(path), ("pairs.source=metadata.jsonl",))
-    assert recipe.diffusion is None or recipe.diffusion.unet.in_channels == recipe.autoencoder.model.embed_dim
-assert "torch" not in sys.modules, "torch was imported"
+sys.argv = ["ldm", *sys.argv[2:]]
+try:
+    cli.main()
+except SystemExit as exit_:
+    assert not exit_.code, exit_.code
+found = [name for name in {heavy!r} if name in sys.modules]
+assert not found, f"imported: {{found}}"
 """
 
 
-def test_commands_and_shipped_recipes_load_without_torch() -> None:
-    recipes = sorted(Path(jobs.__file__).parent.glob("recipes/*.yaml"))
-    assert recipes
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *map(str, recipes)], capture_output=True, text=True, check=False, timeout=120
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `ldm` in a fresh interpreter, which then says what it has imported."""
+    command = [sys.executable, "-c", RUN.format(heavy=HEAVY), "ldm", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("run", "--help"), ("plan", "--help"), ("submit", "--help")])
+def test_help_is_light(arguments: tuple[str, ...]) -> None:
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "demo"])
+def test_planning_a_shipped_recipe_is_light(recipe: str, tmp_path: Path) -> None:
+    table = write_pictures(tmp_path / "pictures", 4)
+    options = (f"pairs.source={table}", "pairs.columns.image=file", "pairs.columns.text=captions")
+    done = run(
+        "plan", recipe, "--root", str(tmp_path / "root"), *(part for each in options for part in ("--set", each))
     )
     assert done.returncode == 0, done.stderr
+    assert "pairs" in done.stdout

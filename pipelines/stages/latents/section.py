@@ -12,7 +12,7 @@ def section(artifact: Artifact) -> Section:
     details = artifact.details
     shape = " × ".join(str(size) for size in details.get("latent_shape", []))
     bytes_per_sample = artifact.manifest.bytes / max(details.get("samples", 0), 1)
-    facts = facts(
+    shown = facts(
         ("Latents", format_count(details.get("samples"))),
         ("Shape (C, h, w)", shape),
         ("Stored as", details.get("latent_dtype")),
@@ -23,4 +23,4 @@ def section(artifact: Artifact) -> Section:
         ("Encoder", details.get("encoder_sha256", "")[:16]),
         ("Tokenizer", details.get("tokenizer_sha256", "")[:16]),
     )
-    return Section(render("stages/latents/section.html.j2", facts=facts))
+    return Section(render("stages/latents/section.html.j2", facts=shown))
