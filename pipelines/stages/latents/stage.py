@@ -20,7 +20,7 @@ from pipelines.stages.pairs.artifact import PAIRS_FORMAT
 from pipelines.store.ledger import Artifact
 
 if TYPE_CHECKING:
-    from ldm_core.tokenizers.wordpiece import Tokenizer
+    from ldm_core.tokenizers.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
 
