@@ -1,91 +1,79 @@
 """A model as a folder: model.safetensors (float32), config.json and, for a model of captions, its tokenizer's file.
 
-This is what training, import and export write and `ldm_core.load` reads. No pickle is involved. Large models may be
-in shards, model-00001-of-0000N.safetensors with an index beside them. A first stage alone has the same files.
+Training, import and export write it, `ldm_core.load` reads it; no pickle is involved. Large models may be in shards,
+model-00001-of-0000N.safetensors with an index beside them. A first stage alone is a folder of the same kind.
 """
 
+from __future__ import annotations
+
 import contextlib
-import dataclasses
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from ldm_core.conditioning import FrozenTextConfig
 from ldm_core.conditioning.build import build_conditioner
 from ldm_core.configs.first_stage import FirstStageConfig
-from ldm_core.configs.model import LatentDiffusionConfig
-from ldm_core.configs.text import ClipTextConfig, TextTransformerConfig
+from ldm_core.configs.model import Config, LatentDiffusionConfig, config_from_dict, config_to_dict, takes_captions
+from ldm_core.configs.text import FrozenTextConfig
 from ldm_core.latent_diffusion import LatentDiffusion
-from ldm_core.networks.autoencoder import AutoencoderKL, VQAutoencoder, build_first_stage
+from ldm_core.model_files import CONFIG_FILE, TOKENIZER_FILE, VOCABULARY_FILE, WEIGHTS_FILE, WEIGHTS_STEM
+from ldm_core.networks.autoencoder import FirstStage, build_first_stage
+from ldm_core.tokenizers.tokenizer import Tokenizer
 from ldm_core.weights.finite import check_finite
-from ldm_core.weights.named_tensors import NamedTensors, differences
+from ldm_core.weights.named_tensors import NamedTensors, Shape, differences
 from ldm_core.weights.weights_files import open_stem, read_json, write_json, write_weights
-
-if TYPE_CHECKING:
-    from ldm_core.tokenizers.from_file import FileTokenizer
-    from ldm_core.tokenizers.wordpiece import Tokenizer
-
-    AnyTokenizer = Tokenizer | FileTokenizer
-
-WEIGHTS_STEM = "model"
-WEIGHTS_FILE = f"{WEIGHTS_STEM}.safetensors"
-CONFIG_FILE = "config.json"
-VOCABULARY_FILE = "vocab.txt"
-TOKENIZER_FILE = "tokenizer.json"
-CAPTION_CONFIGS = (TextTransformerConfig, ClipTextConfig, FrozenTextConfig)
 
 
 def save(
-    model: LatentDiffusion,
+    model: LatentDiffusion | FirstStage,
     folder: str | Path,
     *,
-    tokenizer: "AnyTokenizer | None" = None,
+    tokenizer: Tokenizer | None = None,
     max_shard_gib: float | None = None,
 ) -> None:
-    """Write a model to a folder, which is created where needed; files of the same names are replaced.
+    """Write a model, or a first stage alone, to a folder; it is created if needed, files of the same names replaced.
 
     Args:
-        model: weights are written as float32 in the standard layout, whatever they are held in.
-        folder: where to.
-        tokenizer: of the captions; written beside the weights.
+        model: its weights are written as float32 in the standard memory layout, whatever they are held in.
+        folder: where to write.
+        tokenizer: the captions' tokenizer, written beside the weights.
         max_shard_gib: size of the largest weights file in GiB; None is one file whatever its size.
 
     Raises:
-        ValueError: when the tokenizer has more ids than the model's text encoder, or a weight is not finite.
+        ValueError: the tokenizer has more ids than the model's text encoder, or a weight is not finite.
     """
     write(model.config, NamedTensors.of_module(model), folder, tokenizer=tokenizer, max_shard_gib=max_shard_gib)
 
 
 def write(
-    config: LatentDiffusionConfig | FirstStageConfig,
+    config: Config,
     weights: NamedTensors,
     folder: str | Path,
     *,
-    tokenizer: "AnyTokenizer | None" = None,
+    tokenizer: Tokenizer | None = None,
     max_shard_gib: float | None = None,
 ) -> None:
-    """Write a model, or a first stage alone, that need not be in memory: as `save`, a shard at a time.
+    """Write a model that need not be in memory: like `save`, one shard at a time.
 
-    A first stage is one file whatever its size: a recipe's `autoencoder.weights` takes one.
+    A first stage is one file whatever its size, because a recipe's `autoencoder.weights` takes one.
 
     Raises:
-        ValueError: as `save`; or the weights are not those of the config, they are named.
+        ValueError: as `save`; or the weights are not those of the config, which are named.
     """
     _check_tokenizer(config, tokenizer)
-    if wrong := differences(_meta_shapes(config), weights.shapes):
+    if wrong := differences(weight_shapes(config), weights.shapes):
         raise ValueError(f"the weights of {weights.source} must be those of the config, {wrong}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    limit = max_shard_gib if is_whole_model(config) else None
+    limit = None if isinstance(config, FirstStageConfig) else max_shard_gib
     write_weights(weights, folder, WEIGHTS_STEM, max_shard_gib=limit)
     if tokenizer is not None:
         write_tokenizer(tokenizer, folder)
-    # Last: without it a folder that was not written to its end is no model.
+    # Last: without it, a folder whose writing was cut short is no model.
     write_config(config, folder)
 
 
@@ -93,15 +81,15 @@ def load(folder: str | Path, *, device: torch.device | str | None = None) -> Lat
     """Read a model from a folder that `save` or `write` wrote.
 
     Args:
-        folder: with model.safetensors (or its shards) and config.json.
+        folder: holds model.safetensors (or its shards) and config.json.
         device: where to put the weights; None is torch's default device.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
-        FileNotFoundError: when the folder or one of its files is missing.
-        ValueError: when a file is damaged, or the weights are not those of the config; names the tensors.
+        FileNotFoundError: the folder or one of its files is missing.
+        ValueError: a file is damaged, or the weights are not those of the config; names the tensors.
     """
     config = load_config(folder)
     # On the meta device nothing is initialized only to be overwritten.
@@ -109,18 +97,31 @@ def load(folder: str | Path, *, device: torch.device | str | None = None) -> Lat
     if isinstance(config.conditioner, FrozenTextConfig):
         # Encoders of the transformers library keep tables outside of their state dict: these must be real.
         model.conditioner = build_conditioner(config.conditioner).to(device or torch.get_default_device())
-    _fill(model, Path(folder), device)
+    _fill(model, open_weights(folder, device=device))
     return model
 
 
-def load_first_stage(folder: str | Path, *, device: torch.device | str | None = None) -> AutoencoderKL | VQAutoencoder:
-    """Read a first stage alone from a folder that `write` or the autoencoder stage wrote; as `load`."""
+def load_first_stage(folder: str | Path, *, device: torch.device | str | None = None) -> FirstStage:
+    """Read a first stage alone from a folder that `save`, `write` or the autoencoder stage wrote; like `load`."""
     config = read_config(_existing(Path(folder), CONFIG_FILE))
     if not isinstance(config, FirstStageConfig):
         raise ValueError(f"{folder} must hold a first stage alone, it holds a whole model: use `load`")
+    return first_stage_with(config, open_weights(folder, device=device))
+
+
+def first_stage_with(config: FirstStageConfig, weights: NamedTensors) -> FirstStage:
+    """Build a first stage around given weights, in evaluation mode.
+
+    Args:
+        config: the first stage's shape.
+        weights: its weights, read here, on the device where the first stage is wanted.
+
+    Raises:
+        ValueError: the weights are not those of the config, or not finite; names the tensors.
+    """
     with torch.device("meta"):
         model = build_first_stage(config)
-    _fill(model, Path(folder), device)
+    _fill(model, weights)
     return model
 
 
@@ -134,76 +135,57 @@ def load_config(folder: str | Path) -> LatentDiffusionConfig:
     return config
 
 
-def read_config(path: str | Path) -> LatentDiffusionConfig | FirstStageConfig:
-    """The config of a whole model or of a first stage from a config.json.
+def read_config(path: str | Path) -> Config:
+    """Read the config of a whole model or of a first stage from a config.json.
 
     Raises:
         ValueError: the file is damaged or describes neither.
     """
     values = read_json(Path(path))
-    if "regularization" not in values:
-        return LatentDiffusionConfig.from_dict(values)
     try:
-        return FirstStageConfig(**values)
-    except TypeError as error:
-        raise ValueError(f"{path} must be a first stage's configuration: {error}") from error
+        return config_from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{path} must be a model's or a first stage's configuration: {error}") from error
 
 
-def write_config(config: LatentDiffusionConfig | FirstStageConfig, folder: str | Path) -> None:
-    """Write what `read_config` reads: config.json in the folder."""
-    values = config.to_dict() if isinstance(config, LatentDiffusionConfig) else dataclasses.asdict(config)
-    write_json(Path(folder) / CONFIG_FILE, values)
+def write_config(config: Config, folder: str | Path) -> None:
+    """Write config.json, which `read_config` reads, to a folder."""
+    write_json(Path(folder) / CONFIG_FILE, config_to_dict(config))
 
 
-def is_whole_model(config: LatentDiffusionConfig | FirstStageConfig) -> bool:
-    """Whether a config is that of a whole model, not of a first stage alone."""
-    return isinstance(config, LatentDiffusionConfig)
-
-
-def takes_captions(config: LatentDiffusionConfig | FirstStageConfig) -> bool:
-    """Whether a model is conditioned on captions, and so has a tokenizer."""
-    return isinstance(getattr(config, "conditioner", None), CAPTION_CONFIGS)
-
-
-def load_tokenizer(folder: str | Path) -> "AnyTokenizer":
-    """The tokenizer saved beside a model, cutting captions to the length its text encoder takes.
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """Read the tokenizer saved beside a model; it cuts captions to the length that the text encoder takes.
 
     Raises:
-        FileNotFoundError: when there is none.
-        ValueError: when it does not fit the model, or the model takes no captions.
+        FileNotFoundError: there is none.
+        ValueError: it does not fit the model, or the model takes no captions.
     """
-    from ldm_core.tokenizers.from_file import FileTokenizer
-    from ldm_core.tokenizers.wordpiece import Tokenizer
-
     folder, config = Path(folder), load_config(folder)
     if not takes_captions(config):
         raise ValueError(f"the model in {folder} takes no captions: sample it without a prompt")
     max_length: int = config.conditioner.max_length  # type: ignore[union-attr]
     if (folder / TOKENIZER_FILE).is_file():
-        tokenizer: AnyTokenizer = FileTokenizer.from_file(folder / TOKENIZER_FILE, max_length=max_length)
+        tokenizer = Tokenizer.from_json_file(folder / TOKENIZER_FILE, max_length=max_length)
     else:
-        path = _existing(folder, VOCABULARY_FILE)
-        tokenizer = Tokenizer.from_vocabulary_file(path, max_length=max_length)
+        tokenizer = Tokenizer.from_vocabulary_file(_existing(folder, VOCABULARY_FILE), max_length=max_length)
     _check_tokenizer(config, tokenizer)
     return tokenizer
 
 
-def find_tokenizer(folder: str | Path) -> "AnyTokenizer | None":
-    """The tokenizer saved beside a model, or None where there is none. Raises ValueError where it does not fit."""
+def find_tokenizer(folder: str | Path) -> Tokenizer | None:
+    """Read the tokenizer saved beside a model, None if there is none. Raises ValueError if it does not fit."""
     names = (VOCABULARY_FILE, TOKENIZER_FILE)
     return load_tokenizer(folder) if any((Path(folder) / name).is_file() for name in names) else None
 
 
-def write_tokenizer(tokenizer: "AnyTokenizer", folder: str | Path) -> None:
-    """Write vocab.txt, or tokenizer.json where it is another kind than BERT's."""
-    from ldm_core.tokenizers.wordpiece import Tokenizer
-
-    tokenizer.write(Path(folder) / (VOCABULARY_FILE if isinstance(tokenizer, Tokenizer) else TOKENIZER_FILE))
+def write_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Write vocab.txt or, for any other kind than BERT's, tokenizer.json to a folder."""
+    tokenizer.write(Path(folder) / tokenizer.file_name)
 
 
 @contextlib.contextmanager
 def new_folder(target: str | Path) -> Iterator[Path]:
-    """A folder that appears under its name only when everything in it is written.
+    """Yield a folder that appears as `target` only once everything in it is written.
 
     Raises:
         FileExistsError: the target exists and is not an empty folder.
@@ -223,7 +205,7 @@ def new_folder(target: str | Path) -> Iterator[Path]:
 
 
 def open_weights(folder: str | Path, *, device: torch.device | str | None = None) -> NamedTensors:
-    """The weights of a model folder, read one by one; they are not held against its config.
+    """Open the weights of a model folder, to be read one by one; they are not compared with its config.
 
     Raises:
         FileNotFoundError: there are none.
@@ -235,13 +217,19 @@ def open_weights(folder: str | Path, *, device: torch.device | str | None = None
     return weights
 
 
-def _fill(model: nn.Module, folder: Path, device: torch.device | str | None) -> None:
-    """Put a folder's weights in a model without any."""
-    weights = open_weights(folder, device=device)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if wrong := differences(expected, weights.shapes):
+def weight_shapes(config: Config) -> dict[str, Shape]:
+    """Return the shape of every weight of a model, or of a first stage, by name; nothing is allocated."""
+    with torch.device("meta"):
+        model = build_first_stage(config) if isinstance(config, FirstStageConfig) else config.build(device="meta")
+    return NamedTensors.of_module(model).shapes
+
+
+def _fill(model: nn.Module, weights: NamedTensors) -> None:
+    """Give a model that was built on the meta device its weights, as float32."""
+    if wrong := differences(NamedTensors.of_module(model).shapes, weights.shapes):
         raise ValueError(f"the weights in {weights.source} must be those of its config.json, {wrong}")
-    model.load_state_dict(dict(weights), assign=True)
+    tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    model.load_state_dict(tensors, assign=True)
     check_finite(model)
     model.eval()
 
@@ -254,20 +242,15 @@ def _existing(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _meta_shapes(config: LatentDiffusionConfig | FirstStageConfig) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        model = build_first_stage(config) if isinstance(config, FirstStageConfig) else config.build(device="meta")
-    return NamedTensors.of_module(model).shapes
-
-
-def _check_tokenizer(config: LatentDiffusionConfig | FirstStageConfig, tokenizer: "AnyTokenizer | None") -> None:
+def _check_tokenizer(config: Config, tokenizer: Tokenizer | None) -> None:
+    """Raise ValueError for a tokenizer whose ids reach beyond the text encoder's embedding."""
     if tokenizer is None:
         return
     text = getattr(config, "conditioner", None)
     if isinstance(text, FrozenTextConfig):
         known = text.architecture.get("vocab_size", tokenizer.vocabulary_size)
     else:
-        known = text.vocabulary_size if isinstance(text, TextTransformerConfig | ClipTextConfig) else 0
+        known = getattr(text, "vocabulary_size", 0) if takes_captions(config) else 0
     if tokenizer.vocabulary_size > known:
         raise ValueError(
             f"the tokenizer's {tokenizer.vocabulary_size} ids must fit the text transformer's {known}: "

@@ -1,11 +1,10 @@
 """Frozen text encoders with their pretrained weights: CLIP, OpenCLIP, or any encoder of the transformers library.
 
-Weights come from a folder or file on disk, or by their hub name where there is a network. No pickle is executed.
+Weights come from a folder or file on disk or, given a network, from the hub by name. No pickle is executed.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_core.conditioning import FrozenClipConditioner, FrozenTextConditioner, FrozenTextConfig
-from ldm_core.configs.text import ClipTextConfig
+from ldm_core.conditioning import FrozenClipConditioner, FrozenTextConditioner
+from ldm_core.configs.text import ClipTextConfig, FrozenTextConfig
+from ldm_core.model_files import CONFIG_FILE
 from ldm_core.networks.clip_text import ClipTextLayer, ClipTextTransformer
-from ldm_core.tokenizers.from_file import FileTokenizer, tokenizer_from_folder
-from ldm_core.tokenizers.open_clip import open_clip_tokenizer
+from ldm_core.tokenizers.clip import open_clip_tokenizer
+from ldm_core.tokenizers.from_folder import tokenizer_from_folder
+from ldm_core.tokenizers.tokenizer import Tokenizer
 from ldm_core.weights.clip_names import CLIP_TEXT_TABLE, current_clip_name
+from ldm_core.weights.digest import sha256_of_files
 from ldm_core.weights.name_mapping import Table, entries
 from ldm_core.weights.named_tensors import differences
 from ldm_core.weights.weights_files import open_foreign_weights, open_tensors, read_json
@@ -33,31 +35,31 @@ class TextEncoder:
 
     Attributes:
         conditioner: token ids (B, L) to a context (B, L, D); in evaluation mode, without gradients.
-        tokenizer: captions to the ids that it was trained on.
-        digest: sha256 (hex) over its weights files: what a cache of its outputs is keyed by.
+        tokenizer: captions to the token ids that the encoder was trained on.
+        digest: sha256 (hex) of its weights files, a key for caches of its outputs.
     """
 
     conditioner: FrozenClipConditioner | FrozenTextConditioner
-    tokenizer: FileTokenizer
+    tokenizer: Tokenizer
     digest: str
 
 
 def text_encoder(source: str | Path, *, max_length: int | None = None) -> TextEncoder:
-    """A text encoder in the layout of the transformers library.
+    """Load a text encoder from a folder of the transformers library.
 
     Args:
         source: a folder with config.json, weights (safetensors, or pytorch_model.bin read as tensors only) and a
             tokenizer; or a hub name such as "openai/clip-vit-large-patch14". Of a whole CLIP the text half is taken.
-        max_length: tokens a caption is cut or padded to; None is the encoder's longest.
+        max_length: number of tokens that captions are cut or padded to; None is the encoder's longest.
 
     Raises:
-        FileNotFoundError: the folder, a file in it, or the hub's answer is missing.
+        FileNotFoundError: the folder or a file in it is missing, or the hub does not answer.
         ValueError: the weights are not those of the config; names the tensors.
     """
     folder = _folder(source)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} lacks config.json: give a folder of the transformers library")
-    settings = read_json(folder / "config.json")
+    if not (folder / CONFIG_FILE).is_file():
+        raise FileNotFoundError(f"{folder} lacks {CONFIG_FILE}: give a folder of the transformers library")
+    settings = read_json(folder / CONFIG_FILE)
     files = _weights_files(folder)
     conditioner: FrozenClipConditioner | FrozenTextConditioner
     if settings.get("model_type") in ("clip", "clip_text_model"):
@@ -72,16 +74,16 @@ def text_encoder(source: str | Path, *, max_length: int | None = None) -> TextEn
     if length > conditioner.config.max_length:
         raise ValueError(f"max_length must be at most the encoder's {conditioner.config.max_length}, got {length}")
     tokenizer = tokenizer_from_folder(folder, max_length=length)
-    return TextEncoder(conditioner, tokenizer, _digest(files))
+    return TextEncoder(conditioner, tokenizer, sha256_of_files(files))
 
 
 def open_clip_text_encoder(architecture: str, weights: str | Path, *, unused_layers: int = 0) -> TextEncoder:
-    """The text half of an OpenCLIP model, from its weights file; the tokenizer is the one that open_clip ships.
+    """Load the text half of an OpenCLIP model from its weights file, with the tokenizer that open_clip ships.
 
     Args:
-        architecture: open_clip's name of it, e.g. "ViT-H-14".
+        architecture: open_clip's name of the model, e.g. "ViT-H-14".
         weights: a .safetensors or .pt file of the whole model.
-        unused_layers: layers at the end that are left out (1 for Stable Diffusion 2's use of ViT-H-14).
+        unused_layers: number of last layers to skip (Stable Diffusion 2 skips 1 of ViT-H-14).
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -114,10 +116,11 @@ def open_clip_text_encoder(architecture: str, weights: str | Path, *, unused_lay
     conditioner = FrozenClipConditioner(config)
     names = {entry.ours: entry.theirs[0] for entry in entries(conditioner.transformer, _OPEN_CLIP_TABLE)}
     _load_clip(conditioner, _open_clip_weights(path), names, origin=path)
-    return TextEncoder(conditioner, open_clip_tokenizer(max_length=config.max_length), _digest([path]))
+    return TextEncoder(conditioner, open_clip_tokenizer(max_length=config.max_length), sha256_of_files([path]))
 
 
 def _wrapped(settings: Mapping[str, Any], folder: Path, max_length: int | None) -> FrozenTextConditioner:
+    """Load any other text encoder through the transformers library."""
     from transformers import AutoModel, AutoModelForTextEncoding
 
     width = settings.get("hidden_size") or settings.get("d_model")
@@ -134,6 +137,7 @@ def _wrapped(settings: Mapping[str, Any], folder: Path, max_length: int | None) 
         loaded, report = auto.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"the weights in {folder} must be those of its config.json: {_first_line(error)}") from error
+    # Text encoders are often published without the pooler, and we take the hidden states before it.
     missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
     if missing or report["mismatched_keys"]:
         raise ValueError(
@@ -157,8 +161,8 @@ def _folder(source: str | Path) -> Path:
         return Path(snapshot_download(source, allow_patterns=list(HUB_FILES)))
     except Exception as error:
         raise FileNotFoundError(
-            f"{source} is neither a folder here nor to be had from the hub ({_first_line(error)}): "
-            "download it where there is a network, and give the folder"
+            f"{source} is neither a folder here nor available from the hub ({_first_line(error)}): "
+            "download it on a machine with a network, and give the folder"
         ) from error
 
 
@@ -185,26 +189,34 @@ def _clip_config(settings: Mapping[str, Any]) -> ClipTextConfig:
 
 
 def _transformers_names(conditioner: FrozenClipConditioner) -> dict[str, str]:
-    """Our name to the one in files of the transformers library, for every tensor."""
+    """Map our name of every tensor to the one in files of the transformers library."""
     listed = entries(conditioner.transformer, CLIP_TEXT_TABLE, theirs="text_model.")
     return {entry.ours: entry.theirs[0] for entry in listed}
 
 
-# OpenCLIP's fused projection is split in three before it is looked up here.
+# `_open_clip_weights` splits OpenCLIP's fused projection into attn.query, attn.key and attn.value.
 _OPEN_CLIP_TABLE: Table = {
     ClipTextTransformer: {
         "token_embedding": "token_embedding",
         "layers": "transformer.resblocks",
         "norm_out": "ln_final",
-    }
-    | {"position_embedding": "position_embedding"},
-    ClipTextLayer: {"norm1": "ln_1", "norm2": "ln_2", "linear1": "mlp.c_fc", "linear2": "mlp.c_proj"}
-    | {"query": "attn.query", "key": "attn.key", "value": "attn.value", "output": "attn.out_proj"},
+        "position_embedding": "position_embedding",
+    },
+    ClipTextLayer: {
+        "norm1": "ln_1",
+        "norm2": "ln_2",
+        "linear1": "mlp.c_fc",
+        "linear2": "mlp.c_proj",
+        "query": "attn.query",
+        "key": "attn.key",
+        "value": "attn.value",
+        "output": "attn.out_proj",
+    },
 }
 
 
 def _open_clip_weights(path: Path) -> dict[str, Tensor]:
-    """The text half of an OpenCLIP file, `attn.in_proj_*` (3D, ...) as query, key and value."""
+    """Read an OpenCLIP file, its fused `attn.in_proj_*` (3D, ...) split into query, key and value."""
     weights: dict[str, Tensor] = {}
     for stored, tensor in open_tensors(path).items():
         name = stored.removeprefix("module.").removeprefix("text.")
@@ -220,24 +232,13 @@ def _open_clip_weights(path: Path) -> dict[str, Tensor]:
 def _load_clip(
     conditioner: FrozenClipConditioner, weights: Mapping[str, Tensor], names: Mapping[str, str], *, origin: Path
 ) -> None:
-    """Copy the text half; what else a whole CLIP holds is left alone."""
+    """Copy the text half; the rest of a whole CLIP is ignored."""
     expected = {names[ours]: tuple(tensor.shape) for ours, tensor in conditioner.transformer.state_dict().items()}
     found = {name: tuple(weights[name].shape) for name in expected if name in weights}
     if wrong := differences(expected, found):
         raise ValueError(f"the weights in {origin} must be those of its architecture, {wrong}")
     conditioner.transformer.load_state_dict({ours: weights[theirs].float() for ours, theirs in names.items()})
     conditioner.freeze()
-
-
-def _digest(files: list[Path]) -> str:
-    """Of one file its sha256, of several the sha256 over theirs."""
-    digests = []
-    for path in files:
-        with open(path, "rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256"))
-    if len(digests) == 1:
-        return digests[0].hexdigest()
-    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
 
 
 def _first_line(error: BaseException) -> str:

@@ -56,14 +56,12 @@ def first_stage_artifact(root: Path, *, preset: str = "tiny-kl-f8", name: str = 
     """A first stage with random weights."""
     import torch
 
-    from ldm_core import presets
+    from ldm_core import checkpoint, presets
     from ldm_core.networks.autoencoder import build_first_stage
-    from pipelines.stages.autoencoder.artifact import save_first_stage
 
     writer = ArtifactWriter("autoencoder", name, Storage(str(root)) / "autoencoder" / name)
     torch.manual_seed(0)
-    config = presets.first_stage(preset)
-    save_first_stage(build_first_stage(config), config, Path(writer.storage.path("first_stage")))
+    checkpoint.save(build_first_stage(presets.first_stage(preset)), writer.storage.path("first_stage"))
     weights = writer.commit("first_stage/model.safetensors")
     writer.commit("first_stage/config.json")
     return finish(writer, {"encoder_sha256": weights.sha256})
@@ -77,7 +75,8 @@ def diffusion_artifact(root: Path, *, max_length: int = 77, name: str = "diffusi
     from ldm_core.configs.model import LatentDiffusionConfig
     from ldm_core.configs.text import TextTransformerConfig
     from ldm_core.configs.unet import UNetConfig
-    from ldm_core.tokenizers.wordpiece import Tokenizer, build_vocabulary
+    from ldm_core.tokenizers.tokenizer import Tokenizer
+    from ldm_core.tokenizers.wordpiece import build_vocabulary
 
     tokenizer = Tokenizer.from_vocabulary(build_vocabulary(WORDS, size=64), max_length=max_length)
     config = LatentDiffusionConfig(

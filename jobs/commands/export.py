@@ -5,6 +5,8 @@ from pathlib import Path
 import click
 
 from jobs.console import console, emit_json, json_option
+from ldm_core.configs.model import LatentDiffusionConfig
+from ldm_core.model_files import CONFIG_FILE
 from pipelines.errors import UserError
 
 
@@ -62,8 +64,8 @@ def _export(source: Path, target: Path, layout: str, max_shard_gib: float) -> tu
     from ldm_core import checkpoint
     from ldm_core.checkpoint_formats import compvis, diffusers
 
-    config = checkpoint.read_config(source / checkpoint.CONFIG_FILE)
-    whole = checkpoint.is_whole_model(config)
+    config = checkpoint.read_config(source / CONFIG_FILE)
+    whole = isinstance(config, LatentDiffusionConfig)
     tokenizer = checkpoint.find_tokenizer(source)
     if layout == "ldm":
         weights = checkpoint.open_weights(source)

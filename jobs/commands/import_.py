@@ -3,6 +3,7 @@
 import click
 
 from jobs.console import console, emit_json, json_option
+from ldm_core.configs.model import LatentDiffusionConfig, takes_captions
 from pipelines.errors import MisuseError, UserError
 
 
@@ -74,9 +75,9 @@ def import_(
     console(as_json).print(f"{found.kind}: {parameters:,} weights written to {folder}", markup=False)
     if found.left_out:
         console(as_json).print(f"left out, not being part of the model: {', '.join(found.left_out)}", markup=False)
-    if checkpoint.takes_captions(found.config) and found.tokenizer is None:
+    if takes_captions(found.config) and found.tokenizer is None:
         console(as_json).print("without a tokenizer it cannot be sampled by captions: add --tokenizer", markup=False)
     if as_json:
         facts = {"source": source, "folder": folder, "kind": found.kind, "parameters": parameters}
-        whole = checkpoint.is_whole_model(found.config)
+        whole = isinstance(found.config, LatentDiffusionConfig)
         emit_json({**facts, "model": whole, "tokenizer": found.tokenizer is not None, "left_out": found.left_out})

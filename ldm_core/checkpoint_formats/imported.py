@@ -1,37 +1,31 @@
-"""What reading another program's checkpoint gives."""
+"""Result of reading another program's checkpoint."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
 
-from ldm_core.configs.first_stage import FirstStageConfig
-from ldm_core.configs.model import LatentDiffusionConfig
+from ldm_core.configs.model import Config
+from ldm_core.tokenizers.tokenizer import Tokenizer
 from ldm_core.weights.named_tensors import NamedTensors
-
-if TYPE_CHECKING:
-    from ldm_core.checkpoint import AnyTokenizer
-
-Config = LatentDiffusionConfig | FirstStageConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-    """A model of another program's, not yet in memory.
+    """A model from another program's checkpoint, not yet in memory.
 
     Attributes:
-        kind: what it was there, for people.
-        config: of the model, or of the first stage alone.
-        weights: under our names, read one by one.
-        tokenizer: of the captions, where it is a model of captions and one was found.
-        left_out: parts that are no part of a latent diffusion model, such as a safety checker.
+        kind: what the checkpoint is, in that program's words, for people.
+        config: configuration of the model, or of the first stage alone.
+        weights: its weights under our names, read one by one.
+        tokenizer: the captions' tokenizer, if the model takes captions and one was found.
+        left_out: components that are no part of a latent diffusion model, such as a safety checker.
     """
 
     kind: str
     config: Config
     weights: NamedTensors
-    tokenizer: AnyTokenizer | None = None
+    tokenizer: Tokenizer | None = None
     left_out: tuple[str, ...] = ()
 
     @property
@@ -39,6 +33,6 @@ class Imported:
         """Number of weights."""
         return sum(math.prod(shape) for shape in self.weights.shapes.values())
 
-    def with_tokenizer(self, tokenizer: AnyTokenizer | None) -> Imported:
-        """The same with another tokenizer."""
+    def with_tokenizer(self, tokenizer: Tokenizer | None) -> Imported:
+        """Return the same model with another tokenizer."""
         return dataclasses.replace(self, tokenizer=tokenizer)

@@ -1,4 +1,4 @@
-"""Any checkpoint that we can read, as one of ours: what `ldm import` does.
+"""Open any checkpoint that we can read as a model of ours; `ldm import` does it from the command line.
 
 >>> from ldm_core import checkpoint
 >>> from ldm_core.checkpoint_formats.importing import open_checkpoint
@@ -8,24 +8,21 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ldm_core import presets
 from ldm_core.checkpoint_formats import compvis, diffusers
-from ldm_core.checkpoint_formats.imported import Config, Imported
+from ldm_core.checkpoint_formats.imported import Imported
+from ldm_core.configs.model import Config, takes_captions
 from ldm_core.configs.text import ClipTextConfig, TextTransformerConfig
+from ldm_core.model_files import CONFIG_FILE, TOKENIZER_FILE, VOCABULARY_FILE, WEIGHTS_FILE, WEIGHTS_INDEX_FILE
+from ldm_core.tokenizers.clip import CLIP_END, open_clip_tokenizer
+from ldm_core.tokenizers.from_folder import tokenizer_from_folder
+from ldm_core.tokenizers.tokenizer import Tokenizer
 from ldm_core.weights.weights_files import open_tensors, read_json
 
-if TYPE_CHECKING:
-    from ldm_core.checkpoint import AnyTokenizer
-    from ldm_core.tokenizers.from_file import FileTokenizer
-
 RELEASE_CHECKPOINTS = ("*.ckpt", "*.safetensors", "*.pt")
-OUR_FILES = ("model.safetensors", "model.safetensors.index.json")
-TOKENIZER_FILES = ("vocab.txt", "tokenizer.json")
-RELEASE_CONFIGS = ("*.yaml", "*.yml", "config.json")
+RELEASE_CONFIGS = ("*.yaml", "*.yml", CONFIG_FILE)
 
 
 def open_checkpoint(
@@ -36,15 +33,16 @@ def open_checkpoint(
     weights: compvis.Weights | None = None,
     tokenizer: str | Path | None = None,
 ) -> Imported:
-    """Find out what a checkpoint is, and give its weights under our names; they are read when they are written.
+    """Identify a checkpoint and open its weights under our names; each is read only when it is asked for.
 
     Args:
         source: a file of the code release (.ckpt, .safetensors), a folder with such a file and its configuration, or
             a folder of diffusers.
-        preset: name of a model or first stage that a file of the release is; None infers it from names and shapes.
-        config: its configuration instead: a YAML file as the release has it, or a config.json of ours.
-        weights: of a file of the release, see `compvis.import_checkpoint`.
-        tokenizer: a vocab.txt, a tokenizer.json, or a folder with either, for a model of captions that brings none.
+        preset: name of the published model or first stage in a file of the release; None infers it from the weights'
+            names and shapes.
+        config: configuration to use instead of a preset: a YAML file as the release has it, or a config.json of ours.
+        weights: which weights to take from a file of the release, see `compvis.import_checkpoint`.
+        tokenizer: a vocab.txt, a tokenizer.json, or a folder with either, for a model of captions that comes without.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -53,7 +51,7 @@ def open_checkpoint(
     source = Path(source)
     if not source.exists():
         raise FileNotFoundError(f"no checkpoint at {source}")
-    if any((source / name).is_file() for name in OUR_FILES):
+    if any((source / name).is_file() for name in (WEIGHTS_FILE, WEIGHTS_INDEX_FILE)):
         raise ValueError(f"{source} is a model folder of ours already: use it as it is")
     if _is_diffusers(source):
         if preset or config or weights:
@@ -71,7 +69,7 @@ def _is_diffusers(source: Path) -> bool:
         return False
     if (source / diffusers.INDEX_FILE).is_file():
         return True
-    return (source / "config.json").is_file() and "_class_name" in read_json(source / "config.json")
+    return (source / CONFIG_FILE).is_file() and "_class_name" in read_json(source / CONFIG_FILE)
 
 
 def _open_release(
@@ -86,7 +84,7 @@ def _open_release(
                 f"it holds {', '.join(file.name for file in files) or 'none'}"
             )
         source = files[0]
-        # Several configurations leave it open which is meant.
+        # Among several configurations the caller must choose.
         config_file = configs[0] if len(configs) == 1 and not preset else config_file
     tensors = open_tensors(source)
     if config_file and preset:
@@ -95,14 +93,14 @@ def _open_release(
         config, origin = compvis.load_configuration(config_file), str(config_file)
     else:
         name = preset or compvis.infer_preset(tensors)
-        config, origin = _preset(name, compvis.is_whole_model(tensors)), name
+        config, origin = _preset(name, compvis.holds_whole_model(tensors)), name
     config, ours, averaged = compvis.import_checkpoint(tensors, config, weights=weights)
     kind = "averaged" if averaged else "raw"
     return Imported(f"{origin} ({kind} weights)", config, ours)
 
 
 def _preset(name: str, whole: bool) -> Config:
-    # A name of the other kind is left to fail where the two kinds are compared.
+    # A preset of the wrong kind passes: `import_checkpoint` compares the kinds, and its error is the better one.
     if name in presets.FIRST_STAGE_CONFIGS and (not whole or name not in presets.MODEL_CONFIGS):
         return presets.first_stage(name)
     return presets.get(name)
@@ -112,44 +110,37 @@ def _matches(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
 
 
-def _tokenizer(config: Config, path: str | Path | None, source: Path) -> AnyTokenizer | None:
-    from ldm_core.checkpoint import takes_captions
-    from ldm_core.tokenizers.from_file import FileTokenizer, tokenizer_from_folder
-    from ldm_core.tokenizers.wordpiece import Tokenizer
-
+def _tokenizer(config: Config, path: str | Path | None, source: Path) -> Tokenizer | None:
+    """Find the tokenizer of a model of captions: the given one, one beside the checkpoint, or the published CLIP's."""
     if not takes_captions(config):
         if path:
             raise ValueError(f"only a model of captions has a tokenizer, this one takes none: leave out {path}")
         return None
     text = config.conditioner  # type: ignore[union-attr]
     max_length: int = text.max_length  # type: ignore[union-attr]
-    beside = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    beside = [source / name for name in (VOCABULARY_FILE, TOKENIZER_FILE) if (source / name).is_file()]
     if path is None and beside:
         path = beside[0]
     if path is None:
         return _published_clip_tokenizer(text) if isinstance(text, ClipTextConfig) else None
     path = Path(path)
-    if path.is_dir() and isinstance(text, TextTransformerConfig) and (path / "vocab.txt").is_file():
-        path = path / "vocab.txt"
+    # Folders of BERT's tokenizer often hold a tokenizer.json as well: the vocabulary says all, and is smaller.
+    if path.is_dir() and isinstance(text, TextTransformerConfig) and (path / VOCABULARY_FILE).is_file():
+        path = path / VOCABULARY_FILE
     if path.is_dir():
         return tokenizer_from_folder(path, max_length=max_length)
     if path.suffix == ".json":
-        return FileTokenizer.from_file(path, max_length=max_length)
+        return Tokenizer.from_json_file(path, max_length=max_length)
     return Tokenizer.from_vocabulary_file(path, max_length=max_length)
 
 
-def _published_clip_tokenizer(text: ClipTextConfig) -> FileTokenizer | None:
-    """OpenAI's, from the vocabulary that the open_clip package ships; None where it is not that one, or not there."""
+def _published_clip_tokenizer(text: ClipTextConfig) -> Tokenizer | None:
+    """Return OpenAI's tokenizer, from the open_clip package; None without the package or for another vocabulary."""
     try:
-        from ldm_core.tokenizers.from_file import CLIP_END, FileTokenizer
-        from ldm_core.tokenizers.open_clip import open_clip_tokenizer
-
         theirs = open_clip_tokenizer(max_length=text.max_length)
     except ImportError:
         return None
     if theirs.vocabulary_size != text.vocabulary_size:
         return None
-    with tempfile.TemporaryDirectory(prefix="ldm-") as folder:
-        theirs.write(Path(folder) / "tokenizer.json")
-        # OpenCLIP pads with "!", OpenAI's model was trained with the end token.
-        return FileTokenizer.from_file(Path(folder) / "tokenizer.json", max_length=text.max_length, pad_token=CLIP_END)
+    # OpenCLIP pads with "!", OpenAI's model was trained with the end token.
+    return theirs.with_pad_token(CLIP_END)

@@ -1,4 +1,4 @@
-"""Configurations of conditioners (paper, Sec. 3.3; Table 15), one class a kind; none imports torch."""
+"""Configurations of conditioners, one class per kind (paper, Sec. 3.3 and Table 15)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ldm_core.configs.text import ClipTextConfig, FrozenTextConfig, TextTransformerConfig
+from ldm_core.configs.values import check_at_least
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,9 +19,9 @@ class ClassConfig:
     """Shape of a class embedding.
 
     Args:
-        classes: labels are 0 ... classes - 1.
+        classes: number of labels, 0 ... classes - 1.
         width: D of the context.
-        unconditional_class: the last label stands for no class, as classifier-free guidance needs.
+        unconditional_class: whether the last label means "no class", as classifier-free guidance needs.
 
     Raises:
         ValueError: a number is not positive.
@@ -33,14 +34,12 @@ class ClassConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        for name in ("classes", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"ClassConfig.{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least(self, 1, "classes", "width")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Box:
-    """A labelled box in units of the image: x, y of the upper left corner, width and height, all within [0, 1].
+    """A labelled box in units of the image: upper left corner (x, y), width and height, all within [0, 1].
 
     Raises:
         ValueError: the box is not inside the image.
@@ -71,9 +70,11 @@ class LayoutConfig:
 
     Args:
         width: D of the context.
-        layers, heads, head_dim: of the transformer.
-        vocabulary_size: tokens; the grid of corners has floor(sqrt(vocabulary_size)) cells a side.
-        max_objects: objects of a layout.
+        layers: number of transformer layers.
+        heads: number of attention heads.
+        head_dim: channels of a head.
+        vocabulary_size: number of tokens; corners fall in a grid of floor(sqrt(vocabulary_size)) cells per side.
+        max_objects: most objects in a layout.
 
     Raises:
         ValueError: a number is not positive.
@@ -89,18 +90,16 @@ class LayoutConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        for name in ("width", "layers", "heads", "head_dim", "vocabulary_size", "max_objects"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"LayoutConfig.{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least(self, 1, "width", "layers", "heads", "head_dim", "vocabulary_size", "max_objects")
 
     @property
     def max_length(self) -> int:
-        """Tokens of a layout: three an object, two for the crop."""
+        """Number of tokens of a layout: three per object, two for the crop."""
         return 3 * self.max_objects + 2
 
     @property
     def transformer(self) -> TextTransformerConfig:
-        """The transformer over the tokens."""
+        """Configuration of the transformer over the tokens."""
         return TextTransformerConfig(
             vocabulary_size=self.vocabulary_size,
             max_length=self.max_length,
@@ -112,17 +111,16 @@ class LayoutConfig:
 
     @property
     def no_object(self) -> int:
-        """The token of what is not there."""
+        """Token that fills the places of missing objects."""
         return self.vocabulary_size - 1
 
     def encode(self, objects: Sequence[Box], *, crop: Box = WHOLE_IMAGE) -> Tensor:
         """Encode one layout as tokens.
 
         Args:
-            objects: written in this order. A label of the published model is the category plus the number of
+            objects: boxes, encoded in this order. A label of the published model is the category plus the number of
                 categories times the flags of Open Images (group, occluded, depiction, inside).
-            crop: the part of the image that is wanted, in units of the whole image as all boxes are; its label is
-                ignored.
+            crop: the part of the image to generate, in units of the whole image like all boxes; its label is ignored.
 
         Returns:
             (max_length,) int64.
@@ -130,7 +128,7 @@ class LayoutConfig:
         Raises:
             ValueError: more than `max_objects` objects, or a label that is no token.
         """
-        import torch  # the one tensor that a configuration makes: reading a recipe needs no torch
+        import torch  # here, not above: configurations are imported without torch, and nothing else here needs it
 
         if len(objects) > self.max_objects:
             raise ValueError(f"a layout holds at most {self.max_objects} objects, got {len(objects)}")
@@ -157,8 +155,8 @@ class SemanticMapConfig:
     """Shape of a rescaled semantic map (Sec. 4.3.2: semantic synthesis).
 
     Args:
-        classes: labels are 0 ... classes - 1.
-        halvings: how often the map is halved, log2 of the first stage's downsampling factor.
+        classes: number of labels, 0 ... classes - 1.
+        halvings: number of times the map is halved, log2 of the first stage's downsampling factor.
         out_channels: channels that a learned 1x1 convolution maps the classes to.
 
     Raises:
@@ -172,17 +170,16 @@ class SemanticMapConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        for name, least in (("classes", 1), ("halvings", 0), ("out_channels", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"SemanticMapConfig.{name} must be at least {least}, got {getattr(self, name)}")
+        check_at_least(self, 1, "classes", "out_channels")
+        check_at_least(self, 0, "halvings")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LowResolutionConfig:
-    """Super-resolution: the small image has the latent's height and width (Sec. 4.4).
+    """Shape of the low-resolution image of super-resolution; it has the latent's height and width (Sec. 4.4).
 
     Args:
-        channels: of the small image.
+        channels: channels of that image.
 
     Raises:
         ValueError: no channels.
@@ -193,13 +190,12 @@ class LowResolutionConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        if self.channels < 1:
-            raise ValueError(f"LowResolutionConfig.channels must be at least 1, got {self.channels}")
+        check_at_least(self, 1, "channels")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedImageConfig:
-    """Inpainting: the latent of the image without what is to be filled in, and the mask (Sec. 4.5)."""
+    """Inpainting: condition on the latent of the masked image and on the mask (Sec. 4.5). Nothing to choose."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
@@ -215,7 +211,7 @@ ConditionerConfig = (
     | MaskedImageConfig
 )
 
-# The names that saved configs know them by.
+# `kind` in a saved config.json.
 CONDITIONER_KINDS: Mapping[str, type[ConditionerConfig]] = {
     "text": TextTransformerConfig,
     "frozen_clip": ClipTextConfig,
@@ -228,18 +224,18 @@ CONDITIONER_KINDS: Mapping[str, type[ConditionerConfig]] = {
 }
 
 
-def kind_of(config: ConditionerConfig) -> str:
-    """The name that saved configs know this config's kind by."""
+def conditioner_kind(config: ConditionerConfig) -> str:
+    """Return the name of a conditioner's kind, as in `CONDITIONER_KINDS`."""
     return next(name for name, kind in CONDITIONER_KINDS.items() if type(config) is kind)
 
 
 def context_dim(config: ConditionerConfig | None) -> int | None:
-    """D of the context that a conditioner gives for cross-attention; None where it gives none."""
+    """Return D of the context that a conditioner gives for cross-attention, or None if it gives none."""
     return getattr(config, "width", None)
 
 
 def concat_channels(config: ConditionerConfig | None, latent_channels: int) -> int:
-    """Channels that a conditioner adds to the UNet's input, for latents of so many channels."""
+    """Return the number of channels that a conditioner adds to the UNet's input beside the latent's own."""
     match config:
         case SemanticMapConfig():
             return config.out_channels

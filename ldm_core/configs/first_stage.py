@@ -1,9 +1,11 @@
-"""The shape of a first stage, in the terms of the paper's Table 8."""
+"""Configuration of a first stage (paper, Table 8)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
+
+from ldm_core.configs.values import check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,16 +17,17 @@ class FirstStageConfig:
         in_channels: channels of the images.
         base_channels: channels of the first level, a multiple of `norm_groups`.
         channel_mult: channels of each level, in multiples of `base_channels`; fixes the downsampling factor.
-        num_res_blocks: residual blocks a level (one more in the decoder).
-        attention_resolutions: feature map sizes in pixels that get attention, at `trained_at_resolution`.
-        mid_attention: attention between the two middle residual blocks.
-        z_channels: channels the encoder puts out.
+        num_res_blocks: residual blocks per level; the decoder has one more.
+        attention_resolutions: sizes in pixels of the feature maps that get attention, for images of
+            `trained_at_resolution`.
+        mid_attention: whether there is attention between the two middle residual blocks.
+        z_channels: channels of the encoder's output (of each moment, for "kl").
         embed_dim: channels of the latent.
-        codebook_size: number of codebook entries; given exactly for "vq".
+        codebook_size: number of codebook entries; required for "vq", None for "kl".
         trained_at_resolution: image height and width that `attention_resolutions` refers to.
-        norm_groups: groups of every group norm.
-        legacy_codebook_loss: "vq" only: weigh the codebook term by beta instead of the commitment term, as
-            the published models were trained.
+        norm_groups: number of groups of every group norm.
+        legacy_codebook_loss: for "vq", let beta weigh the codebook term instead of the commitment term, as the
+            published models were trained.
 
     Raises:
         ValueError: a field is out of range or fields contradict each other.
@@ -44,6 +47,7 @@ class FirstStageConfig:
     norm_groups: int = 32
     legacy_codebook_loss: bool = True
 
+    # In a recipe, which pydantic reads, a misspelt setting is an error.
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
@@ -52,16 +56,8 @@ class FirstStageConfig:
         object.__setattr__(self, "attention_resolutions", tuple(self.attention_resolutions))
         if self.regularization not in ("kl", "vq"):
             raise ValueError(f'FirstStageConfig.regularization must be "kl" or "vq", got {self.regularization!r}')
-        for name in (
-            "in_channels",
-            "base_channels",
-            "num_res_blocks",
-            "z_channels",
-            "embed_dim",
-            "norm_groups",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"FirstStageConfig.{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least(self, 1, "in_channels", "base_channels", "num_res_blocks", "z_channels", "embed_dim")
+        check_at_least(self, 1, "norm_groups")
         if not self.channel_mult or min(self.channel_mult) < 1:
             raise ValueError(f"FirstStageConfig.channel_mult must list positive factors, got {self.channel_mult}")
         if self.base_channels % self.norm_groups:
@@ -69,13 +65,18 @@ class FirstStageConfig:
                 f"FirstStageConfig.base_channels must be a multiple of norm_groups={self.norm_groups}, "
                 f"got {self.base_channels}"
             )
+        self._check_codebook()
+        self._check_resolutions()
+
+    def _check_codebook(self) -> None:
         if (self.codebook_size is not None) != (self.regularization == "vq"):
             raise ValueError(
                 f'FirstStageConfig.codebook_size must be given exactly for regularization "vq", '
                 f"got {self.codebook_size} with {self.regularization!r}"
             )
-        if self.codebook_size is not None and self.codebook_size < 2:
-            raise ValueError(f"FirstStageConfig.codebook_size must be at least 2, got {self.codebook_size}")
+        check_at_least(self, 2, "codebook_size")
+
+    def _check_resolutions(self) -> None:
         sizes = [self.trained_at_resolution // 2**level for level in range(len(self.channel_mult))]
         if unknown := sorted(set(self.attention_resolutions) - set(sizes)):
             raise ValueError(
@@ -89,9 +90,9 @@ class FirstStageConfig:
 
     @property
     def downsampling_factor(self) -> int:
-        """f = H / h."""
+        """f = H / h, the ratio of an image's side to its latent's."""
         return 2 ** (len(self.channel_mult) - 1)
 
     def level_has_attention(self, level: int) -> bool:
-        """Whether the residual blocks at H / 2**level are followed by attention."""
+        """Return whether attention follows the residual blocks at H / 2**level."""
         return self.trained_at_resolution // 2**level in self.attention_resolutions

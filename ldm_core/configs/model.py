@@ -1,4 +1,4 @@
-"""The configuration of a whole latent diffusion model."""
+"""Configuration of a whole latent diffusion model, and config.json's content as configurations."""
 
 import dataclasses
 import math
@@ -6,9 +6,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ldm_core.configs import objective
-from ldm_core.configs.conditioning import CONDITIONER_KINDS, ConditionerConfig, concat_channels, context_dim, kind_of
+from ldm_core.configs.conditioning import (
+    CONDITIONER_KINDS,
+    ConditionerConfig,
+    concat_channels,
+    conditioner_kind,
+    context_dim,
+)
 from ldm_core.configs.first_stage import FirstStageConfig
 from ldm_core.configs.schedule import ScheduleConfig
+from ldm_core.configs.text import ClipTextConfig, FrozenTextConfig, TextTransformerConfig
 from ldm_core.configs.unet import UNetConfig
 from ldm_core.configs.values import check_keys, component
 
@@ -23,18 +30,19 @@ class LatentDiffusionConfig:
     """Everything that decides what a model computes, apart from its weights.
 
     Args:
-        first_stage: the autoencoder whose latents are diffused.
+        first_stage: the autoencoder in whose latent space the diffusion runs.
         unet: the denoising network.
         conditioner: what the UNet is conditioned on, see `conditioning`; None for an unconditional model.
-        schedule: forward process.
+        schedule: the forward process.
         parameterization: what the UNet predicts, "eps", "v" or "x0".
-        loss: "l1" or "l2", what it was trained with.
-        scale_factor: latents are multiplied by it before diffusion: 1 / their std (Sec. 4.3.2, appendix G).
+        loss: the loss it is trained with, "l1" or "l2".
+        scale_factor: factor that latents are multiplied by before diffusion: 1 / their std (Sec. 4.3.2, Appendix G).
 
     Raises:
-        ValueError: when the parts do not fit each other.
+        ValueError: the parts do not fit each other.
     """
 
+    # In a recipe, which pydantic reads, a misspelt setting is an error.
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     first_stage: FirstStageConfig
@@ -66,7 +74,7 @@ class LatentDiffusionConfig:
                 f"got context_dim={self.unet.context_dim}, width={width}"
             )
 
-    # The networks are imported where they are built, so that configurations, and recipes with them, need no torch.
+    # The one arrow from the configurations up to the networks: imported on call, so that recipes need no torch.
     def build(self, device: "torch.device | str | None" = None) -> "LatentDiffusion":
         """Return the model with random weights; on device "meta" it takes no memory."""
         from ldm_core.latent_diffusion import build_model
@@ -80,32 +88,57 @@ class LatentDiffusionConfig:
         return build_network(self, device)
 
     def to_dict(self) -> dict[str, Any]:
-        """A nested dict of plain values that JSON can hold."""
+        """Return the configuration as a nested dict of plain values that JSON can hold."""
         values = dataclasses.asdict(self)
         if self.conditioner is not None:
-            values["conditioner"]["kind"] = kind_of(self.conditioner)
+            values["conditioner"]["kind"] = conditioner_kind(self.conditioner)
         return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LatentDiffusionConfig":
-        """The config of `to_dict()`'s result, also after a passage through JSON.
+        """Build a configuration from the result of `to_dict`, also after a round trip through JSON.
 
         Raises:
-            ValueError: for unknown or missing keys, or values that do not fit each other.
+            ValueError: a key is unknown or missing, or the values do not fit each other.
         """
         parts: dict[str, type] = {"first_stage": FirstStageConfig, "unet": UNetConfig, "schedule": ScheduleConfig}
         check_keys(cls, values, "model config")
         arguments = dict(values)
         if arguments.get("conditioner") is not None:
-            arguments["conditioner"], parts["conditioner"] = _kind(arguments["conditioner"])
+            arguments["conditioner"], parts["conditioner"] = _without_kind(arguments["conditioner"])
         for name, kind in parts.items():
             if arguments.get(name) is not None:
                 arguments[name] = component(kind, arguments[name], name)
         return cls(**arguments)
 
 
-def _kind(values: Any) -> tuple[Mapping[str, Any], type]:
-    """A saved conditioner without its kind, and the config that the kind names."""
+# What the config.json of a model folder describes: a whole model, or a first stage alone.
+Config = LatentDiffusionConfig | FirstStageConfig
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """Return the content of a config.json: plain values that `config_from_dict` reads."""
+    return config.to_dict() if isinstance(config, LatentDiffusionConfig) else dataclasses.asdict(config)
+
+
+def config_from_dict(values: Mapping[str, Any]) -> Config:
+    """Build the configuration that the content of a config.json describes.
+
+    Raises:
+        ValueError: it describes neither a whole model nor a first stage; the setting is named.
+    """
+    if "regularization" in values:
+        return component(FirstStageConfig, values, "first stage config")
+    return LatentDiffusionConfig.from_dict(values)
+
+
+def takes_captions(config: Config) -> bool:
+    """Return whether a model is conditioned on captions, and so needs a tokenizer."""
+    return isinstance(getattr(config, "conditioner", None), TextTransformerConfig | ClipTextConfig | FrozenTextConfig)
+
+
+def _without_kind(values: Any) -> tuple[Mapping[str, Any], type]:
+    """Split a saved conditioner into its settings and the class that its `kind` names."""
     if not isinstance(values, Mapping) or values.get("kind") not in CONDITIONER_KINDS:
         found = values.get("kind") if isinstance(values, Mapping) else values
         raise ValueError(f"conditioner.kind must be one of {', '.join(CONDITIONER_KINDS)}, got {found!r}")

@@ -46,7 +46,7 @@ def unet_parameters(config: UNetConfig) -> int:
 
 
 def text_transformer_parameters(config: TextTransformerConfig) -> int:
-    """Return the number of parameters of the `TextTransformer` of this configuration, its unused output head included."""
+    """Return the number of parameters of the `TextTransformer` of this configuration, its output head included."""
     width = config.width
     attention = _attention(width, context_width=width, inner_width=config.heads * config.head_dim)
     layer = 2 * _norm(width) + attention + _feed_forward(width, gated=False)

@@ -1,10 +1,12 @@
-"""The shape of the text transformer that is trained jointly with the UNet (paper, Appendix E.2.1: tau_theta)."""
+"""Configurations of text encoders: trained jointly with the UNet (paper, Appendix E.2.1: tau_theta), or frozen."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
+
+from ldm_core.configs.values import check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,11 +15,13 @@ class TextTransformerConfig:
 
     Args:
         vocabulary_size: number of token ids.
-        max_length: longest token sequence.
+        max_length: longest token sequence, L.
         width: D of the context.
         layers: number of transformer layers.
-        heads, head_dim: of the attention; heads * head_dim need not equal the width.
-        embedding_std: of the embeddings before training; with 1 a small model learns what words mean in fewer steps.
+        heads: number of attention heads.
+        head_dim: channels of a head; heads * head_dim need not equal the width.
+        embedding_std: standard deviation of the initial embeddings; with 1 a small model learns what words mean in
+            fewer steps.
 
     Raises:
         ValueError: a field is not positive.
@@ -45,12 +49,13 @@ class ClipTextConfig:
 
     Args:
         vocabulary_size: number of token ids.
-        max_length: longest token sequence.
+        max_length: longest token sequence, L.
         width: D of the context.
-        layers, heads: of the transformer; heads divide the width.
-        feed_forward_width: of the hidden layer of the feed-forward networks.
-        activation: "quick_gelu", x sigmoid(1.702 x), as OpenAI trained; "gelu" as OpenCLIP mostly did.
-        unused_layers: layers at the end that are left out; the last norm still follows.
+        layers: number of transformer layers.
+        heads: number of attention heads; they divide the width.
+        feed_forward_width: width of the hidden layer of the feed-forward networks.
+        activation: "quick_gelu", x sigmoid(1.702 x), of OpenAI's models; "gelu", of most of OpenCLIP's.
+        unused_layers: number of last layers to skip; the final norm still follows.
 
     Raises:
         ValueError: a number is out of range.
@@ -68,9 +73,7 @@ class ClipTextConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        for name in ("vocabulary_size", "max_length", "width", "layers", "heads", "feed_forward_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"ClipTextConfig.{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least(self, 1, "vocabulary_size", "max_length", "width", "layers", "heads", "feed_forward_width")
         if self.width % self.heads:
             raise ValueError(f"ClipTextConfig.width must be a multiple of heads={self.heads}, got {self.width}")
         if self.activation not in ("quick_gelu", "gelu"):
@@ -83,13 +86,13 @@ class ClipTextConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FrozenTextConfig:
-    """A text encoder of the transformers library.
+    """Shape of a text encoder of the transformers library.
 
     Args:
-        architecture: its config.json, with `model_type`.
+        architecture: the content of its config.json, with `model_type`.
         width: D of the context, the encoder's hidden size.
-        max_length: longest token sequence.
-        pad_id: the token that fills captions up; it is not attended to. None where the encoder attends to padding.
+        max_length: longest token sequence, L.
+        pad_id: id of the padding token, which is not attended to; None if the encoder attends to padding.
 
     Raises:
         ValueError: no `model_type`, or a number is not positive.
@@ -105,6 +108,4 @@ class FrozenTextConfig:
     def __post_init__(self) -> None:
         if "model_type" not in self.architecture:
             raise ValueError("FrozenTextConfig.architecture must be the encoder's config.json, it has no 'model_type'")
-        for name in ("width", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"FrozenTextConfig.{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least(self, 1, "width", "max_length")

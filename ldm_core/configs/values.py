@@ -1,4 +1,4 @@
-"""Configs from plain values, as JSON and YAML hold them; every mistake is named, with the nearest setting."""
+"""Build configs from the plain values of JSON and YAML, and check their fields; errors name the setting to change."""
 
 import dataclasses
 import difflib
@@ -7,7 +7,16 @@ from typing import Any
 
 
 def component(kind: type, values: Mapping[str, Any], path: str) -> Any:
-    """The config of a kind from plain values; raises ValueError, naming `path`, for anything else."""
+    """Build a config from plain values.
+
+    Args:
+        kind: the config's dataclass.
+        values: its settings by name; lists become tuples.
+        path: where these settings stand, for error messages.
+
+    Raises:
+        ValueError: the values are no mapping, or a setting is unknown, missing or null.
+    """
     if not isinstance(values, Mapping):
         raise ValueError(f"{path} must be a mapping of settings, got {values!r}")
     check_keys(kind, values, path)
@@ -15,8 +24,16 @@ def component(kind: type, values: Mapping[str, Any], path: str) -> Any:
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
+def check_at_least(config: Any, least: int, *names: str) -> None:
+    """Raise ValueError unless each of these fields of a config is at least that large, or None."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise ValueError(f"{type(config).__name__}.{name} must be at least {least}, got {value}")
+
+
 def check_keys(kind: type, values: Mapping[str, Any], path: str) -> None:
-    """Raise ValueError for settings that a dataclass does not have, or lacks."""
+    """Raise ValueError for a setting that the dataclass `kind` does not have, for a missing one and for a null."""
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for key in values:
         if key not in fields:

@@ -190,8 +190,11 @@ class VQAutoencoder(nn.Module):
         return self.decoder(self.post_quant_conv(self.quantize(z).latent.to(self.post_quant_conv.weight.dtype)))
 
 
-def build_first_stage(config: FirstStageConfig) -> AutoencoderKL | VQAutoencoder:
-    """A randomly initialized first stage of the kind the configuration names."""
+FirstStage = AutoencoderKL | VQAutoencoder
+
+
+def build_first_stage(config: FirstStageConfig) -> FirstStage:
+    """Build a randomly initialized first stage of the kind that the configuration names."""
     return AutoencoderKL(config) if config.regularization == "kl" else VQAutoencoder(config)
 
 

@@ -1,56 +1,43 @@
 """The published models by name, as typed configurations.
 
-`get(name)` gives a whole model, `first_stage(name)` and `unet(name)` its parts; the `tiny-*` ones, one of each kind,
-are for tests and for machines without a GPU.
+`get(name)` returns a whole model's, `first_stage(name)` and `unet(name)` those of its parts. The `tiny-*` presets, one
+of each kind, are for tests and for machines without a GPU.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TypeVar
 
 from ldm_core.configs.first_stage import FirstStageConfig
+from ldm_core.configs.model import LatentDiffusionConfig
 from ldm_core.configs.unet import UNetConfig
 from ldm_core.presets.first_stages import FIRST_STAGE_CONFIGS
+from ldm_core.presets.models import MODEL_CONFIGS
 from ldm_core.presets.unets import UNET_CONFIGS
 
-if TYPE_CHECKING:
-    from ldm_core.configs.model import LatentDiffusionConfig
-    from ldm_core.presets.models import MODEL_CONFIGS as MODEL_CONFIGS
+__all__ = ["FIRST_STAGE_CONFIGS", "MODEL_CONFIGS", "UNET_CONFIGS", "first_stage", "get", "names", "unet"]
 
 T = TypeVar("T")
 
 
-def __getattr__(name: str) -> Any:
-    # Lazy, because whole models import torch, and a recipe asks for first stages and UNets only.
-    if name == "MODEL_CONFIGS":
-        from ldm_core.presets.models import MODEL_CONFIGS
-
-        return MODEL_CONFIGS
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
 def names() -> list[str]:
-    """Names that `get` knows, sorted."""
-    from ldm_core.presets.models import MODEL_CONFIGS
-
+    """Return the names that `get` knows, sorted."""
     return sorted(MODEL_CONFIGS)
 
 
 def get(name: str) -> LatentDiffusionConfig:
-    """The configuration of a whole model; `get(name).build()` makes one with random weights.
+    """Return the configuration of a whole model; `get(name).build()` makes one with random weights.
 
     Raises:
         ValueError: no such preset; the message names the nearest.
     """
-    from ldm_core.presets.models import MODEL_CONFIGS
-
     return _lookup(MODEL_CONFIGS, name, "model")
 
 
 def first_stage(name: str) -> FirstStageConfig:
-    """The configuration of a first stage by its name in the paper's Table 8.
+    """Return the configuration of a first stage by its name in the paper's Table 8.
 
     Raises:
         ValueError: no such preset; the message names the nearest.
@@ -59,7 +46,7 @@ def first_stage(name: str) -> FirstStageConfig:
 
 
 def unet(name: str) -> UNetConfig:
-    """The configuration of a published model's UNet.
+    """Return the configuration of a published model's UNet.
 
     Raises:
         ValueError: no such preset; the message names the nearest.

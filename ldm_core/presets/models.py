@@ -1,12 +1,18 @@
-"""The published models whole: first stage, UNet, conditioner, schedule (paper, Tables 12-15, and the code release)."""
+"""Whole published models: first stage, UNet, conditioner, schedule (paper, Tables 12-15, and the code release)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Literal
 
-from ldm_core.conditioning import ClassConfig, LayoutConfig, LowResolutionConfig, MaskedImageConfig, SemanticMapConfig
-from ldm_core.configs.conditioning import ConditionerConfig
+from ldm_core.configs.conditioning import (
+    ClassConfig,
+    ConditionerConfig,
+    LayoutConfig,
+    LowResolutionConfig,
+    MaskedImageConfig,
+    SemanticMapConfig,
+)
 from ldm_core.configs.model import LatentDiffusionConfig
 from ldm_core.configs.schedule import ScheduleConfig
 from ldm_core.configs.text import ClipTextConfig, TextTransformerConfig
@@ -39,13 +45,11 @@ def _model(
     )
 
 
-# sqrt(beta) rises linearly between these, over 1000 timesteps.
-_BETAS, _BETAS_TO_155, _BETAS_TO_195, _BETAS_TO_205 = (
-    (0.00085, 0.012),
-    (0.0015, 0.0155),
-    (0.0015, 0.0195),
-    (0.0015, 0.0205),
-)
+# First and last variance of the forward process; sqrt(beta) rises linearly between them, over 1000 timesteps.
+_BETAS = (0.00085, 0.012)
+_BETAS_TO_155 = (0.0015, 0.0155)
+_BETAS_TO_195 = (0.0015, 0.0195)
+_BETAS_TO_205 = (0.0015, 0.0205)
 _LANDSCAPES = SemanticMapConfig(classes=182, halvings=2)
 
 MODEL_CONFIGS: Mapping[str, LatentDiffusionConfig] = {
@@ -64,7 +68,7 @@ MODEL_CONFIGS: Mapping[str, LatentDiffusionConfig] = {
     "uncond-celebahq-256": _model("uncond-celebahq-256", "vq-f4", betas=_BETAS_TO_195),
     "uncond-ffhq-256": _model("uncond-ffhq-256", "vq-f4", betas=_BETAS_TO_195),
     "uncond-lsun-bedrooms-256": _model("uncond-lsun-bedrooms-256", "vq-f4", betas=_BETAS_TO_195),
-    # Its scale factor was measured at the start of training (1 / std), and is measured anew by ours.
+    # Its scale factor (1 / std) was measured when training began and lies in its checkpoint; ours measures it anew.
     "uncond-lsun-churches-256": _model("uncond-lsun-churches-256", "kl-f8", betas=_BETAS_TO_155, loss="l1"),
     "layout-openimages-256": _model(
         "layout-openimages-256",

@@ -1,6 +1,7 @@
-"""Captions to token ids.
+"""Captions to token ids. Needs the `tokenizers` package, which is imported when a tokenizer is built.
 
-wordpiece    BERT's WordPiece, as the paper's text transformer reads captions
-from_file    a tokenizer.json or a vocabulary that another program wrote
-open_clip    CLIP's byte-pair encoding, with the vocabulary that open_clip ships
+tokenizer      the tokenizer itself, whatever its kind: cut, pad, write, read
+wordpiece      BERT's WordPiece, as the paper's text transformer reads captions; a vocabulary for a small data set
+clip           CLIP's byte-pair encoding; the one that open_clip ships
+from_folder    a tokenizer as the transformers library keeps it
 """

@@ -1,19 +1,16 @@
-"""Captions to token ids: BERT's lower-casing WordPiece, as in the paper's text-to-image model (Sec. 4.3.1).
+"""BERT's lower-casing WordPiece, as in the paper's text-to-image model (Sec. 4.3.1).
 
-Given BERT's vocabulary the ids are those of `bert-base-uncased`; small data sets can have a vocabulary of
-their own. Needs the `tokenizers` package, imported where it is used.
+Given BERT's vocabulary the ids are those of `bert-base-uncased`; `build_vocabulary` makes one for a small data set.
 """
 
-import hashlib
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
     from tokenizers.normalizers import BertNormalizer
 
 PAD, UNKNOWN, START, END, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
@@ -24,107 +21,51 @@ MAX_VOCABULARY_SIZE = 2**16
 MAX_WORD_CHARACTERS = 100
 
 
-class Tokenizer:
-    """WordPiece over a vocabulary of which a token's place is its id.
-
-    Args:
-        vocabulary: distinct tokens, with the five special ones of BERT among them; "##" marks a continuation.
-        max_length: tokens a caption is cut or padded to, [CLS] and [SEP] included.
+def wordpiece_backend(vocabulary: Sequence[str]) -> Backend:
+    """Build the `tokenizers` package's WordPiece as BERT has it: [CLS] words [SEP].
 
     Raises:
-        ValueError: for a vocabulary without a special token, with a duplicate or an empty token, or with more
-            tokens than uint16 holds, and for max_length < 2.
+        ValueError: a special token is missing, a token is empty or repeated, or ids do not fit uint16.
     """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers.models import WordPiece
+    from tokenizers.pre_tokenizers import BertPreTokenizer
+    from tokenizers.processors import BertProcessing
 
-    def __init__(self, vocabulary: Sequence[str], *, max_length: int = 77) -> None:
-        _check_vocabulary(vocabulary)
-        if max_length < 2:
-            raise ValueError(f"max_length must leave room for [CLS] and [SEP], got {max_length}")
-        from tokenizers import Tokenizer as Backend
-        from tokenizers.models import WordPiece
-        from tokenizers.pre_tokenizers import BertPreTokenizer
-        from tokenizers.processors import BertProcessing
+    _check_vocabulary(vocabulary)
+    ids = {token: index for index, token in enumerate(vocabulary)}
+    backend = Backend(WordPiece(ids, unk_token=UNKNOWN, max_input_chars_per_word=MAX_WORD_CHARACTERS))
+    backend.normalizer = _normalizer()
+    backend.pre_tokenizer = BertPreTokenizer()
+    backend.post_processor = BertProcessing((END, ids[END]), (START, ids[START]))
+    backend.add_special_tokens(list(SPECIAL_TOKENS))
+    return backend
 
-        self.vocabulary = list(vocabulary)
-        self.max_length = max_length
-        ids = {token: index for index, token in enumerate(vocabulary)}
-        backend = Backend(WordPiece(ids, unk_token=UNKNOWN, max_input_chars_per_word=MAX_WORD_CHARACTERS))
-        backend.normalizer = _normalizer()
-        backend.pre_tokenizer = BertPreTokenizer()
-        backend.post_processor = BertProcessing((END, ids[END]), (START, ids[START]))
-        backend.add_special_tokens(list(SPECIAL_TOKENS))
-        backend.enable_truncation(max_length)
-        backend.enable_padding(length=max_length, pad_id=ids[PAD], pad_token=PAD)
-        self._backend = backend
 
-    @classmethod
-    def from_vocabulary(cls, vocabulary: Sequence[str], *, max_length: int = 77) -> "Tokenizer":
-        """A tokenizer over a list of tokens, e.g. `build_vocabulary`'s."""
-        return cls(vocabulary, max_length=max_length)
+def parse_vocabulary(data: bytes, *, source: str) -> list[str]:
+    """Return the tokens of a vocab.txt from its content; `source` names it in the error.
 
-    @classmethod
-    def from_vocabulary_file(cls, path: str | Path, *, max_length: int = 77) -> "Tokenizer":
-        """A tokenizer over a vocab.txt, one token a line, as BERT publishes it.
-
-        Raises:
-            FileNotFoundError: when there is no such file.
-            ValueError: when it is not UTF-8 or not a vocabulary.
-        """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no vocabulary file at {path}: give the path of a vocab.txt")
-        try:
-            text = path.read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"a vocabulary file must be UTF-8 text, {path} is not: {error.reason}") from error
-        # Not splitlines(): tokens may be characters that Unicode takes for line ends.
-        return cls(text.replace("\r\n", "\n").removesuffix("\n").split("\n"), max_length=max_length)
-
-    @property
-    def vocabulary_size(self) -> int:
-        """Number of token ids."""
-        return len(self.vocabulary)
-
-    @property
-    def digest(self) -> str:
-        """sha256 (hex) of the vocabulary as `write` writes it."""
-        return hashlib.sha256(self._file_bytes()).hexdigest()
-
-    def encode(self, captions: Sequence[str]) -> npt.NDArray[np.uint16]:
-        """Token ids of captions: [CLS] words [SEP], cut to max_length, padded with [PAD].
-
-        Args:
-            captions: N strings; the empty string is the empty caption of classifier-free guidance.
-
-        Returns:
-            (N, max_length) uint16.
-
-        Raises:
-            TypeError: when given one string instead of a list.
-        """
-        if isinstance(captions, str):
-            raise TypeError("encode takes a list of captions, got one string: write [caption]")
-        encodings = self._backend.encode_batch([storable(caption) for caption in captions])
-        return np.array([encoding.ids for encoding in encodings], dtype=np.uint16).reshape(-1, self.max_length)
-
-    def write(self, path: str | Path) -> None:
-        """Write the vocabulary as a vocab.txt."""
-        Path(path).write_bytes(self._file_bytes())
-
-    def _file_bytes(self) -> bytes:
-        return "".join(f"{token}\n" for token in self.vocabulary).encode("utf-8")
+    Raises:
+        ValueError: the content is not UTF-8.
+    """
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"a vocabulary file must be UTF-8 text, {source} is not: {error.reason}") from error
+    # Not splitlines(): tokens may be characters that Unicode takes for line ends.
+    return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
 
 
 def build_vocabulary(captions: Iterable[str], *, size: int) -> list[str]:
-    """A WordPiece vocabulary of whole words for a small data set.
+    """Build a WordPiece vocabulary of whole words for a small data set.
 
-    The special tokens, then the characters seen with their continuations (at most half of the room, so that
-    rare words can be spelt out), then the most frequent words. Ties are broken alphabetically, so the result
-    depends on the multiset of captions alone.
+    The special tokens come first, then the characters seen and their continuations (at most half of the remaining
+    room, so that rare words can be spelt out), then the most frequent words. Ties are broken alphabetically, so the
+    result depends on the multiset of captions alone.
 
     Args:
         captions: the data set's captions, each as often as it occurs.
-        size: most tokens that the vocabulary may have.
+        size: largest number of tokens in the vocabulary.
 
     Returns:
         At most `size` distinct tokens.
@@ -132,6 +73,8 @@ def build_vocabulary(captions: Iterable[str], *, size: int) -> list[str]:
     Raises:
         ValueError: unless 16 <= size <= 65536.
     """
+    # Not `tokenizers.trainers.WordPieceTrainer`: it merges pairs as BPE does, so that a small vocabulary fills up with
+    # word pieces, and it would change the bytes of vocab.txt, on which the artifacts' keys depend.
     if not 16 <= size <= MAX_VOCABULARY_SIZE:
         raise ValueError(f"vocabulary size must be between 16 and {MAX_VOCABULARY_SIZE}, got {size}")
     words = _count_words(captions)
@@ -140,6 +83,7 @@ def build_vocabulary(captions: Iterable[str], *, size: int) -> list[str]:
         for character in word:
             characters[character] += count
     vocabulary = list(SPECIAL_TOKENS)
+    # Each character takes two tokens: at the start of a word and, marked by ##, within it.
     room_for_characters = (size - len(vocabulary)) // 4
     spelt = sorted(_most_frequent(characters)[:room_for_characters])
     vocabulary += spelt + [f"##{character}" for character in spelt]
@@ -148,8 +92,13 @@ def build_vocabulary(captions: Iterable[str], *, size: int) -> list[str]:
     return vocabulary + new_words[: size - len(vocabulary)]
 
 
+def storable(caption: str) -> str:
+    """Replace lone surrogates, which JSON can smuggle in and UTF-8 cannot hold."""
+    return caption.encode("utf-8", "replace").decode("utf-8")
+
+
 def _count_words(captions: Iterable[str]) -> Counter[str]:
-    """How often each word occurs, words being what BERT splits a caption into before WordPiece."""
+    """Count how often each word occurs, words being what BERT splits a caption into before WordPiece."""
     from tokenizers.pre_tokenizers import BertPreTokenizer
 
     normalizer, splitter = _normalizer(), BertPreTokenizer()
@@ -164,16 +113,12 @@ def _most_frequent(counts: Counter[str]) -> list[str]:
     return sorted(counts, key=lambda item: (-counts[item], item))
 
 
-def _normalizer() -> "BertNormalizer":
-    """BERT's cleaning of text: control characters, Chinese characters apart, accents off, lower case."""
+def _normalizer() -> BertNormalizer:
+    """Return BERT's normalizer: no control characters, spaces around Chinese characters, no accents, lower case."""
     from tokenizers.normalizers import BertNormalizer
 
+    # strip_accents=None follows `lowercase`, as in BERT.
     return BertNormalizer(clean_text=True, handle_chinese_chars=True, strip_accents=None, lowercase=True)
-
-
-def storable(caption: str) -> str:
-    """The caption with lone surrogates (which JSON can smuggle in and UTF-8 cannot hold) replaced."""
-    return caption.encode("utf-8", "replace").decode("utf-8")
 
 
 def _check_vocabulary(vocabulary: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm_core.model_files import CONFIG_FILE, WEIGHTS_FILE
 from pipelines.drawing.grids import encode_png
 from pipelines.errors import UserError
 from pipelines.looking.verify import finished_artifacts
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 FIRST_SAMPLES = 5
-MODEL_FILES = ("model.safetensors", "config.json")
+# Without either, a folder is no model.
+REQUIRED_FILES = (WEIGHTS_FILE, CONFIG_FILE)
 
 
 def inspect_path(url: str) -> dict[str, Any]:
@@ -40,7 +42,7 @@ def inspect_path(url: str) -> dict[str, Any]:
         )
     if storage.exists(MANIFEST):
         return _artifact(storage)
-    if all(storage.exists(name) for name in MODEL_FILES):
+    if all(storage.exists(name) for name in REQUIRED_FILES):
         return _model(storage)
     if _is_unfinished(storage):
         return _unfinished(storage)
@@ -54,7 +56,7 @@ def inspect_path(url: str) -> dict[str, Any]:
         }
     raise UserError(
         f"{storage.url} is neither a shard, nor an artifact ({MANIFEST} is missing), nor a run's root, nor a "
-        f"model folder ({', '.join(MODEL_FILES)})"
+        f"model folder ({', '.join(REQUIRED_FILES)})"
     )
 
 
@@ -184,15 +186,15 @@ def _model(storage: Storage) -> dict[str, Any]:
     return {
         "kind": "model",
         "url": storage.url,
-        "bytes": sum(storage.size(name) for name in MODEL_FILES),
-        "config": storage.read_json("config.json"),
+        "bytes": sum(storage.size(name) for name in REQUIRED_FILES),
+        "config": storage.read_json(CONFIG_FILE),
         "parameters": _parameters(storage),
     }
 
 
 def _parameters(storage: Storage) -> dict[str, int]:
     # A safetensors file begins with the length of its JSON header (little-endian, 8 bytes).
-    with storage.open("model.safetensors") as file:
+    with storage.open(WEIGHTS_FILE) as file:
         length = int.from_bytes(file.read(8), "little")
         header_bytes = file.read(length) if length <= 100_000_000 else b""
     try:
@@ -206,5 +208,5 @@ def _parameters(storage: Storage) -> dict[str, int]:
                 part = name.split(".", 1)[0]
                 parameters[part] = parameters.get(part, 0) + count
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{storage.url}/model.safetensors is not a safetensors file; it is damaged") from error
+        raise UserError(f"{storage.url}/{WEIGHTS_FILE} is not a safetensors file; it is damaged") from error
     return parameters | {"total": sum(parameters.values())}

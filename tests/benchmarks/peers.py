@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ldm_core.checkpoint_formats.diffusers import names as diffusers_names
 from ldm_core.checkpoint_formats.diffusers import write_config as diffusers_config
 from ldm_core.conditioning import TextConditioner
 from ldm_core.latent_diffusion import LatentDiffusion
 from ldm_core.networks.autoencoder import AutoencoderKL, VQAutoencoder
 from ldm_core.networks.unet import UNet
+from tests.diffusers_weights import diffusers_weights
 
 
 def available() -> bool:
@@ -37,7 +37,7 @@ def diffusers_unet(unet: UNet) -> Any:
 
     settings = diffusers_config.unet_config(unet.config)
     kind = getattr(diffusers, settings.pop("_class_name"))
-    return _with_weights(kind(**settings), diffusers_names.unet_weights(unet), unet)
+    return _with_weights(kind(**settings), diffusers_weights(unet), unet)
 
 
 def diffusers_first_stage(first_stage: AutoencoderKL | VQAutoencoder, *, scale_factor: float = 1.0) -> Any:
@@ -46,7 +46,7 @@ def diffusers_first_stage(first_stage: AutoencoderKL | VQAutoencoder, *, scale_f
 
     settings = diffusers_config.first_stage_config(first_stage.config, scale_factor=scale_factor)
     kind = getattr(diffusers, settings.pop("_class_name"))
-    return _with_weights(kind(**settings), diffusers_names.first_stage_weights(first_stage), first_stage)
+    return _with_weights(kind(**settings), diffusers_weights(first_stage), first_stage)
 
 
 def diffusers_pipeline(model: LatentDiffusion, vocabulary: Path) -> Any:
@@ -62,9 +62,7 @@ def diffusers_pipeline(model: LatentDiffusion, vocabulary: Path) -> Any:
     schedule.pop("_class_name")
     pipeline: Any = diffusers.LDMTextToImagePipeline(
         vqvae=diffusers_first_stage(model.first_stage, scale_factor=model.scale_factor),
-        bert=_with_weights(
-            LDMBertModel(LDMBertConfig(**settings)), diffusers_names.text_transformer_weights(transformer), model.unet
-        ),
+        bert=_with_weights(LDMBertModel(LDMBertConfig(**settings)), diffusers_weights(transformer), model.unet),
         tokenizer=BertTokenizer(str(vocabulary)),
         unet=diffusers_unet(model.unet),
         scheduler=diffusers.DDIMScheduler(**schedule),

@@ -17,7 +17,8 @@ from ldm_core import checkpoint, presets
 from ldm_core.checkpoint_formats import compvis
 from ldm_core.latent_diffusion import LatentDiffusion
 from ldm_core.networks.autoencoder import build_first_stage
-from ldm_core.tokenizers.wordpiece import Tokenizer, build_vocabulary
+from ldm_core.tokenizers.tokenizer import Tokenizer
+from ldm_core.tokenizers.wordpiece import build_vocabulary
 
 Ldm = Callable[..., tuple[int, str, str]]
 
@@ -31,7 +32,7 @@ def model() -> LatentDiffusion:
 @pytest.fixture(scope="module")
 def folder(model: LatentDiffusion, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "trained"
-    checkpoint.save(model, folder, tokenizer=Tokenizer(build_vocabulary(["a red circle"], size=64)))
+    checkpoint.save(model, folder, tokenizer=Tokenizer.from_vocabulary(build_vocabulary(["a red circle"], size=64)))
     return folder
 
 

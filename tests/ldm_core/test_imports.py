@@ -30,6 +30,30 @@ print(len(names), "modules")
 """
 
 
+LIGHT_SCRIPT = """
+import importlib, pkgutil, sys
+
+import ldm_core.configs, ldm_core.model_files, ldm_core.presets
+for package in (ldm_core.configs, ldm_core.presets):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
+from ldm_core import load, presets
+from ldm_core.configs import parameter_count
+for name in presets.names():
+    config = presets.get(name)
+    assert type(config).from_dict(config.to_dict()) == config
+    assert parameter_count.unet_parameters(config.unet) > 0
+assert "torch" not in sys.modules, "torch was imported"
+"""
+
+
+def test_configurations_and_presets_import_without_torch() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT_SCRIPT], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_module_imports_and_a_model_samples_without_the_pipelines_packages() -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, *ABSENT], capture_output=True, text=True, check=False, timeout=300

@@ -53,7 +53,7 @@ def clip_folder(folder: Path, **changes: Any) -> Path:
     """A tiny CLIP as transformers saves it, with CLIP's own tokenizer."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from ldm_core.tokenizers.open_clip import open_clip_tokenizer
+    from ldm_core.tokenizers.clip import open_clip_tokenizer
 
     config = CLIPTextConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=49_408

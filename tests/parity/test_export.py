@@ -18,7 +18,6 @@ from ldm_core import presets, samplers
 from ldm_core.checkpoint_formats import compvis
 from ldm_core.checkpoint_formats.diffusers import defaults as diffusers_defaults
 from ldm_core.checkpoint_formats.diffusers import export_folder, import_folder
-from ldm_core.checkpoint_formats.diffusers.names import text_transformer_weights
 from ldm_core.checkpoint_formats.diffusers.write_config import first_stage_config, unet_config
 from ldm_core.conditioning import TextConditioner
 from ldm_core.configs.first_stage import FirstStageConfig
@@ -28,9 +27,10 @@ from ldm_core.configs.text import ClipTextConfig, TextTransformerConfig
 from ldm_core.latent_diffusion import LatentDiffusion
 from ldm_core.networks.autoencoder import build_first_stage
 from ldm_core.samplers import initial_noise
-from ldm_core.tokenizers.from_file import CLIP_END, FileTokenizer
-from ldm_core.tokenizers.open_clip import open_clip_tokenizer
-from ldm_core.tokenizers.wordpiece import Tokenizer, build_vocabulary
+from ldm_core.tokenizers.clip import CLIP_END, open_clip_tokenizer
+from ldm_core.tokenizers.tokenizer import Tokenizer
+from ldm_core.tokenizers.wordpiece import build_vocabulary
+from tests.diffusers_weights import diffusers_weights
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -54,10 +54,10 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def clip_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> FileTokenizer:
+def clip_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path = tmp_path_factory.mktemp("clip") / "tokenizer.json"
     open_clip_tokenizer().write(path)
-    return FileTokenizer.from_file(path, pad_token=CLIP_END)
+    return Tokenizer.from_json_file(path, pad_token=CLIP_END)
 
 
 def build_model(**changes: object) -> LatentDiffusion:
@@ -76,7 +76,7 @@ def text(vocabulary_size: int) -> TextTransformerConfig:
     return TextTransformerConfig(vocabulary_size=vocabulary_size, width=128, layers=2, heads=4, head_dim=32)
 
 
-def tokens(tokenizer: Tokenizer | FileTokenizer, captions: list[str]) -> torch.Tensor:
+def tokens(tokenizer: Tokenizer, captions: list[str]) -> torch.Tensor:
     return torch.from_numpy(tokenizer.encode(captions).astype(np.int64))
 
 
@@ -128,7 +128,7 @@ def test_exported_text_pipeline_renders_the_same_image_from_the_same_noise(
 
 
 def test_exported_stable_diffusion_renders_the_same_image_from_the_same_noise(
-    clip_tokenizer: FileTokenizer, tmp_path: Path
+    clip_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     clip = ClipTextConfig(width=32, layers=2, heads=4, feed_forward_width=64)
     unet = dataclasses.replace(presets.get("tiny-txt2img").unet, context_dim=32)
@@ -202,7 +202,7 @@ def test_exported_first_stage_is_the_same_network(tmp_path: Path, name: str) -> 
 
 
 def test_diffusers_own_conversion_of_our_compvis_export_is_our_diffusers_export(
-    clip_tokenizer: FileTokenizer, tmp_path: Path
+    clip_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     """Independent evidence for both tables of names: A -> CompVis -> (their code) -> diffusers is A -> diffusers."""
     from diffusers.loaders import single_file_utils as theirs
@@ -247,7 +247,7 @@ def test_diffusers_own_conversion_of_our_compvis_export_is_our_diffusers_export(
     settings = {"vocab_size": 50, "d_model": 128, "encoder_layers": 2, "encoder_ffn_dim": 512}
     config = bert.LDMBertConfig(**settings, encoder_attention_heads=4, head_dim=32)
     reference = convert_ldm_bert_checkpoint(Names(compvis.export_state(text_model), "cond_stage_model"), config)
-    weights = text_transformer_weights(text_model.conditioner.transformer)
+    weights = diffusers_weights(text_model.conditioner.transformer)
     assert reference.state_dict().keys() == weights.keys()
     assert all(torch.equal(reference.state_dict()[name], tensor) for name, tensor in weights.items())
 

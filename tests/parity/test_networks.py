@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm_core.checkpoint_formats.diffusers import names as weights
 from ldm_core.checkpoint_formats.diffusers import write_config as theirs
 from ldm_core.configs.first_stage import FirstStageConfig
 from ldm_core.configs.text import TextTransformerConfig
@@ -16,6 +15,7 @@ from ldm_core.networks.autoencoder import VQAutoencoder, build_first_stage
 from ldm_core.networks.posterior import DiagonalGaussian
 from ldm_core.networks.text_transformer import TextTransformer
 from ldm_core.networks.unet import UNet
+from tests.diffusers_weights import diffusers_weights
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -51,7 +51,7 @@ def load_reference(module: nn.Module, state: dict[str, Tensor]) -> Any:
 def reference_unet(unet: UNet) -> Any:
     settings: dict[str, Any] = theirs.unet_config(unet.config)
     kind = getattr(diffusers, settings.pop("_class_name"))
-    return load_reference(kind(**settings), weights.unet_weights(unet))
+    return load_reference(kind(**settings), diffusers_weights(unet))
 
 
 def unet_config(**changes: Any) -> UNetConfig:
@@ -147,7 +147,7 @@ def test_kl_first_stage_computes_what_diffusers_computes(changes: dict[str, Any]
     randomize(first_stage)
     settings = theirs.first_stage_config(config, scale_factor=1.0)
     settings.pop("_class_name")
-    reference = load_reference(diffusers.AutoencoderKL(**settings), weights.first_stage_weights(first_stage))
+    reference = load_reference(diffusers.AutoencoderKL(**settings), diffusers_weights(first_stage))
     x, z = torch.randn(2, 3, 32, 16), torch.randn(2, 4, 8, 4)
     with torch.no_grad():
         ours, posterior = first_stage.encode(x), reference.encode(x).latent_dist
@@ -165,7 +165,7 @@ def test_vq_first_stage_computes_what_diffusers_computes(changes: dict[str, Any]
     randomize(first_stage)
     settings = theirs.first_stage_config(config, scale_factor=1.0)
     settings.pop("_class_name")
-    reference = load_reference(diffusers.VQModel(**settings), weights.first_stage_weights(first_stage))
+    reference = load_reference(diffusers.VQModel(**settings), diffusers_weights(first_stage))
     x, z = torch.randn(2, 3, 32, 16), 0.1 * torch.randn(2, 3, 8, 4)
     with torch.no_grad():
         assert_same(first_stage.encode(x).mode(), reference.encode(x).latents)
@@ -185,7 +185,7 @@ def test_text_transformer_computes_what_diffusers_computes() -> None:
     randomize(transformer)
     reference = load_reference(
         LDMBertModel(LDMBertConfig(**theirs.text_transformer_config(config))),
-        weights.text_transformer_weights(transformer),
+        diffusers_weights(transformer),
     )
     tokens = torch.randint(0, 50, (3, 12))
     with torch.no_grad():

@@ -5,9 +5,9 @@ from ldm_core.checkpoint_formats.compvis.checkpoint import (
     Weights,
     export_folder,
     export_state,
+    holds_whole_model,
     import_checkpoint,
     infer_preset,
-    is_whole_model,
     load_configuration,
     schedule_buffers,
 )
@@ -17,9 +17,9 @@ __all__ = [
     "Weights",
     "export_folder",
     "export_state",
+    "holds_whole_model",
     "import_checkpoint",
     "infer_preset",
-    "is_whole_model",
     "load_configuration",
     "schedule_buffers",
 ]

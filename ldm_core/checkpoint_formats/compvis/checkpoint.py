@@ -1,4 +1,4 @@
-"""Checkpoints of the paper's code release, .ckpt or .safetensors: whole models and first stages, in and out."""
+"""Import and export checkpoints of the paper's code release, .ckpt or .safetensors: whole models and first stages."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ from ldm_core.checkpoint_formats.compvis.names import (
     first_stage_entries,
     model_entries,
 )
-from ldm_core.checkpoint_formats.imported import Config
-from ldm_core.conditioning import MaskedImageConfig
+from ldm_core.configs.conditioning import MaskedImageConfig
 from ldm_core.configs.first_stage import FirstStageConfig
-from ldm_core.configs.model import LatentDiffusionConfig
+from ldm_core.configs.model import Config, LatentDiffusionConfig
 from ldm_core.latent_diffusion import LatentDiffusion
-from ldm_core.networks.autoencoder import AutoencoderKL, VQAutoencoder, build_first_stage
+from ldm_core.networks.autoencoder import FirstStage, build_first_stage
 from ldm_core.schedule import NoiseSchedule
 from ldm_core.weights.name_mapping import Entry, their_shapes, to_ours, to_theirs
 from ldm_core.weights.named_tensors import NamedTensors, differences, some
@@ -34,12 +33,22 @@ Weights = Literal["ema", "raw"]
 
 EMA_PREFIX = "model_ema."
 EMA_COUNTERS = ("model_ema.decay", "model_ema.num_updates")
+# Tables of the forward process, which ours computes from its configuration, see `schedule_buffers`.
 SCHEDULE_BUFFERS = (
-    *("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
-    *("log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod"),
-    *("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"),
+    "betas",
+    "alphas_cumprod",
+    "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
 )
-# Of the loss and of training: nothing that a model computes.
+# Buffers of the loss and of training, which no network reads; the scale factor becomes part of the config.
 OTHER_BUFFERS = ("scale_factor", "lvlb_weights", "logvar", "cond_ids")
 POSITION_IDS = f"{CONDITIONER_PREFIX}transformer.text_model.embeddings.position_ids"
 
@@ -47,23 +56,23 @@ POSITION_IDS = f"{CONDITIONER_PREFIX}transformer.text_model.embeddings.position_
 def import_checkpoint(
     tensors: NamedTensors, config: Config, *, weights: Weights | None = None
 ) -> tuple[Config, NamedTensors, bool]:
-    """A checkpoint's weights under our names.
+    """Give a checkpoint's weights our names.
 
     Args:
-        tensors: what the checkpoint holds, see `open_tensors`.
-        config: what it was trained as.
-        weights: "ema", the averaged ones that samples are drawn from, or "raw", those that were being trained; None
-            is the averaged ones where the checkpoint has them.
+        tensors: the checkpoint's tensors, see `open_tensors`.
+        config: the configuration that it was trained with.
+        weights: "ema" for the averaged weights, which samples are drawn from, or "raw" for those in training; None
+            takes the averaged ones if the checkpoint has them.
 
     Returns:
-        The config, with the scale factor that the checkpoint measured; the weights, read one by one; and whether they
-        are averaged ones.
+        The config, with the scale factor that the checkpoint's training measured; the weights, read one by one; and
+        whether they are averaged.
 
     Raises:
         ValueError: names or shapes are not the config's (they are listed), the noise schedule is another one, or
             averaged weights are asked for and absent.
     """
-    whole = is_whole_model(tensors)
+    whole = holds_whole_model(tensors)
     if whole != isinstance(config, LatentDiffusionConfig):
         held, given = ("whole model", "first stage") if whole else ("first stage", "whole model")
         raise ValueError(f"{tensors.source} holds a {held}, the configuration is a {given}'s")
@@ -80,14 +89,16 @@ def import_checkpoint(
 
 
 def infer_preset(tensors: NamedTensors) -> str:
-    """The published model, or first stage, whose names, shapes and noise schedule a checkpoint has.
+    """Return the name of the preset whose names, shapes and noise schedule a checkpoint has.
 
-    Heads of attention leave no trace in weights: a model of another origin may fit and still be another one.
+    The number of attention heads leaves no trace in the weights, so a model that is not the published one may fit too.
 
     Raises:
-        ValueError: none fits, or several that differ; these are listed.
+        ValueError: no preset fits, or several different ones, which are listed.
     """
-    candidates: Mapping[str, Config] = presets.MODEL_CONFIGS if is_whole_model(tensors) else presets.FIRST_STAGE_CONFIGS
+    candidates: Mapping[str, Config] = (
+        presets.MODEL_CONFIGS if holds_whole_model(tensors) else presets.FIRST_STAGE_CONFIGS
+    )
     fitting = {name: config for name, config in candidates.items() if _fits(config, tensors)}
     if not fitting:
         raise ValueError(
@@ -99,11 +110,11 @@ def infer_preset(tensors: NamedTensors) -> str:
 
 
 def load_configuration(path: str | Path) -> Config:
-    """The configuration of a checkpoint: a YAML file as the release has it, or a config.json of ours.
+    """Read the configuration of a checkpoint: a YAML file as the release has it, or a config.json of ours.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is neither, or describes what we do not have; the setting is named.
+        ValueError: it is neither, or describes a model that we do not have; the setting is named.
     """
     path = Path(path)
     if not path.is_file():
@@ -119,14 +130,14 @@ def load_configuration(path: str | Path) -> Config:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 
-def is_whole_model(tensors: NamedTensors) -> bool:
-    """Whether a checkpoint holds a diffusion model, not a first stage alone."""
+def holds_whole_model(tensors: NamedTensors) -> bool:
+    """Return whether a checkpoint holds a whole diffusion model, not a first stage alone."""
     ema = _ema_name(UNET_PREFIX)
     return any(name.startswith((UNET_PREFIX, ema)) for name in tensors)
 
 
-def export_state(model: LatentDiffusion | AutoencoderKL | VQAutoencoder) -> dict[str, Tensor]:
-    """A model's weights and buffers under the release's names; no averaged weights beside them.
+def export_state(model: LatentDiffusion | FirstStage) -> dict[str, Tensor]:
+    """Return a model's weights and buffers under the release's names, without averaged weights beside them.
 
     Raises:
         ValueError: the release has no such conditioner.
@@ -135,18 +146,18 @@ def export_state(model: LatentDiffusion | AutoencoderKL | VQAutoencoder) -> dict
         return to_theirs(first_stage_entries(model), model.state_dict())
     state = to_theirs(model_entries(model), model.state_dict())
     if isinstance(model.config.conditioner, MaskedImageConfig):
-        # Their conditioner is the first stage once more.
+        # Their conditioner is a second copy of the first stage.
         first_stage = [name for name in state if name.startswith(FIRST_STAGE_PREFIX)]
         state |= {CONDITIONER_PREFIX + name.removeprefix(FIRST_STAGE_PREFIX): state[name] for name in first_stage}
     return state | schedule_buffers(model.schedule) | {"scale_factor": torch.tensor(model.config.scale_factor)}
 
 
-def export_folder(model: LatentDiffusion | AutoencoderKL | VQAutoencoder, folder: Path) -> str | None:
-    """Write model.ckpt and its configuration: config.yaml as the release has it or, where it has none, our config.json.
+def export_folder(model: LatentDiffusion | FirstStage, folder: Path) -> str | None:
+    """Write model.ckpt and config.yaml or, if the release cannot express the configuration, our config.json.
 
     Args:
-        model: with weights in memory.
-        folder: exists.
+        model: a whole model or a first stage, with weights in memory.
+        folder: an existing folder.
 
     Returns:
         Why the release cannot run the model, or None where it can.
@@ -170,7 +181,7 @@ def export_folder(model: LatentDiffusion | AutoencoderKL | VQAutoencoder, folder
 
 
 def schedule_buffers(schedule: NoiseSchedule) -> dict[str, Tensor]:
-    """The tables (T,) float32 that theirs keeps with the weights (Ho et al. 2020, Eq. 4 and 7)."""
+    """Return the tables, (T,) float32, that theirs keeps with the weights (Ho et al. 2020, Eq. 4 and 7)."""
     alpha_bar = torch.tensor([schedule.alpha_bar(t) for t in range(schedule.timesteps)], dtype=torch.float64)
     previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
     betas = 1.0 - alpha_bar / previous
@@ -202,7 +213,7 @@ def _on_meta(config: Config) -> tuple[Any, list[Entry]]:
 
 
 def _ema_name(name: str) -> str:
-    """Where they keep the average of a weight: names within `model`, without their dots."""
+    """Return the name of a weight's average: its name within `model`, without the dots."""
     return EMA_PREFIX + name.removeprefix("model.").replace(".", "")
 
 
@@ -211,7 +222,7 @@ def _averages(tensors: NamedTensors) -> list[str]:
 
 
 def _choose(tensors: NamedTensors, listed: list[Entry], use_averaged: bool) -> NamedTensors:
-    """The tensors that weights are to be read from, under their plain names, without what is no weight."""
+    """Select the tensors to read, raw or averaged, under the release's plain names."""
     if use_averaged and not _averages(tensors):
         raise ValueError(f"{tensors.source} has no averaged weights (model_ema.*): take the raw ones")
     averaged = {_ema_name(name): name for name in _averageable(listed)}
@@ -229,7 +240,7 @@ def _choose(tensors: NamedTensors, listed: list[Entry], use_averaged: bool) -> N
 def _averageable(listed: list[Entry]) -> Iterator[str]:
     names = [name for entry in listed for name in entry.theirs]
     whole = any(name.startswith(UNET_PREFIX) for name in names)
-    # In a whole model the UNet alone is averaged, elsewhere everything.
+    # In a whole model only the UNet is averaged, in a first stage alone everything.
     return (name for name in names if name.startswith(UNET_PREFIX) or not whole)
 
 
@@ -243,7 +254,7 @@ def _is_no_weight(name: str) -> bool:
 
 
 def _without_second_first_stage(tensors: NamedTensors) -> NamedTensors:
-    """Without the first stage's copy as conditioner, once it is seen to be one."""
+    """Drop the conditioner's copy of the first stage, after checking that it is one."""
     for name in [name for name in tensors if name.startswith(CONDITIONER_PREFIX)]:
         original = FIRST_STAGE_PREFIX + name.removeprefix(CONDITIONER_PREFIX)
         if original not in tensors or not torch.equal(tensors[name], tensors[original]):
@@ -267,10 +278,11 @@ def _check_schedule(config: LatentDiffusionConfig, tensors: NamedTensors) -> Non
 
 
 def _with_measured_scale(config: LatentDiffusionConfig, tensors: NamedTensors) -> LatentDiffusionConfig:
-    """The scale factor measured at the start of training is a buffer; float32, so that a config's own digits stay."""
+    """Take over the scale factor that was measured when training began, which the release keeps as a buffer."""
     if tensors.shapes.get("scale_factor") != ():
         return config
     measured = tensors["scale_factor"].float()
+    # Compared in float32: a config's own digits stay where the buffer only rounds them.
     if torch.equal(measured, torch.tensor(config.scale_factor)):
         return config
     return dataclasses.replace(config, scale_factor=measured.item())
@@ -296,6 +308,6 @@ def _fits(config: Config, tensors: NamedTensors) -> bool:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """A tensor that is all of its storage: torch.save writes whole storages."""
+    """Return a tensor that fills its storage, because torch.save writes whole storages."""
     tensor = tensor.detach().to("cpu").contiguous()
     return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor

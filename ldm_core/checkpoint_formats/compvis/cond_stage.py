@@ -1,4 +1,4 @@
-"""The code release's conditioners (`cond_stage_config`) as ours, and ours as such."""
+"""Convert between CompVis conditioners (`cond_stage_config`) and ours."""
 
 from __future__ import annotations
 
@@ -6,27 +6,39 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldm_core.checkpoint_formats.compvis.settings import check, needed
-from ldm_core.conditioning import ClassConfig, LayoutConfig, LowResolutionConfig, MaskedImageConfig, SemanticMapConfig
-from ldm_core.configs.conditioning import ConditionerConfig
+from ldm_core.configs.conditioning import (
+    ClassConfig,
+    ConditionerConfig,
+    LayoutConfig,
+    LowResolutionConfig,
+    MaskedImageConfig,
+    SemanticMapConfig,
+)
 from ldm_core.configs.text import ClipTextConfig, TextTransformerConfig
 from ldm_core.configs.unet import UNetConfig
 
 ENCODERS = "ldm.modules.encoders.modules"
+# Default of their `ClassEmbedder`.
 IMAGENET_CLASSES = 1000
+# The one CLIP whose shape `ClipTextConfig()` has.
 CLIP_VERSION = "openai/clip-vit-large-patch14"
 
 
 def to_cond_stage(config: ConditionerConfig | None) -> tuple[Any, str | None]:
-    """A conditioner as the release writes it, and the way it reaches the UNet (`conditioning_key`).
+    """Return a conditioner as the release writes it, and how it reaches the UNet (`conditioning_key`).
 
     Raises:
         ValueError: the release has no such conditioner.
     """
     match config:
         case TextTransformerConfig() | LayoutConfig():
-            transformer = {"n_embed": config.width, "n_layer": config.layers, "vocab_size": config.vocabulary_size}
-            transformer |= {"max_seq_len": config.max_length}
-            transformer |= {"use_tokenizer": isinstance(config, TextTransformerConfig)}
+            transformer = {
+                "n_embed": config.width,
+                "n_layer": config.layers,
+                "vocab_size": config.vocabulary_size,
+                "max_seq_len": config.max_length,
+                "use_tokenizer": isinstance(config, TextTransformerConfig),
+            }
             return _encoder("BERTEmbedder", transformer), "crossattn"
         case ClipTextConfig():
             return _encoder("FrozenCLIPEmbedder", {"version": CLIP_VERSION, "max_length": 77}), "crossattn"
@@ -46,10 +58,14 @@ def to_cond_stage(config: ConditionerConfig | None) -> tuple[Any, str | None]:
 
 
 def from_cond_stage(section: Any, unet: UNetConfig) -> ConditionerConfig | None:
-    """The conditioner that a `cond_stage_config` describes; the UNet tells what its target leaves open.
+    """Build the configuration of the conditioner that a `cond_stage_config` describes.
+
+    Args:
+        section: the value of `cond_stage_config`: a section with a target, or one of the release's keywords.
+        unet: the model's UNet; a low-resolution image has as many channels as its input has beyond the latent's.
 
     Raises:
-        ValueError: it is none of ours, or sets what ours cannot; named.
+        ValueError: we have no such conditioner, or not with this setting, which is named.
     """
     if section in ("__is_unconditional__", None):
         return None

@@ -1,6 +1,6 @@
-"""The code release's configurations (the YAML files beside its checkpoints) as ours, and ours as such.
+"""Convert between CompVis YAML configurations, the files beside its checkpoints, and ours.
 
-What a file sets that our networks do not have is refused by name; what only concerns its training loop is passed over.
+A setting that our networks do not have is refused by name; one that only concerns their training loop is ignored.
 """
 
 from __future__ import annotations
@@ -10,18 +10,16 @@ from typing import Any
 
 from ldm_core.checkpoint_formats.compvis.cond_stage import from_cond_stage, to_cond_stage
 from ldm_core.checkpoint_formats.compvis.settings import Settings, check, differing, needed, section
-from ldm_core.configs.conditioning import kind_of
+from ldm_core.configs.conditioning import conditioner_kind
 from ldm_core.configs.first_stage import FirstStageConfig
-from ldm_core.configs.model import LatentDiffusionConfig
+from ldm_core.configs.model import Config, LatentDiffusionConfig
 from ldm_core.configs.schedule import ScheduleConfig
 from ldm_core.configs.unet import UNetConfig
 
 # What they call "linear" is linear in sqrt(beta).
 SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear", "cosine": "cosine"}
-IMAGENET_CLASSES = 1000
-CLIP_VERSION = "openai/clip-vit-large-patch14"
 
-# Settings with the one value that our networks have; theirs when the file does not set them.
+# Settings that our networks do not have, with the one value of theirs that ours compute (also their default).
 UNET_FIXED = {
     "conv_resample": True,
     "dims": 2,
@@ -34,7 +32,7 @@ CODER_FIXED = {"give_pre_end": False, "resamp_with_conv": True, "tanh_out": Fals
 AUTOENCODER_FIXED = {"colorize_nlabels": None, "remap": None, "sane_index_shape": False}
 MODEL_FIXED = {"cosine_s": 8e-3, "given_betas": None, "v_posterior": 0.0}
 
-# What the release's scripts give to each conditioner.
+# The entry of a batch that the release's data sets keep each condition in.
 COND_STAGE_KEYS = {
     "text": "caption",
     "frozen_clip": "txt",
@@ -48,25 +46,94 @@ COND_STAGE_KEYS = {
 # Settings of training, logging and memory.
 UNET_IGNORED = ("legacy", "use_checkpoint", "use_fp16")
 AUTOENCODER_IGNORED = (
-    *("batch_resize_range", "ckpt_path", "ignore_keys", "image_key", "learning_rate", "lossconfig", "lr_g_factor"),
-    *("monitor", "scheduler_config", "use_ema"),
+    "batch_resize_range",
+    "ckpt_path",
+    "ignore_keys",
+    "image_key",
+    "learning_rate",
+    "lossconfig",
+    "lr_g_factor",
+    "monitor",
+    "scheduler_config",
+    "use_ema",
 )
 MODEL_IGNORED = (
-    *("ckpt_path", "clip_denoised", "concat_mode", "cond_stage_forward", "cond_stage_key", "cond_stage_trainable"),
-    *("first_stage_key", "ignore_keys", "l_simple_weight", "learn_logvar", "load_only_unet", "log_every_t"),
-    *("logvar_init", "monitor", "num_timesteps_cond", "original_elbo_weight", "scale_by_std", "scheduler_config"),
-    *("use_ema", "use_positional_encodings"),
+    "ckpt_path",
+    "clip_denoised",
+    "concat_mode",
+    "cond_stage_forward",
+    "cond_stage_key",
+    "cond_stage_trainable",
+    "first_stage_key",
+    "ignore_keys",
+    "l_simple_weight",
+    "learn_logvar",
+    "load_only_unet",
+    "log_every_t",
+    "logvar_init",
+    "monitor",
+    "num_timesteps_cond",
+    "original_elbo_weight",
+    "scale_by_std",
+    "scheduler_config",
+    "use_ema",
+    "use_positional_encodings",
+)
+
+# Settings that are translated.
+UNET_READ = (
+    "attention_resolutions",
+    "channel_mult",
+    "context_dim",
+    "dropout",
+    "image_size",
+    "in_channels",
+    "model_channels",
+    "num_head_channels",
+    "num_heads",
+    "num_res_blocks",
+    "out_channels",
+    "resblock_updown",
+    "transformer_depth",
+    "use_scale_shift_norm",
+    "use_spatial_transformer",
+)
+CODER_READ = (
+    "attn_type",
+    "z_channels",
+    "resolution",
+    "in_channels",
+    "ch",
+    "ch_mult",
+    "num_res_blocks",
+    "attn_resolutions",
+)
+AUTOENCODER_READ = ("embed_dim", "n_embed", "ddconfig")
+MODEL_READ = (
+    "beta_schedule",
+    "channels",
+    "cond_stage_config",
+    "conditioning_key",
+    "first_stage_config",
+    "image_size",
+    "linear_end",
+    "linear_start",
+    "loss_type",
+    "parameterization",
+    "scale_factor",
+    "timesteps",
+    "unet_config",
 )
 
 
-def from_release(values: Settings) -> LatentDiffusionConfig | FirstStageConfig:
-    """The configuration that a file of the release describes.
+def from_release(values: Settings) -> Config:
+    """Build the configuration that a file of the release describes.
 
     Args:
         values: the file's content, as plain YAML reads it: `{"model": {"target": ..., "params": ...}, ...}`.
 
     Returns:
-        That of a whole model or, where the target is an autoencoder, of a first stage.
+        A whole model's configuration or, if the target is an autoencoder, a first stage's.
 
     Raises:
         ValueError: a key is missing, or a setting has no counterpart here; it is named.
@@ -77,7 +144,7 @@ def from_release(values: Settings) -> LatentDiffusionConfig | FirstStageConfig:
         raise ValueError(f"the configuration must hold numbers where numbers are meant: {error}") from error
 
 
-def _read(values: Settings) -> LatentDiffusionConfig | FirstStageConfig:
+def _read(values: Settings) -> Config:
     model = section(values, "model")
     if not str(model.get("target")).endswith("LatentDiffusion"):
         return _first_stage(model)
@@ -104,8 +171,8 @@ def _read(values: Settings) -> LatentDiffusionConfig | FirstStageConfig:
     )
 
 
-def to_release(config: LatentDiffusionConfig | FirstStageConfig) -> dict[str, Any]:
-    """A configuration as the release writes it.
+def to_release(config: Config) -> dict[str, Any]:
+    """Return a configuration as the release writes it.
 
     Raises:
         ValueError: the release has no such model; the settings that it lacks are named.
@@ -114,9 +181,9 @@ def to_release(config: LatentDiffusionConfig | FirstStageConfig) -> dict[str, An
         values: dict[str, Any] = {"model": _first_stage_section(config, interface=False)}
     else:
         values = {"model": _model_section(config)}
-    # Whatever is lost on the way there and back is what the release cannot say.
+    # Whatever is lost in a round trip is what the release cannot express.
     lost = sorted(differing(dataclasses.asdict(config), dataclasses.asdict(from_release(values))))
-    # How weights were initialized is of no use beside trained ones.
+    # How weights were initialized no longer matters once they are trained.
     if lost := [each for each in lost if "embedding_std" not in each]:
         raise ValueError(f"the code release has no such model, it cannot express {', '.join(lost)}")
     return values
@@ -135,9 +202,8 @@ def _model_section(config: LatentDiffusionConfig) -> dict[str, Any]:
         "image_size": unet.latent_size,
         "channels": config.first_stage.embed_dim,
         "conditioning_key": conditioning_key,
-        # What their data sets call it; null would do for a model that is conditioned on nothing.
-        "cond_stage_key": None if config.conditioner is None else COND_STAGE_KEYS[kind_of(config.conditioner)],
-        # With it the factor is a buffer, and so part of the checkpoint.
+        "cond_stage_key": None if config.conditioner is None else COND_STAGE_KEYS[conditioner_kind(config.conditioner)],
+        # Makes the factor a buffer, and so part of the checkpoint.
         "scale_by_std": True,
         "scale_factor": config.scale_factor,
         "use_ema": False,
@@ -146,12 +212,6 @@ def _model_section(config: LatentDiffusionConfig) -> dict[str, Any]:
         "cond_stage_config": cond_stage,
     }
     return {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}
-
-
-MODEL_READ = (
-    *("beta_schedule", "channels", "cond_stage_config", "conditioning_key", "first_stage_config", "image_size"),
-    *("linear_end", "linear_start", "loss_type", "parameterization", "scale_factor", "timesteps", "unet_config"),
-)
 
 
 def _unet_section(config: UNetConfig) -> dict[str, Any]:
@@ -175,13 +235,6 @@ def _unet_section(config: UNetConfig) -> dict[str, Any]:
     return {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": params}
 
 
-UNET_READ = (
-    *("attention_resolutions", "channel_mult", "context_dim", "dropout", "image_size", "in_channels", "model_channels"),
-    *("num_head_channels", "num_heads", "num_res_blocks", "out_channels", "resblock_updown", "transformer_depth"),
-    *("use_scale_shift_norm", "use_spatial_transformer"),
-)
-
-
 def _unet(given: Settings, image_size: int | None) -> UNetConfig:
     params = section(given, "params")
     check(params, "unet_config.params", read=UNET_READ, fixed=UNET_FIXED, ignored=UNET_IGNORED)
@@ -191,7 +244,7 @@ def _unet(given: Settings, image_size: int | None) -> UNetConfig:
         None if params.get(name, -1) in (-1, None) else params[name] for name in ("num_heads", "num_head_channels")
     )
     return UNetConfig(
-        # The network's own is said to be unused, and is wrong in Stable Diffusion's.
+        # The model's, not the network's own: theirs ignores that one, and in Stable Diffusion's file it is wrong.
         latent_size=image_size or needed(params, "image_size"),
         in_channels=needed(params, "in_channels"),
         out_channels=needed(params, "out_channels"),
@@ -199,7 +252,7 @@ def _unet(given: Settings, image_size: int | None) -> UNetConfig:
         num_res_blocks=needed(params, "num_res_blocks"),
         channel_mult=tuple(params.get("channel_mult", (1, 2, 4, 8))),
         attention_downsampling=tuple(needed(params, "attention_resolutions")),
-        # Where both are given theirs goes by the channels.
+        # If both are given, theirs goes by the channels.
         num_heads=None if head_channels else heads,
         num_head_channels=head_channels,
         context_dim=params.get("context_dim"),
@@ -238,21 +291,10 @@ def _first_stage(given: Settings) -> FirstStageConfig:
     if name not in ("AutoencoderKL", "VQModel", "VQModelInterface"):
         raise ValueError(f"target must be LatentDiffusion, AutoencoderKL or VQModel, got {given.get('target')!r}")
     params = section(given, "params")
-    read: tuple[str, ...] = ("embed_dim", "n_embed", "ddconfig")
-    check(params, "autoencoder params", read=read, fixed=AUTOENCODER_FIXED, ignored=AUTOENCODER_IGNORED)
+    check(params, "autoencoder params", read=AUTOENCODER_READ, fixed=AUTOENCODER_FIXED, ignored=AUTOENCODER_IGNORED)
     coder = section(params, "ddconfig")
-    read = (
-        "attn_type",
-        "z_channels",
-        "resolution",
-        "in_channels",
-        "ch",
-        "ch_mult",
-        "num_res_blocks",
-        "attn_resolutions",
-    )
     fixed = CODER_FIXED | {"double_z": name == "AutoencoderKL", "out_ch": coder.get("in_channels")}
-    check(coder, "ddconfig", read=read, fixed=fixed, ignored=("dropout",))
+    check(coder, "ddconfig", read=CODER_READ, fixed=fixed, ignored=("dropout",))
     if (attention := coder.get("attn_type", "vanilla")) not in ("vanilla", "none"):
         raise ValueError(f"ddconfig.attn_type must be vanilla or none, got {attention!r}")
     return FirstStageConfig(

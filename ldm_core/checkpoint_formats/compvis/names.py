@@ -1,4 +1,4 @@
-"""The names of weights in the paper's code release (CompVis/latent-diffusion) and in Stable Diffusion v1's."""
+"""Names of weights in the paper's code release (CompVis/latent-diffusion) and in Stable Diffusion v1's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,15 @@ from ldm_core.networks.attention import (
     SelfAttentionBlock,
     SpatialTransformer,
 )
-from ldm_core.networks.autoencoder import AutoencoderKL, Decoder, Encoder, FirstStageLevel, MiddleBlocks, VQAutoencoder
+from ldm_core.networks.autoencoder import (
+    AutoencoderKL,
+    Decoder,
+    Encoder,
+    FirstStage,
+    FirstStageLevel,
+    MiddleBlocks,
+    VQAutoencoder,
+)
 from ldm_core.networks.blocks import Downsample, ResidualBlock, TimestepEmbedding, Upsample
 from ldm_core.networks.clip_text import ClipTextLayer, ClipTextTransformer
 from ldm_core.networks.text_transformer import TextTransformer
@@ -39,11 +47,9 @@ from ldm_core.weights.name_mapping import (
     pointwise,
 )
 
-UNET_PREFIX, FIRST_STAGE_PREFIX, CONDITIONER_PREFIX = (
-    "model.diffusion_model.",
-    "first_stage_model.",
-    "cond_stage_model.",
-)
+UNET_PREFIX = "model.diffusion_model."
+FIRST_STAGE_PREFIX = "first_stage_model."
+CONDITIONER_PREFIX = "cond_stage_model."
 ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "output": "to_out.0"}
 
 
@@ -60,7 +66,7 @@ def _unet(unet: UNet) -> Children:
 
 
 def _unet_block(block: UNetBlock) -> Children:
-    """Theirs is a plain sequence: what there is of ours, numbered."""
+    """Number the parts that this block has: theirs is a plain sequence."""
     parts = ("residual", "attention", "resample")
     present = [name for name in parts if getattr(block, name) is not None]
     return {name: str(i) for i, name in enumerate(present)}
@@ -117,8 +123,7 @@ def _level(level: FirstStageLevel) -> Children:
 
 
 CODER = {"conv_in": "conv_in", "middle": "mid", "norm_out": "norm_out", "conv_out": "conv_out"}
-AUTOENCODER = {"encoder": "encoder", "decoder": "decoder", "quant_conv": "quant_conv"}
-AUTOENCODER |= {"post_quant_conv": "post_quant_conv"}
+AUTOENCODER = {name: name for name in ("encoder", "decoder", "quant_conv", "post_quant_conv")}
 
 FIRST_STAGE_TABLE: Table = {
     AutoencoderKL: AUTOENCODER,
@@ -142,7 +147,7 @@ FIRST_STAGE_TABLE: Table = {
 
 
 def _text_transformer(transformer: TextTransformer) -> Children:
-    """x-transformers, in which attention and feed-forward are layers of their own, each with its norm."""
+    """Name the parts as x-transformers does: attention and feed-forward are layers of their own, each with its norm."""
     children = {
         "token_embedding": "token_emb",
         "position_embedding": "pos_emb.emb",
@@ -180,13 +185,13 @@ CONDITIONER_TABLE: Table = {
 }
 
 
-def first_stage_entries(first_stage: AutoencoderKL | VQAutoencoder) -> list[Entry]:
-    """The names in the checkpoint of a first stage alone."""
+def first_stage_entries(first_stage: FirstStage) -> list[Entry]:
+    """List every weight of a first stage with its name in the checkpoint of a first stage alone."""
     return entries(first_stage, FIRST_STAGE_TABLE)
 
 
 def model_entries(model: LatentDiffusion) -> list[Entry]:
-    """The names in the checkpoint of a whole model.
+    """List every weight of a model with its name in the checkpoint of a whole model.
 
     Raises:
         ValueError: the release has no such conditioner.

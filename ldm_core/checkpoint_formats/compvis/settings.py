@@ -1,4 +1,4 @@
-"""Settings of other programs' configurations: read, accepted because they change nothing, or refused by name."""
+"""Read settings of the code release's configurations; refuse by name what would be lost."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ def check(
     """Refuse every setting that would be lost.
 
     Args:
-        settings: what a file says.
-        where: the section, for the message.
-        read: names that are translated.
-        fixed: names with the only value that our networks have.
-        ignored: names that change nothing that a network computes.
+        settings: a section of a configuration file.
+        where: the section's name, for error messages.
+        read: names of settings that are translated.
+        fixed: settings that our networks do not have, with the value of theirs that ours compute.
+        ignored: names of settings that do not affect what a network computes.
 
     Raises:
-        ValueError: a setting is none of these; names it and its value.
+        ValueError: a setting is none of these, or fixed to another value; names it and its value.
     """
     fixed = fixed or {}
     known = {*fixed, *read, *ignored}
@@ -35,7 +35,7 @@ def check(
 
 
 def section(settings: Any, name: str) -> Settings:
-    """A nested mapping. Raises ValueError where there is none."""
+    """Return a nested section. Raises ValueError if there is none."""
     found = settings.get(name) if isinstance(settings, Mapping) else None
     if not isinstance(found, Mapping):
         raise ValueError(f"the configuration must have a section {name!r}, got {found!r}")
@@ -43,14 +43,14 @@ def section(settings: Any, name: str) -> Settings:
 
 
 def needed(settings: Settings, name: str) -> Any:
-    """A setting that has no default. Raises ValueError where it is missing."""
+    """Return a setting that has no default. Raises ValueError if it is missing."""
     if settings.get(name) is None:
         raise ValueError(f"the configuration lacks {name}")
     return settings[name]
 
 
 def differing(ours: Any, others: Any, path: str = "") -> list[str]:
-    """`path=value` of everything in `ours`, nested mappings, that is something else in `others`."""
+    """List `path=value` for every value in the nested mapping `ours` that differs in `others`."""
     if isinstance(ours, Mapping) and isinstance(others, Mapping):
         inner = ((f"{path}.{key}".strip("."), value, others.get(key)) for key, value in ours.items())
         return [each for place, value, other in inner for each in differing(value, other, place)]

@@ -1,6 +1,6 @@
-"""What a setting is in diffusers (0.42) and transformers where a config.json does not say: old files say less.
+"""Defaults of diffusers (0.42) and transformers for settings that a config.json leaves out, as older files do.
 
-Most of these have no counterpart in our networks, whose value is the default: any other is refused on import.
+Most have no counterpart in our networks, which compute what the default says: any other value is refused on import.
 """
 
 from __future__ import annotations

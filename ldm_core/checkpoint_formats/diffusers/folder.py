@@ -1,4 +1,4 @@
-"""Folders of Hugging Face diffusers, in and out, without needing it.
+"""Import and export folders of Hugging Face diffusers, without needing the library.
 
 LDMTextToImagePipeline    a model with the paper's text transformer
 StableDiffusionPipeline   one with CLIP's
@@ -11,13 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ldm_core.checkpoint_formats.diffusers import read_config as reading
-from ldm_core.checkpoint_formats.diffusers import tokenizers as tokenizers
-from ldm_core.checkpoint_formats.diffusers import write_config as written
+from ldm_core.checkpoint_formats.diffusers import read_config, tokenizers, write_config
 from ldm_core.checkpoint_formats.diffusers.names import (
     FIRST_STAGE_TABLE,
     TEXT_TRANSFORMER_TABLE,
@@ -29,25 +27,33 @@ from ldm_core.configs.first_stage import FirstStageConfig
 from ldm_core.configs.model import LatentDiffusionConfig
 from ldm_core.configs.text import ClipTextConfig, TextTransformerConfig
 from ldm_core.latent_diffusion import LatentDiffusion
-from ldm_core.networks.autoencoder import AutoencoderKL, VQAutoencoder, build_first_stage
+from ldm_core.model_files import CONFIG_FILE
+from ldm_core.networks.autoencoder import FirstStage, build_first_stage
+from ldm_core.tokenizers.tokenizer import Tokenizer
 from ldm_core.weights.clip_names import CLIP_TEXT_TABLE, current_clip_name
 from ldm_core.weights.name_mapping import Entry, entries, to_ours, to_theirs
 from ldm_core.weights.named_tensors import NamedTensors, merged
 from ldm_core.weights.weights_files import open_foreign_weights, read_json, write_json, write_weights
 
-if TYPE_CHECKING:
-    from ldm_core.checkpoint import AnyTokenizer
-
 INDEX_FILE = "model_index.json"
 SCHEDULER_FILE = "scheduler_config.json"
+# Stems of weights files, as diffusers and as transformers name them.
 WEIGHTS_STEM, TEXT_STEM = "diffusion_pytorch_model", "model"
-PIPELINE_MAX_LENGTH = 77  # LDMTextToImagePipeline pads every prompt to this
-PIPELINE_DOWNSAMPLING_FACTOR = 8  # and divides image sizes by this
+# LDMTextToImagePipeline pads every prompt to this many tokens, and divides image sizes by this factor.
+PIPELINE_MAX_LENGTH = 77
+PIPELINE_DOWNSAMPLING_FACTOR = 8
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A pipeline's folders, its text encoder's class and that one's tokenizer's."""
+    """A pipeline of diffusers.
+
+    Attributes:
+        first_stage: folder of the first stage.
+        text: folder of the text encoder; None for an unconditional pipeline.
+        text_class: library and class of the text encoder.
+        tokenizer_class: class of its tokenizer, in transformers.
+    """
 
     first_stage: str
     text: str | None = None
@@ -63,12 +69,12 @@ PIPELINES: Mapping[str, Pipeline] = {
 
 
 def import_folder(folder: str | Path) -> Imported:
-    """Read a pipeline's folder, or that of a first stage alone; safetensors, or .bin files as tensors only.
+    """Open a pipeline's folder, or that of a first stage alone; of .bin files only tensors are read.
 
     Raises:
         FileNotFoundError: a part of it is missing.
-        ValueError: it is none of the classes above, sets what our networks cannot compute (the setting is named), or
-            its weights are not its configuration's (they are listed).
+        ValueError: it is of no class in this module's docstring, sets what our networks cannot compute (the setting is
+            named), or its weights are not its configuration's (they are listed).
     """
     folder = Path(folder)
     try:
@@ -80,32 +86,32 @@ def import_folder(folder: str | Path) -> Imported:
 
 
 def export_folder(
-    model: LatentDiffusion | AutoencoderKL | VQAutoencoder,
+    model: LatentDiffusion | FirstStage,
     folder: str | Path,
     *,
-    tokenizer: AnyTokenizer | None = None,
+    tokenizer: Tokenizer | None = None,
     max_shard_gib: float | None = None,
 ) -> str:
     """Write a model as a folder for diffusers' `from_pretrained`.
 
     Args:
         model: a whole model, or a first stage alone.
-        folder: made if it does not exist; files of the same names are replaced.
-        tokenizer: of the captions, where the model takes some.
-        max_shard_gib: size of the largest weights file in GiB; None is one file a network.
+        folder: where to write; it is created if needed, and files of the same names are replaced.
+        tokenizer: the captions' tokenizer, required if the model takes captions.
+        max_shard_gib: size of the largest weights file in GiB; None is one file per network.
 
     Returns:
-        The class in diffusers that reads it.
+        The class of diffusers that reads the folder.
 
     Raises:
         ValueError: diffusers has no such network or pipeline, or a weight is not finite.
     """
     folder = Path(folder)
     if not isinstance(model, LatentDiffusion):
-        settings = written.first_stage_config(model.config, scale_factor=1.0)
+        settings = write_config.first_stage_config(model.config, scale_factor=1.0)
         state = to_theirs(entries(model, FIRST_STAGE_TABLE), model.state_dict())
-        write_weights(NamedTensors.of_state(state), _made(folder), WEIGHTS_STEM, max_shard_gib=max_shard_gib)
-        write_json(folder / "config.json", settings)
+        write_weights(NamedTensors.of_state(state), _created(folder), WEIGHTS_STEM, max_shard_gib=max_shard_gib)
+        write_json(folder / CONFIG_FILE, settings)
         return str(settings["_class_name"])
     kind = _pipeline_of(model.config)
     pipeline = PIPELINES[kind]
@@ -116,14 +122,14 @@ def export_folder(
         if tokenizer is None:
             raise ValueError(f"{kind} takes captions: give the tokenizer that the model was trained with")
         write = tokenizers.write_bert if pipeline.text == "bert" else tokenizers.write_clip
-        write(tokenizer, _made(folder / "tokenizer"))
+        write(tokenizer, _created(folder / "tokenizer"))
     for component, config in settings.items():
         weights = NamedTensors.of_state(state).under(f"{component}.")
         stem = TEXT_STEM if component == pipeline.text else WEIGHTS_STEM
-        write_weights(weights, _made(folder / component), stem, max_shard_gib=max_shard_gib)
-        write_json(folder / component / "config.json", config)
-    schedule = written.scheduler_config(model.config.schedule, parameterization=model.config.parameterization)
-    write_json(_made(folder / "scheduler") / SCHEDULER_FILE, schedule)
+        write_weights(weights, _created(folder / component), stem, max_shard_gib=max_shard_gib)
+        write_json(folder / component / CONFIG_FILE, config)
+    schedule = write_config.scheduler_config(model.config.schedule, parameterization=model.config.parameterization)
+    write_json(_created(folder / "scheduler") / SCHEDULER_FILE, schedule)
     write_json(folder / INDEX_FILE, _index(kind, pipeline, settings))
     return kind
 
@@ -133,9 +139,9 @@ def _import_pipeline(folder: Path, index: dict[str, Any]) -> Imported:
     if kind not in PIPELINES:
         raise ValueError(f"{folder} must be one of {', '.join(PIPELINES)}, its {INDEX_FILE} says {kind!r}")
     pipeline = PIPELINES[kind]
-    first_stage, scale_factor = reading.read_first_stage(read_json(folder / pipeline.first_stage / "config.json"))
-    unet = reading.read_unet(read_json(folder / "unet" / "config.json"))
-    schedule, parameterization = reading.read_scheduler(read_json(folder / "scheduler" / SCHEDULER_FILE))
+    first_stage, scale_factor = read_config.read_first_stage(read_json(folder / pipeline.first_stage / CONFIG_FILE))
+    unet = read_config.read_unet(read_json(folder / "unet" / CONFIG_FILE))
+    schedule, parameterization = read_config.read_scheduler(read_json(folder / "scheduler" / SCHEDULER_FILE))
     conditioner, tokenizer = _import_text(folder, pipeline)
     config = LatentDiffusionConfig(
         first_stage=first_stage,
@@ -158,20 +164,20 @@ def _import_pipeline(folder: Path, index: dict[str, Any]) -> Imported:
 
 def _import_text(
     folder: Path, pipeline: Pipeline
-) -> tuple[TextTransformerConfig | ClipTextConfig | None, AnyTokenizer | None]:
+) -> tuple[TextTransformerConfig | ClipTextConfig | None, Tokenizer | None]:
     if pipeline.text is None:
         return None, None
-    settings = read_json(folder / pipeline.text / "config.json")
+    settings = read_json(folder / pipeline.text / CONFIG_FILE)
     if pipeline.text == "bert":
-        text = reading.read_text_transformer(settings)
+        text = read_config.read_text_transformer(settings)
         return text, tokenizers.read_bert(folder / "tokenizer", max_length=text.max_length)
-    clip = reading.read_clip_text(settings)
+    clip = read_config.read_clip_text(settings)
     return clip, tokenizers.read_clip(folder / "tokenizer", max_length=clip.max_length)
 
 
 def _import_first_stage(folder: Path) -> Imported:
-    settings = read_json(folder / "config.json")
-    config, _ = reading.read_first_stage(settings)
+    settings = read_json(folder / CONFIG_FILE)
+    config, _ = read_config.read_first_stage(settings)
     with torch.device("meta"):
         model = build_first_stage(config)
     theirs = _part(folder, "", WEIGHTS_STEM)
@@ -181,7 +187,7 @@ def _import_first_stage(folder: Path) -> Imported:
 
 
 def _part(folder: Path, component: str, *stems: str) -> NamedTensors:
-    """A network's weights under the names of today, its folder's name before them."""
+    """Open a network's weights under current names, each prefixed by the network's folder."""
     weights = open_foreign_weights(folder / component, *stems)
     if weights is None:
         raise FileNotFoundError(f"{folder / component} lacks its weights: neither {stems[0]}.safetensors nor .bin")
@@ -195,6 +201,7 @@ def _part(folder: Path, component: str, *stems: str) -> NamedTensors:
 
 
 def _entries(model: LatentDiffusion, pipeline: Pipeline) -> list[Entry]:
+    """List every weight of a model with its name in the pipeline, prefixed by the folder of its network."""
     listed = entries(model.unet, UNET_TABLE, ours="unet.", theirs="unet.")
     listed += entries(model.first_stage, FIRST_STAGE_TABLE, ours="first_stage.", theirs=pipeline.first_stage)
     if pipeline.text and model.conditioner is not None:
@@ -218,8 +225,8 @@ def _pipeline_of(config: LatentDiffusionConfig) -> str:
             _check_text_pipeline(text, config.first_stage)
             return "LDMTextToImagePipeline"
     raise ValueError(
-        f"diffusers has no pipeline for a model conditioned by {type(config.conditioner).__name__}: only for captions, "
-        "or for none"
+        f"diffusers has no pipeline for a model conditioned by {type(config.conditioner).__name__}: "
+        "only for captions, and for unconditional models"
     )
 
 
@@ -237,16 +244,16 @@ def _check_text_pipeline(text: TextTransformerConfig, first_stage: FirstStageCon
 
 
 def _settings(config: LatentDiffusionConfig, pipeline: Pipeline) -> dict[str, dict[str, Any]]:
-    """The config.json of every network of a pipeline, by its folder."""
+    """Return the content of the config.json of every network of a pipeline, by its folder."""
     settings = {
-        "unet": written.unet_config(config.unet),
-        pipeline.first_stage: written.first_stage_config(config.first_stage, scale_factor=config.scale_factor),
+        "unet": write_config.unet_config(config.unet),
+        pipeline.first_stage: write_config.first_stage_config(config.first_stage, scale_factor=config.scale_factor),
     }
     match config.conditioner:
         case TextTransformerConfig() as text:
-            settings["bert"] = written.text_transformer_config(text)
+            settings["bert"] = write_config.text_transformer_config(text)
         case ClipTextConfig() as clip:
-            settings["text_encoder"] = written.clip_text_config(clip)
+            settings["text_encoder"] = write_config.clip_text_config(clip)
     return settings
 
 
@@ -262,6 +269,6 @@ def _index(kind: str, pipeline: Pipeline, settings: Mapping[str, Mapping[str, An
     return index
 
 
-def _made(folder: Path) -> Path:
+def _created(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -1,10 +1,8 @@
-"""The names of weights in Hugging Face diffusers' networks."""
+"""Names of weights in Hugging Face diffusers' networks."""
 
 from __future__ import annotations
 
 import re
-
-from torch import Tensor
 
 from ldm_core.networks.attention import (
     Attention,
@@ -18,7 +16,7 @@ from ldm_core.networks.blocks import Downsample, ResidualBlock, TimestepEmbeddin
 from ldm_core.networks.text_transformer import TextTransformer, TextTransformerLayer
 from ldm_core.networks.unet import UNet
 from ldm_core.networks.vector_quantizer import VectorQuantizer
-from ldm_core.weights.name_mapping import Children, Table, entries, fused_attention, to_theirs
+from ldm_core.weights.name_mapping import Children, Table, fused_attention
 
 RESIDUAL = {
     "norm1": "norm1",
@@ -36,6 +34,7 @@ def _unet(unet: UNet) -> Children:
     per_level = unet.config.num_res_blocks + 1
     for path, blocks in (("down", unet.input_blocks), ("up", unet.output_blocks)):
         ours = "input_blocks" if path == "down" else "output_blocks"
+        # Ours are one flat list; theirs are grouped by level, `num_res_blocks` + 1 a level.
         for i in range(len(blocks)):
             level, index = divmod(i, per_level)
             children |= {
@@ -83,8 +82,7 @@ def _level(level: FirstStageLevel) -> Children:
 
 
 CODER = {"conv_in": "conv_in", "middle": "mid_block", "norm_out": "conv_norm_out", "conv_out": "conv_out"}
-AUTOENCODER = {"encoder": "encoder", "decoder": "decoder", "quant_conv": "quant_conv"}
-AUTOENCODER |= {"post_quant_conv": "post_quant_conv"}
+AUTOENCODER = {name: name for name in ("encoder", "decoder", "quant_conv", "post_quant_conv")}
 
 FIRST_STAGE_TABLE: Table = {
     AutoencoderKL: AUTOENCODER,
@@ -119,25 +117,10 @@ TEXT_TRANSFORMER_TABLE: Table = {
 }
 
 
-def unet_weights(unet: UNet) -> dict[str, Tensor]:
-    """A UNet's weights under the names of `UNet2DConditionModel` or `UNet2DModel`."""
-    return to_theirs(entries(unet, UNET_TABLE), unet.state_dict())
-
-
-def first_stage_weights(first_stage: AutoencoderKL | VQAutoencoder) -> dict[str, Tensor]:
-    """A first stage's weights under the names of `AutoencoderKL` or `VQModel`."""
-    return to_theirs(entries(first_stage, FIRST_STAGE_TABLE), first_stage.state_dict())
-
-
-def text_transformer_weights(transformer: TextTransformer) -> dict[str, Tensor]:
-    """A text transformer's weights under the names of `LDMBertModel`, output head included."""
-    return to_theirs(entries(transformer, TEXT_TRANSFORMER_TABLE), transformer.state_dict())
-
-
 _OLD_ATTENTION = re.compile(r"(?<=\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)")
 _NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def current_name(name: str) -> str:
-    """A weight's name since diffusers 0.17, which renamed the layers of self-attention over pixels."""
+    """Return a weight's name since diffusers 0.17, which renamed the layers of self-attention over pixels."""
     return _OLD_ATTENTION.sub(lambda match: _NEW_ATTENTION[match.group(1)], name)

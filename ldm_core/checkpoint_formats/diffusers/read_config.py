@@ -1,6 +1,6 @@
-"""Configurations of diffusers' networks (their config.json) as ours.
+"""Read configurations of diffusers' networks, their config.json, as ours.
 
-Checked by writing: what our network's own config.json would say otherwise is refused by name.
+What was read is checked by writing it again: a setting that comes out different is refused by name.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ldm_core.checkpoint_formats.diffusers import defaults as defaults
+from ldm_core.checkpoint_formats.diffusers import defaults
 from ldm_core.checkpoint_formats.diffusers.write_config import (
     BETA_SCHEDULES,
     PREDICTION_TYPES,
@@ -25,10 +25,10 @@ from ldm_core.configs.unet import UNetConfig
 
 
 def read_unet(given: Mapping[str, Any]) -> UNetConfig:
-    """The UNet of a config.json of `UNet2DConditionModel` or `UNet2DModel`.
+    """Read the UNet from the config.json of a `UNet2DConditionModel` or `UNet2DModel`.
 
     Raises:
-        ValueError: ours has no such network; the settings are named.
+        ValueError: we have no such network; the settings are named.
     """
     conditional = given.get("_class_name") == "UNet2DConditionModel"
     if not conditional and given.get("_class_name") != "UNet2DModel":
@@ -74,10 +74,10 @@ def _heads_by_channels(settings: Mapping[str, Any]) -> dict[str, int]:
 
 
 def read_first_stage(given: Mapping[str, Any]) -> tuple[FirstStageConfig, float]:
-    """The first stage of a config.json of `AutoencoderKL` or `VQModel`, and the scale factor of the model's latents.
+    """Read the first stage, and the scale factor of latents, from the config.json of an `AutoencoderKL` or `VQModel`.
 
     Raises:
-        ValueError: ours has no such network; the settings are named.
+        ValueError: we have no such network; the settings are named.
     """
     is_kl = given.get("_class_name") == "AutoencoderKL"
     if not is_kl and given.get("_class_name") != "VQModel":
@@ -112,7 +112,7 @@ def read_first_stage(given: Mapping[str, Any]) -> tuple[FirstStageConfig, float]
 
 
 def read_text_transformer(given: Mapping[str, Any]) -> TextTransformerConfig:
-    """The text transformer of a config.json of `LDMBertModel`. Raises ValueError as `read_unet`."""
+    """Read the text transformer from the config.json of an `LDMBertModel`. Raises ValueError as `read_unet`."""
     settings = {**defaults.LDM_BERT, **given}
     config = TextTransformerConfig(
         vocabulary_size=_size(settings, "vocab_size"),
@@ -128,7 +128,7 @@ def read_text_transformer(given: Mapping[str, Any]) -> TextTransformerConfig:
 
 
 def read_clip_text(given: Mapping[str, Any]) -> ClipTextConfig:
-    """The text transformer of a config.json of `CLIPTextModel`. Raises ValueError as `read_unet`."""
+    """Read the text transformer from the config.json of a `CLIPTextModel`. Raises ValueError as `read_unet`."""
     if given.get("model_type", "clip_text_model") != "clip_text_model":
         raise ValueError(f"text_encoder must be a CLIPTextModel, got model_type={given['model_type']!r}")
     settings = {**defaults.CLIP_TEXT, **given}
@@ -147,12 +147,12 @@ def read_clip_text(given: Mapping[str, Any]) -> ClipTextConfig:
 
 
 def read_scheduler(given: Mapping[str, Any]) -> tuple[ScheduleConfig, Parameterization]:
-    """The forward process of a scheduler_config.json, and the parameterization of the network's output.
+    """Read the forward process, and the parameterization of the UNet, from a scheduler_config.json.
 
-    How it walks the timesteps is the sampler's business, and not part of a model.
+    Which timesteps are visited is the sampler's business, and not part of a model.
 
     Raises:
-        ValueError: the process is not one of ours; the setting is named.
+        ValueError: we have no such process; the setting is named.
     """
     settings = {**defaults.SCHEDULER, **given}
     kinds = {theirs: ours for ours, theirs in BETA_SCHEDULES.items()}
@@ -177,12 +177,20 @@ def _refuse_others(
     where: str,
     ignored: Collection[str] = (),
 ) -> None:
-    """Refuse settings that our network's own file would have otherwise, and those it does not know."""
+    """Refuse settings that differ from what export would write for our network, and settings that are unknown.
+
+    Args:
+        settings: the file's settings, completed by diffusers' defaults.
+        ours: the settings that `write_config` gives for the configuration read.
+        known: diffusers' defaults, which our networks compute where `ours` says nothing.
+        where: the network's name, for error messages.
+        ignored: names of settings that do not affect what the network computes.
+    """
     for name, value in settings.items():
         if name.startswith("_") or name in ignored:
             continue
         if name not in ours and name not in known:
-            # A setting newer than this code; what is None is switched off.
+            # A setting newer than this code, which None switches off.
             if value is not None:
                 raise ValueError(f"{where}.{name} has no counterpart here, got {value!r}")
             continue
@@ -192,14 +200,14 @@ def _refuse_others(
 
 
 def _spread(value: Any, like: Any) -> Any:
-    """One value for every level as a list, where the other side is a list."""
+    """Repeat a value for every level if the other side lists one value per level."""
     if isinstance(value, list | tuple):
         return list(value)
     return [value] * len(like) if isinstance(like, list | tuple) else value
 
 
 def _size(settings: Mapping[str, Any], name: str) -> int:
-    """A positive integer, also where it is given once a level."""
+    """Return a positive integer, which may be given once per level."""
     sizes = set(_sizes(settings, name))
     if len(sizes) > 1:
         raise ValueError(f"{name} must be one number, got {settings[name]!r}")

@@ -1,4 +1,4 @@
-"""Our configurations as diffusers writes them: the config.json of each of its networks."""
+"""Write our configurations as diffusers does: the config.json of each of its networks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PREDICTION_TYPES: dict[Parameterization, str] = {"eps": "epsilon", "v": "v_predi
 
 
 def unet_config(config: UNetConfig) -> dict[str, Any]:
-    """Configuration of `UNet2DConditionModel` (with context) or `UNet2DModel` (without).
+    """Return the configuration of a `UNet2DConditionModel` (with context) or `UNet2DModel` (without).
 
     Raises:
         ValueError: diffusers has no such network.
@@ -50,12 +50,12 @@ def unet_config(config: UNetConfig) -> dict[str, Any]:
         )
     return settings | {
         "_class_name": "UNet2DConditionModel",
-        "down_block_types": [f"{'CrossAttn' * attention}DownBlock2D" for attention in has_attention],
+        "down_block_types": ["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in has_attention],
         "mid_block_type": "UNetMidBlock2DCrossAttn",
-        "up_block_types": [f"{'CrossAttn' * attention}UpBlock2D" for attention in reversed(has_attention)],
+        "up_block_types": ["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(has_attention)],
         "cross_attention_dim": config.context_dim,
         "transformer_layers_per_block": config.transformer_depth,
-        # Despite its name diffusers takes this for the number of heads.
+        # Despite its name, diffusers reads this as the number of heads.
         "attention_head_dim": [config.heads(config.model_channels * mult) for mult in config.channel_mult],
     }
 
@@ -64,15 +64,17 @@ def _unconditional_settings(config: UNetConfig, has_attention: list[bool]) -> di
     widths = {config.model_channels * mult for mult in config.attention_mults}
     head_channels: set[int | None] = {width // config.heads(width) for width in widths}
     if config.num_heads == 1:
-        head_channels = {None}  # theirs for all channels in one head
+        head_channels = {None}  # their way to say: all channels in one head
     if len(head_channels) > 1:
         raise ValueError(
             "diffusers' UNet2DModel has one number of channels a head everywhere; "
             f"num_heads={config.num_heads} gives {sorted(filter(None, head_channels))}: set num_head_channels instead"
         )
-    plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if config.resblock_up_down else None
-    down, up = plain or ("DownBlock2D", "UpBlock2D")
-    resample = "resnet" if config.resblock_up_down else "conv"
+    down, up, resample = (
+        ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D", "resnet")
+        if config.resblock_up_down
+        else ("DownBlock2D", "UpBlock2D", "conv")
+    )
     return {
         "_class_name": "UNet2DModel",
         "down_block_types": ["AttnDownBlock2D" if attention else down for attention in has_attention],
@@ -86,7 +88,7 @@ def _unconditional_settings(config: UNetConfig, has_attention: list[bool]) -> di
 
 
 def first_stage_config(config: FirstStageConfig, *, scale_factor: float) -> dict[str, Any]:
-    """Configuration of `AutoencoderKL` or `VQModel`; the scale factor is the model's.
+    """Return the configuration of an `AutoencoderKL` or `VQModel`; the scale factor is the whole model's.
 
     Raises:
         ValueError: diffusers has no such network.
@@ -110,8 +112,8 @@ def first_stage_config(config: FirstStageConfig, *, scale_factor: float) -> dict
     return specific | {
         "in_channels": config.in_channels,
         "out_channels": config.in_channels,
-        "down_block_types": [f"{'Attn' * each}DownEncoderBlock2D" for each in attention],
-        "up_block_types": [f"{'Attn' * each}UpDecoderBlock2D" for each in reversed(attention)],
+        "down_block_types": ["AttnDownEncoderBlock2D" if each else "DownEncoderBlock2D" for each in attention],
+        "up_block_types": ["AttnUpDecoderBlock2D" if each else "UpDecoderBlock2D" for each in reversed(attention)],
         "block_out_channels": [config.base_channels * mult for mult in config.channel_mult],
         "layers_per_block": config.num_res_blocks,
         "act_fn": "silu",
@@ -124,7 +126,7 @@ def first_stage_config(config: FirstStageConfig, *, scale_factor: float) -> dict
 
 
 def text_transformer_config(config: TextTransformerConfig) -> dict[str, Any]:
-    """Configuration of `LDMBertModel`."""
+    """Return the configuration of an `LDMBertModel`."""
     return {
         "architectures": ["LDMBertModel"],
         "model_type": "ldmbert",
@@ -142,10 +144,10 @@ def text_transformer_config(config: TextTransformerConfig) -> dict[str, Any]:
 
 
 def clip_text_config(config: ClipTextConfig) -> dict[str, Any]:
-    """Configuration of transformers' `CLIPTextModel`.
+    """Return the configuration of transformers' `CLIPTextModel`.
 
     Raises:
-        ValueError: the last layers are left out, which it cannot do.
+        ValueError: layers are left unused, which that class cannot do.
     """
     if config.unused_layers:
         raise ValueError(f"CLIPTextModel uses all of its layers, unused_layers must be 0, got {config.unused_layers}")
@@ -164,7 +166,7 @@ def clip_text_config(config: ClipTextConfig) -> dict[str, Any]:
 
 
 def scheduler_config(config: ScheduleConfig, *, parameterization: Parameterization) -> dict[str, Any]:
-    """Configuration of the `DDIMScheduler` that walks the timesteps of `samplers.ddim`."""
+    """Return the configuration of the `DDIMScheduler` that visits the timesteps of `samplers.ddim`."""
     return {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": config.timesteps,

@@ -1,4 +1,7 @@
-"""How later stages read the `autoencoder` artifact."""
+"""The `autoencoder` artifact: how the stage saves a first stage, and how later stages load it.
+
+Importing this module needs no torch, because stages declare their format with it: what computes is imported on call.
+"""
 
 from __future__ import annotations
 
@@ -8,46 +11,29 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm_core.configs.first_stage import FirstStageConfig
+from ldm_core.configs.model import config_from_dict
+from ldm_core.model_files import CONFIG_FILE, WEIGHTS_FILE
+from pipelines.errors import UserError
+from pipelines.store.ledger import Artifact, ArtifactWriter
 from pipelines.store.storage import sha256_file
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
-    from ldm_core.configs.first_stage import FirstStageConfig
+    from ldm_core.networks.autoencoder import FirstStage
     from pipelines.stages.autoencoder.reconstruction import ReconstructionTest
-    from pipelines.store.ledger import ArtifactWriter
-
-import dataclasses
-import json
-from typing import TYPE_CHECKING
-
-from pipelines.errors import UserError
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from ldm_core.configs.first_stage import FirstStageConfig
-
-from typing import TYPE_CHECKING
-
-from pipelines.store.ledger import Artifact
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from ldm_core.configs.first_stage import FirstStageConfig
 
 STAGE_NAME = "autoencoder"
 FORMAT_VERSION = 1
 FOLDER = "first_stage"
 
 
-def load_first_stage(artifact: Artifact, device: Any = "cpu") -> nn.Module:
-    """The frozen first stage: AutoencoderKL or VQAutoencoder in evaluation mode, without gradients.
+def load_first_stage(artifact: Artifact, device: Any = "cpu") -> FirstStage:
+    """Load the frozen first stage of an artifact: in evaluation mode, without gradients.
 
     Raises:
-        UserError: where the artifact is of another stage or format, or damaged.
+        UserError: the artifact is of another stage or format, or damaged.
     """
     config = first_stage_config(artifact)
     with (artifact.storage / FOLDER).local_copy(WEIGHTS_FILE) as path:
@@ -55,24 +41,22 @@ def load_first_stage(artifact: Artifact, device: Any = "cpu") -> nn.Module:
 
 
 def first_stage_config(artifact: Artifact) -> FirstStageConfig:
-    """The first stage's configuration. Raises as `load_first_stage`."""
-    artifact.require(STAGE_NAME, FORMAT_VERSION)
-    with tempfile.TemporaryDirectory(prefix="ldm-") as folder:
-        path = Path(folder) / CONFIG_FILE
-        path.write_bytes((artifact.storage / FOLDER).read_bytes(CONFIG_FILE))
-        return read_config(path)
-
-
-WEIGHTS_FILE = "model.safetensors"
-
-CONFIG_FILE = "config.json"
+    """Read the first stage's configuration. Raises as `load_first_stage`."""
+    folder = artifact.require(STAGE_NAME, FORMAT_VERSION).storage / FOLDER
+    try:
+        config = config_from_dict(folder.read_json(CONFIG_FILE))
+    except ValueError as error:
+        raise UserError(f"{folder.url}/{CONFIG_FILE} is not a first stage's configuration: {error}") from error
+    if not isinstance(config, FirstStageConfig):
+        raise UserError(f"{folder.url}/{CONFIG_FILE} is not a first stage's configuration, but a whole model's")
+    return config
 
 
 def weights_file(path: str) -> Path:
-    """The .safetensors file that a recipe's `weights` names: the file itself, or the one in that folder.
+    """Return the .safetensors file that `autoencoder.weights` of a recipe names: the file itself, or its folder.
 
     Raises:
-        UserError: where there is none.
+        UserError: there is no such file.
     """
     given = Path(path).expanduser()
     file = given / WEIGHTS_FILE if given.is_dir() else given
@@ -83,68 +67,55 @@ def weights_file(path: str) -> Path:
     return file
 
 
-def save_first_stage(model: nn.Module, config: FirstStageConfig, folder: Path) -> None:
-    """Write `model.safetensors` (float32, contiguous) and `config.json` to a folder."""
-    from safetensors.torch import save_file
+def load_weights(config: FirstStageConfig, file: Path, device: Any = "cpu") -> FirstStage:
+    """Build a first stage with the weights of a .safetensors file: in evaluation mode, without gradients.
 
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    text = json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True)
-    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-
-
-def read_config(path: Path) -> FirstStageConfig:
-    """The configuration that `save_first_stage` wrote. Raises UserError where it is not one."""
-    from ldm_core.configs.first_stage import FirstStageConfig
-
-    try:
-        return FirstStageConfig(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is not a first stage's configuration: {error}") from error
-
-
-def load_weights(config: FirstStageConfig, file: Path, device: Any = "cpu") -> nn.Module:
-    """A first stage of that configuration with the weights of a .safetensors file.
-
-    Returns:
-        AutoencoderKL or VQAutoencoder in evaluation mode, without gradients.
+    Args:
+        config: the first stage's shape, `autoencoder.model` of the recipe.
+        file: the weights.
+        device: where to put them.
 
     Raises:
-        UserError: where the file cannot be read, or its tensors are not the configuration's; they are listed by name.
+        UserError: the file cannot be read, or its tensors are not finite or not the configuration's; they are listed.
     """
-    import torch
-
-    from ldm_core.networks.autoencoder import build_first_stage
+    from ldm_core import checkpoint
     from ldm_core.weights.named_tensors import differences
     from ldm_core.weights.weights_files import open_safetensors
 
     try:
-        tensors = open_safetensors(file)
+        weights = open_safetensors(file, device=str(device))
     except (ValueError, OSError) as error:
         raise UserError(f"{file} is not a readable safetensors file ({error})") from error
-    with torch.device("meta"):
-        model = build_first_stage(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if problems := differences(expected, tensors.shapes):
+    if problems := differences(checkpoint.weight_shapes(config), weights.shapes):
         raise UserError(
             f"the weights in {file} are not those of autoencoder.model: {problems}; "
             "set autoencoder.model to the configuration that they were trained with"
         )
-    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
-    return model.to(device).eval().requires_grad_(False)
+    try:
+        first_stage = checkpoint.first_stage_with(config, weights)
+    except ValueError as error:
+        raise UserError(f"the weights in {file} cannot be used: {error}") from error
+    return first_stage.requires_grad_(False)
 
 
 def commit_first_stage(
-    writer: ArtifactWriter,
-    first_stage: nn.Module,
-    config: FirstStageConfig,
-    test: ReconstructionTest,
-    device: torch.device,
+    writer: ArtifactWriter, first_stage: FirstStage, test: ReconstructionTest, device: torch.device
 ) -> dict[str, Any]:
-    """Commit weights, configuration and the reconstructions' grid; returns facts for the manifest."""
+    """Commit weights, configuration and the grid of reconstructions.
+
+    Args:
+        writer: of the stage's artifact.
+        first_stage: the trained or imported first stage.
+        test: pictures that reconstructions are drawn and measured on.
+        device: where to reconstruct them.
+
+    Returns:
+        Facts for the artifact's manifest.
+    """
+    from ldm_core import checkpoint
+
     with tempfile.TemporaryDirectory(prefix="ldm-") as folder:
-        save_first_stage(first_stage, config, Path(folder))
+        checkpoint.save(first_stage, folder)
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             writer.commit_once(f"{FOLDER}/{name}", partial(shutil.copyfile, Path(folder) / name))
     png = test.grid_png(first_stage, device)

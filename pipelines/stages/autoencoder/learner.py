@@ -86,9 +86,7 @@ class AutoencoderLearner:
         return self._reconstructions().grid(self.first_stage, self.device)
 
     def save(self, writer: ArtifactWriter) -> dict[str, Any]:
-        return commit_first_stage(
-            writer, self.first_stage, self.task.config.model, self._reconstructions(), self.device
-        )
+        return commit_first_stage(writer, self.first_stage, self._reconstructions(), self.device)
 
     def _reconstructions(self) -> ReconstructionTest:
         if self._test is None:

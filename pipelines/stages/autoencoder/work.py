@@ -62,7 +62,7 @@ def _import(context: StageContext[AutoencoderConfig], config: AutoencoderConfig)
     others = list(itertools.islice((place for place in places if place not in kept_out), SHOWN))
     test = ReconstructionTest(Pictures(reader), kept_out, others)
     reader.close()
-    details = commit_first_stage(context.writer, first_stage, config.model, test, device)
+    details = commit_first_stage(context.writer, first_stage, test, device)
     context.tracker.metrics({"reconstruction/psnr_db": details["psnr_db"]}, step=0)
     return details
 

@@ -5,20 +5,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm_core.model_files import CONFIG_FILE, VOCABULARY_FILE, WEIGHTS_FILE
 from pipelines.errors import UserError
 from pipelines.store.ledger import Artifact
 
 if TYPE_CHECKING:
-    from ldm_core.checkpoint import AnyTokenizer
     from ldm_core.latent_diffusion import LatentDiffusion
+    from ldm_core.tokenizers.tokenizer import Tokenizer
 
 STAGE_NAME = "diffusion"
 FORMAT_VERSION = 1
 FOLDER = "model"
-FILES = ("model.safetensors", "config.json", "vocab.txt")
+FILES = (WEIGHTS_FILE, CONFIG_FILE, VOCABULARY_FILE)
 
 
-def load_model(artifact: Artifact, device: Any = "cpu") -> "tuple[LatentDiffusion, AnyTokenizer]":
+def load_model(artifact: Artifact, device: Any = "cpu") -> "tuple[LatentDiffusion, Tokenizer]":
     """The final model (EMA weights, first stage included) in evaluation mode, and its tokenizer.
 
     Raises:

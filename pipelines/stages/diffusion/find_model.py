@@ -7,16 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm_core.model_files import MODEL_FILES, WEIGHTS_FILE, WEIGHTS_INDEX_FILE
 from pipelines.errors import UserError
 from pipelines.store.ledger import MANIFEST, Ledger
 from pipelines.store.storage import Storage
 
 if TYPE_CHECKING:
-    from ldm_core.checkpoint import AnyTokenizer
     from ldm_core.latent_diffusion import LatentDiffusion
-
-WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
-MODEL_FILES = ("model*.safetensors", "model.safetensors.index.json", "config.json", "vocab.txt", "tokenizer.json")
+    from ldm_core.tokenizers.tokenizer import Tokenizer
 
 
 def find_model(place: str) -> Storage:
@@ -32,7 +30,7 @@ def find_model(place: str) -> Storage:
     if not storage.exists():
         raise UserError(f"no checkpoint at {storage.url}: the folder does not exist")
     for candidate in (storage, storage / "model", storage / "first_stage"):
-        if any(candidate.exists(name) for name in WEIGHTS_FILES):
+        if any(candidate.exists(name) for name in (WEIGHTS_FILE, WEIGHTS_INDEX_FILE)):
             return candidate
     finished = [key for key in (storage / "diffusion").names() if (storage / "diffusion" / key).exists(MANIFEST)]
     if finished:
@@ -44,7 +42,7 @@ def find_model(place: str) -> Storage:
     )
 
 
-def open_model(place: str, device: str | None = None) -> "tuple[LatentDiffusion, AnyTokenizer, str]":
+def open_model(place: str, device: str | None = None) -> "tuple[LatentDiffusion, Tokenizer, str]":
     """Load the model and its tokenizer from anywhere `find_model` looks.
 
     Returns:

@@ -22,10 +22,11 @@ from ldm_core import checkpoint
 from ldm_core.conditioning import drop
 from ldm_core.configs.model import LatentDiffusionConfig
 from ldm_core.latent_diffusion import LatentDiffusion
+from ldm_core.model_files import VOCABULARY_FILE
 from ldm_core.networks.posterior import DiagonalGaussian
 from ldm_core.objective import DiffusionObjective
 from ldm_core.schedule import NoiseSchedule
-from ldm_core.tokenizers.wordpiece import Tokenizer
+from ldm_core.tokenizers.tokenizer import Tokenizer
 from pipelines.drawing.grids import grid
 from pipelines.shards.order import SampleOrder, SamplePosition
 from pipelines.shards.randomness import Purpose, generator
@@ -146,10 +147,13 @@ class DiffusionLearner:
         """The whole model around the network in training: it shares the network's weights."""
         model = self.task.model.build(device="meta")
         model.unet, model.conditioner = self.diffusion_network.unet, self.diffusion_network.conditioner
-        model.first_stage = load_first_stage(self.task.autoencoder, self.device)  # type: ignore[assignment]
+        model.first_stage = load_first_stage(self.task.autoencoder, self.device)
         return model
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        with self.task.latents.storage.local_copy("vocab.txt") as path:
-            return Tokenizer.from_vocabulary_file(path, max_length=self.task.latents.details["max_length"])
+        latents = self.task.latents
+        vocabulary = latents.storage.read_bytes(VOCABULARY_FILE)
+        return Tokenizer.from_vocabulary_bytes(
+            vocabulary, source=f"{latents.storage.url}/{VOCABULARY_FILE}", max_length=latents.details["max_length"]
+        )

@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from ldm_core.checkpoint import AnyTokenizer
     from ldm_core.latent_diffusion import LatentDiffusion
+    from ldm_core.tokenizers.tokenizer import Tokenizer
     from pipelines.stages.diffusion.config import SamplingConfig
 
 
 def sample_prompts(
     model: LatentDiffusion,
-    tokenizer: AnyTokenizer,
+    tokenizer: Tokenizer,
     prompts: Sequence[str],
     seeds: Sequence[int],
     sampling: SamplingConfig,

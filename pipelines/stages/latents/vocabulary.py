@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm_core.model_files import VOCABULARY_FILE
 from pipelines.errors import UserError
 from pipelines.stages.latents.config import TokenizerConfig
 from pipelines.stages.pairs.artifact import _all_captions
@@ -14,9 +13,7 @@ from pipelines.store.location import Location
 from pipelines.store.storage import Storage, sha256_file
 
 if TYPE_CHECKING:
-    from ldm_core.tokenizers.wordpiece import Tokenizer
-
-VOCABULARY_FILE = "vocab.txt"
+    from ldm_core.tokenizers.tokenizer import Tokenizer
 
 
 def vocabulary_digest(config: TokenizerConfig) -> dict[str, str]:
@@ -49,7 +46,8 @@ def load_vocabulary(storage: Storage, config: TokenizerConfig) -> Tokenizer:
 
 
 def _make(config: TokenizerConfig, pairs: Artifact) -> Tokenizer:
-    from ldm_core.tokenizers.wordpiece import Tokenizer, build_vocabulary
+    from ldm_core.tokenizers.tokenizer import Tokenizer
+    from ldm_core.tokenizers.wordpiece import build_vocabulary
 
     if config.vocabulary is not None:
         return _tokenizer(Location.of(config.vocabulary).read(), config, origin=config.vocabulary)
@@ -58,17 +56,12 @@ def _make(config: TokenizerConfig, pairs: Artifact) -> Tokenizer:
 
 
 def _tokenizer(data: bytes, config: TokenizerConfig, *, origin: str) -> Tokenizer:
-    from ldm_core.tokenizers.wordpiece import Tokenizer
+    from ldm_core.tokenizers.tokenizer import Tokenizer
 
-    # The tokenizer reads a local file; the vocabulary may lie in a bucket.
-    with tempfile.TemporaryDirectory(prefix="ldm-") as folder:
-        path = Path(folder) / VOCABULARY_FILE
-        path.write_bytes(data)
-        try:
-            return Tokenizer.from_vocabulary_file(path, max_length=config.max_length)
-        except ValueError as error:
-            reason = str(error).replace(str(path), "it")
-            raise UserError(
-                f"latents.tokenizer.vocabulary {origin} is not a WordPiece vocabulary ({reason}); "
-                "give a vocab.txt with one token a line, or leave it out to build one from the captions"
-            ) from error
+    try:
+        return Tokenizer.from_vocabulary_bytes(data, source="it", max_length=config.max_length)
+    except ValueError as error:
+        raise UserError(
+            f"latents.tokenizer.vocabulary {origin} is not a WordPiece vocabulary ({error}); "
+            "give a vocab.txt with one token a line, or leave it out to build one from the captions"
+        ) from error

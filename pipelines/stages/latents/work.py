@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ldm_core.tokenizers.wordpiece import Tokenizer
+from ldm_core.tokenizers.tokenizer import Tokenizer
 from pipelines.compute.actor_pool import map_on_actors, pool_size
 from pipelines.errors import UserError
 from pipelines.stage import RateMeter, StageContext

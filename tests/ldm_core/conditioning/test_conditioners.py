@@ -9,20 +9,16 @@ import torch.nn.functional as F
 
 from ldm_core import presets
 from ldm_core.conditioning import (
-    Box,
     ClassConditioner,
-    ClassConfig,
     FrozenTextConditioner,
-    FrozenTextConfig,
-    LayoutConfig,
     MaskedImage,
     SemanticMapConditioner,
-    SemanticMapConfig,
     TextConditioner,
     drop,
 )
 from ldm_core.conditioning.build import build_conditioner
-from ldm_core.configs.text import TextTransformerConfig
+from ldm_core.configs.conditioning import Box, ClassConfig, LayoutConfig, SemanticMapConfig
+from ldm_core.configs.text import FrozenTextConfig, TextTransformerConfig
 
 TOKENS = torch.arange(12).view(3, 4) + 1
 EMPTY = torch.zeros(4, dtype=torch.long)

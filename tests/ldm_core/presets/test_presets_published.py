@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from ldm_core import presets
-from ldm_core.conditioning import (
+from ldm_core.configs.conditioning import (
     ClassConfig,
     LayoutConfig,
     LowResolutionConfig,

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm_core.tokenizers.wordpiece import SPECIAL_TOKENS, Tokenizer, build_vocabulary
+from ldm_core.tokenizers.tokenizer import Tokenizer
+from ldm_core.tokenizers.wordpiece import SPECIAL_TOKENS, build_vocabulary
 
 CAPTIONS = [
     "a red circle on the left",
@@ -132,15 +133,15 @@ def test_a_vocabulary_does_not_depend_on_order_or_on_the_process() -> None:
 
 def test_vocabularies_that_cannot_work_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"this one of 1 tokens lacks \[PAD\]"):
-        Tokenizer(["hello"])
+        Tokenizer.from_vocabulary(["hello"])
     with pytest.raises(ValueError, match="each token once, got 'dog'"):
-        Tokenizer([*SPECIAL_TOKENS, "dog", "dog"])
+        Tokenizer.from_vocabulary([*SPECIAL_TOKENS, "dog", "dog"])
     with pytest.raises(ValueError, match="an empty token"):
-        Tokenizer([*SPECIAL_TOKENS, "", "dog"])
+        Tokenizer.from_vocabulary([*SPECIAL_TOKENS, "", "dog"])
     with pytest.raises(ValueError, match=r"65536 tokens \(ids are uint16\), got 65537"):
-        Tokenizer([*SPECIAL_TOKENS, *(f"w{i}" for i in range(65532))])
+        Tokenizer.from_vocabulary([*SPECIAL_TOKENS, *(f"w{i}" for i in range(65532))])
     with pytest.raises(ValueError, match="max_length must leave room"):
-        Tokenizer(SPECIAL_TOKENS, max_length=1)
+        Tokenizer.from_vocabulary(SPECIAL_TOKENS, max_length=1)
     with pytest.raises(ValueError, match="vocabulary size must be between 16 and 65536, got 3"):
         build_vocabulary(["a"], size=3)
     with pytest.raises(FileNotFoundError, match="no vocabulary file at"):

@@ -210,7 +210,7 @@ def test_an_average_that_is_incomplete_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["tiny-kl-f4", "tiny-vq-f4"])
 def test_a_first_stage_alone_becomes_what_a_recipe_takes(tmp_path: Path, name: str) -> None:
-    from pipelines.stages.autoencoder.artifact import load_weights, read_config, weights_file
+    from pipelines.stages.autoencoder.artifact import load_weights, weights_file
 
     torch.manual_seed(0)
     first_stage = build_first_stage(presets.first_stage(name))
@@ -222,7 +222,7 @@ def test_a_first_stage_alone_becomes_what_a_recipe_takes(tmp_path: Path, name: s
     checkpoint.write(found.config, found.weights, tmp_path / "ours", max_shard_gib=1e-6)
     assert found.kind.startswith(name)
     assert found.config == first_stage.config
-    loaded = load_weights(read_config(tmp_path / "ours" / "config.json"), weights_file(str(tmp_path / "ours")))
+    loaded = load_weights(first_stage.config, weights_file(str(tmp_path / "ours")))
     assert_same(NamedTensors.of_module(loaded), first_stage)
     assert_same(NamedTensors.of_module(checkpoint.load_first_stage(tmp_path / "ours")), first_stage)
     averaged = open_checkpoint(save(with_averages(state, ""), tmp_path / "averaged.ckpt"))

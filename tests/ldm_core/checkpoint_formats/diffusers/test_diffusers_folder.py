@@ -19,8 +19,9 @@ from ldm_core.configs.model import LatentDiffusionConfig
 from ldm_core.configs.schedule import ScheduleConfig
 from ldm_core.latent_diffusion import LatentDiffusion
 from ldm_core.networks.autoencoder import build_first_stage
-from ldm_core.tokenizers.from_file import CLIP_END, CLIP_START, FileTokenizer
-from ldm_core.tokenizers.wordpiece import Tokenizer, build_vocabulary
+from ldm_core.tokenizers.clip import CLIP_END, CLIP_START, clip_tokenizer
+from ldm_core.tokenizers.tokenizer import Tokenizer
+from ldm_core.tokenizers.wordpiece import build_vocabulary
 
 UNCONDITIONAL = dataclasses.replace(
     presets.get("tiny-uncond"),
@@ -44,13 +45,13 @@ def build(config: LatentDiffusionConfig) -> LatentDiffusion:
     return model
 
 
-def tokenizer_of(kind: str) -> Tokenizer | FileTokenizer | None:
+def tokenizer_of(kind: str) -> Tokenizer | None:
     if kind == "LDMTextToImagePipeline":
-        return Tokenizer(build_vocabulary(["a red circle"], size=64))
+        return Tokenizer.from_vocabulary(build_vocabulary(["a red circle"], size=64))
     if kind == "StableDiffusionPipeline":
         letters = sorted({*"ared", *(f"{letter}</w>" for letter in "ared")})
         tokens = [*letters, "re", "red</w>", CLIP_START, CLIP_END]
-        return FileTokenizer.clip({token: i for i, token in enumerate(tokens)}, ["r e", "re d</w>"])
+        return clip_tokenizer({token: i for i, token in enumerate(tokens)}, ["r e", "re d</w>"])
     return None
 
 

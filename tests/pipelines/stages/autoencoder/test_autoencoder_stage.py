@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ldm_core import presets
+from ldm_core import checkpoint, presets
 from ldm_core.networks.autoencoder import build_first_stage
 from pipelines.errors import UserError
-from pipelines.stages.autoencoder.artifact import first_stage_config, load_first_stage, save_first_stage
+from pipelines.stages.autoencoder.artifact import first_stage_config, load_first_stage
 from pipelines.stages.autoencoder.config import AutoencoderConfig
 from pipelines.stages.autoencoder.learner import AutoencoderTask
 from pipelines.stages.autoencoder.pictures import HELD_OUT_LIMIT, held_out
@@ -43,7 +43,7 @@ def config(**changes: object) -> AutoencoderConfig:
 def weights(tmp_path: Path) -> Path:
     torch.manual_seed(1)
     model = presets.first_stage("tiny-kl-f8")
-    save_first_stage(build_first_stage(model), model, tmp_path / "pretrained")
+    checkpoint.save(build_first_stage(model), tmp_path / "pretrained")
     return tmp_path / "pretrained"
 
 
@@ -190,7 +190,7 @@ def test_the_kl_term_is_a_mean_over_elements() -> None:
 def test_the_configuration_written_is_the_one_read(tmp_path: Path) -> None:
     pairs = pairs_artifact(tmp_path, rows=(2,))
     model = presets.first_stage("tiny-vq-f4")
-    save_first_stage(build_first_stage(model), model, tmp_path / "vq")
+    checkpoint.save(build_first_stage(model), tmp_path / "vq")
     artifact = run_stage(STAGE, config(model="tiny-vq-f4", weights=str(tmp_path / "vq")), tmp_path, {"pairs": pairs})
     assert first_stage_config(artifact) == model
     assert json.loads(artifact.storage.read_bytes("first_stage/config.json"))["codebook_size"] == 256

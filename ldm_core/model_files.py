@@ -1,0 +1,12 @@
+"""Names of the files in a model folder; imported without torch."""
+
+WEIGHTS_STEM = "model"
+WEIGHTS_FILE = f"{WEIGHTS_STEM}.safetensors"
+# Beside the shards model-00001-of-0000N.safetensors, instead of one weights file.
+WEIGHTS_INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
+CONFIG_FILE = "config.json"
+# BERT's WordPiece is one token per line; every other tokenizer is a JSON of the `tokenizers` library.
+VOCABULARY_FILE = "vocab.txt"
+TOKENIZER_FILE = "tokenizer.json"
+# Patterns of everything that belongs to a model.
+MODEL_FILES = (f"{WEIGHTS_STEM}*.safetensors", WEIGHTS_INDEX_FILE, CONFIG_FILE, VOCABULARY_FILE, TOKENIZER_FILE)
