@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_core.metrics.images import crop_for_clip, to_levels
 from ldm_core.metrics.networks.weights import MetricUnavailableError, digest_of_files
+from ldm_core.metrics.preprocessing import crop_for_clip, quantize
 
 CONTENT = "a CLIP folder (config.json with model.safetensors, or open_clip_config.json with its weights)"
 SOURCE = "https://huggingface.co/openai/clip-vit-large-patch14-336"
@@ -47,7 +47,7 @@ class Clip:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) images in [-1, 1] -> (B, D) float32 embeddings on the network's device."""
-        pixels = crop_for_clip(to_levels(images.to(self.device)), self.size) / 255
+        pixels = crop_for_clip(quantize(images.to(self.device)), self.size) / 255
         mean, std = (torch.tensor(values, device=self.device).view(1, 3, 1, 1) for values in (self.mean, self.std))
         with torch.autocast(self.device.type, enabled=False):
             return self.encode_image((pixels - mean) / std).float()

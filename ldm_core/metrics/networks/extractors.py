@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ldm_core.metrics.catalogue import METRICS, check_names
-from ldm_core.metrics.images import Resize
 from ldm_core.metrics.networks import clip, inception, perceptual
 from ldm_core.metrics.networks.weights import MetricUnavailableError
+from ldm_core.metrics.preprocessing import Resize
 
 
 class FeatureExtractor(Protocol):

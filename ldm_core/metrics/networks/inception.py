@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ldm_core.metrics.images import Resize, resize_for_inception, to_levels
 from ldm_core.metrics.networks.weights import MetricUnavailableError, read_weights
+from ldm_core.metrics.preprocessing import Resize, quantize, resize_for_inception
 
 INPUT_SIZE = 299
 CONTENT = "the FID Inception-v3 (weights-inception-2015-12-05-6726825d.pth)"
@@ -54,9 +54,9 @@ class Inception:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> InceptionOutput:
         """(B, 3, H, W) images in [-1, 1] -> features and logits, float32 on the network's device."""
-        levels = to_levels(images.to(self.device))
+        pixels = quantize(images.to(self.device))
         with torch.autocast(self.device.type, enabled=False):
-            x = resize_for_inception(levels, INPUT_SIZE, self.resize)
+            x = resize_for_inception(pixels, INPUT_SIZE, self.resize)
             features = self._trunk((x - 128) / 128).flatten(1)
             return InceptionOutput(features, features @ self._classifier.weight.T)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ldm_core.images import to_unit_range
 from ldm_core.metrics import (
     METRICS,
     Evaluation,
@@ -24,8 +25,8 @@ from ldm_core.metrics import (
     summarize,
 )
 from ldm_core.metrics.frechet_distance import frechet_distance
-from ldm_core.metrics.images import from_levels, to_levels
 from ldm_core.metrics.networks.inception import InceptionOutput
+from ldm_core.metrics.preprocessing import quantize
 
 CAPTIONS = ["a cat", "two dogs", "the sea", "a red car", "snow", "a bird"]
 
@@ -99,7 +100,7 @@ def test_every_metric_has_a_value_from_networks_given_by_path(
     assert found.results["kid"].warnings == ("subsets of 6 images instead of 1000, all that the smaller set has",)
     assert "bounds the score" in found.results["inception_score"].warnings[0]
     # Scores of pairs are those of the pictures as they would be saved.
-    saved = [from_levels(to_levels(x)) for x in (generated, truth)]
+    saved = [to_unit_range(quantize(x)) for x in (generated, truth)]
     assert found.results["psnr"].value == pytest.approx(psnr(*saved).mean().item(), rel=1e-6)
     assert found.results["ssim"].value == pytest.approx(ssim(*saved).mean().item(), rel=1e-6)
     assert found.results["ssim"].std == pytest.approx(ssim(*saved).std(correction=0).item(), rel=1e-4)
@@ -186,7 +187,7 @@ def test_the_clip_score_is_a_hundred_times_the_cosine_where_that_is_positive() -
     x = images(20, 12, seed=0)
     measurement = Measurement(["clip_score"])
     measurement.add(STAND_INS, x, start=0, captions=["caption"] * 20)
-    saved = from_levels(to_levels(x)).flatten(1)[:, :6]
+    saved = to_unit_range(quantize(x)).flatten(1)[:, :6]
     cosine = saved.sum(dim=1) / saved.norm(dim=1) / math.sqrt(6)
     assert cosine.min() < 0 < cosine.max()
     expected = 100 * cosine.clamp(min=0)
