@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -140,12 +141,44 @@ def test_the_resize_mode_that_is_asked_for_is_the_one_in_the_result(inception_we
     assert found.results["inception_score"].settings["resize"] == "tensorflow"
 
 
+@pytest.mark.parametrize(
+    ("metric", "module", "reason"),
+    [
+        ("kid", "torch_fidelity", "the library torch-fidelity is missing: pip install torch-fidelity"),
+        ("cmmd", "transformers", "the library transformers is missing: pip install transformers"),
+        ("lpips", "torchvision", "the library torchvision is missing: pip install torchvision"),
+        (
+            "lpips",
+            "torchmetrics",
+            "the library torchmetrics, with LPIPS's learned weights, is missing: pip install torchmetrics",
+        ),
+    ],
+)
 def test_a_library_that_is_not_installed_is_a_reason_too(
-    inception_weights: Path, monkeypatch: pytest.MonkeyPatch
+    metric: str,
+    module: str,
+    reason: str,
+    inception_weights: Path,
+    clip_folder: Path,
+    alexnet_weights: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "torch_fidelity.feature_extractor_inceptionv3", None)
-    _, unavailable = Extractors(inception=inception_weights).load(["kid", "psnr"])
-    assert unavailable == {"kid": "kid: the library torch-fidelity is missing: pip install torch-fidelity"}
+    extractors = Extractors(inception=inception_weights, clip=clip_folder, lpips=alexnet_weights)
+    monkeypatch.setitem(sys.modules, module, None)
+    _, unavailable = extractors.load([metric, "psnr"])
+    assert unavailable == {metric: f"{metric}: {reason}"}
+
+
+def test_lpips_says_which_file_is_gone_if_torchmetrics_no_longer_ships_its_weights(
+    alexnet_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torchmetrics").mkdir()
+    (tmp_path / "torchmetrics" / "__init__.py").touch()
+    monkeypatch.delitem(sys.modules, "torchmetrics", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    _, unavailable = Extractors(lpips=alexnet_weights).load(["lpips"])
+    assert "no file" in unavailable["lpips"]
+    assert "lpips_models/alex.pth with LPIPS's learned weights, of torchmetrics 1.9" in unavailable["lpips"]
 
 
 def test_a_metric_without_reference_pairs_captions_or_images_enough_is_unavailable() -> None:

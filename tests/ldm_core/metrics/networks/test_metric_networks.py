@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm_core.images import to_unit_range
 from ldm_core.metrics.networks.clip import load_clip
 from ldm_core.metrics.networks.inception import Inception
-from ldm_core.metrics.networks.perceptual import Lpips
+from ldm_core.metrics.networks.lpips import Lpips
 from ldm_core.metrics.networks.weights import MetricUnavailableError
 from ldm_core.metrics.preprocessing import crop_for_clip, quantize, resize_for_inception
 
