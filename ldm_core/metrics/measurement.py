@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm_core.images import to_unit_range
 from ldm_core.metrics.catalogue import METRICS, check_names
 from ldm_core.metrics.feature_set import FeatureSet, IndexedRows
-from ldm_core.metrics.images import from_levels, to_levels
 from ldm_core.metrics.inception_score import InceptionScoreSums
 from ldm_core.metrics.networks.extractors import FeatureExtractor, Networks
 from ldm_core.metrics.pixels import psnr, ssim
+from ldm_core.metrics.preprocessing import quantize
 from ldm_core.metrics.statistics import ImageStatistics, Provenance
 
 AnyNetwork = TypeVar("AnyNetwork")
@@ -70,7 +71,7 @@ class Measurement:
             ValueError: when images, pairs or captions do not fit together, a feature is not finite, or a network is
                 another than before.
         """
-        x, index = from_levels(to_levels(generated)), torch.arange(start, start + len(generated))
+        x, index = to_unit_range(quantize(generated)), torch.arange(start, start + len(generated))
         if reference is not None and reference.shape != generated.shape:
             raise ValueError(
                 "a generated image and its reference must be of one shape, got batches "
@@ -89,7 +90,7 @@ class Measurement:
             cosine = F.cosine_similarity(embeddings, clip.text(captions))
             self.scores["clip_score"].update(index, 100 * cosine.clamp(min=0))
         if reference is not None:
-            self._add_pairs(networks, x, from_levels(to_levels(reference)), index)
+            self._add_pairs(networks, x, to_unit_range(quantize(reference)), index)
 
     def add_reference(self, networks: Networks, images: Tensor, *, start: int) -> None:
         """Measure a batch of reference images that belong to no generated image in particular.
@@ -104,7 +105,7 @@ class Measurement:
                 another than before.
         """
         index = torch.arange(start, start + len(images))
-        self._measure(networks, from_levels(to_levels(images)), index, self.reference, self.reference)
+        self._measure(networks, to_unit_range(quantize(images)), index, self.reference, self.reference)
 
     def merge(self, other: "Measurement") -> None:
         """Take in another worker's part.

@@ -1,4 +1,4 @@
-"""CLIP as a judge: embeddings of images and captions, from a folder of transformers or of open_clip.
+"""CLIP for CMMD, CLIP-FD and CLIP score: embeddings of images and captions, by transformers or open_clip.
 
 Shapes: images: (B, 3, H, W) in [-1, 1]; embeddings: (B, D), not normalised.
 """
@@ -12,27 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_core.metrics.images import crop_for_clip, to_levels
 from ldm_core.metrics.networks.weights import MetricUnavailableError, digest_of_files
+from ldm_core.metrics.preprocessing import crop_for_clip, quantize
 
 CONTENT = "a CLIP folder (config.json with model.safetensors, or open_clip_config.json with its weights)"
 SOURCE = "https://huggingface.co/openai/clip-vit-large-patch14-336"
-# Of the pictures that CLIP was trained on; a folder's preprocessor may say otherwise.
+# Mean and standard deviation of CLIP's training pictures, used unless the folder's preprocessor gives others.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
-    """A CLIP model. `load_clip` makes it.
+    """A CLIP model, loaded by `load_clip`.
 
     Args:
         encode_image: (B, 3, size, size) normalised pixels -> (B, D).
-        encode_text: captions -> (B, D); None where the folder has no tokenizer.
-        size: of the pictures that the network takes.
-        mean, std: of the three channels from 0 to 1.
-        digest: sha256 of the files that decide the embeddings.
-        device: that the network is on.
+        encode_text: captions -> (B, D); None if the folder has no tokenizer.
+        size: height and width of the pictures that the network takes.
+        mean, std: normalisation of the three channels, on pixels from 0 to 1.
+        digest: sha256 in hex of the files that determine the embeddings.
+        device: device the network is on.
+        resize: name of the preprocessing, recorded with every result.
     """
 
     encode_image: Callable[[Tensor], Tensor]
@@ -46,18 +47,18 @@ class Clip:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) images in [-1, 1] -> (B, D) float32 embeddings on the network's device."""
-        pixels = crop_for_clip(to_levels(images.to(self.device)), self.size) / 255
+        """Return (B, D) float32 embeddings of (B, 3, H, W) images in [-1, 1], on the network's device."""
+        pixels = crop_for_clip(quantize(images.to(self.device)), self.size) / 255
         mean, std = (torch.tensor(values, device=self.device).view(1, 3, 1, 1) for values in (self.mean, self.std))
         with torch.autocast(self.device.type, enabled=False):
             return self.encode_image((pixels - mean) / std).float()
 
     @torch.inference_mode()
     def text(self, captions: Sequence[str]) -> Tensor:
-        """Captions, cut to the length the model knows -> (B, D) float32 embeddings.
+        """Return (B, D) float32 embeddings of captions, each cut to the model's context length.
 
         Raises:
-            MetricUnavailableError: when the folder has no tokenizer.
+            MetricUnavailableError: if the folder has no tokenizer.
         """
         if self.encode_text is None:
             raise MetricUnavailableError("the CLIP folder has no tokenizer: put tokenizer.json beside its weights")
@@ -66,19 +67,19 @@ class Clip:
 
 
 def load_clip(folder: Path, *, device: torch.device | str = "cpu") -> Clip:
-    """Read a CLIP model from a folder as the model hubs lay it out; nothing is downloaded.
+    """Read a CLIP model from a folder in the layout of the model hubs; nothing is downloaded.
 
     Args:
-        folder: with config.json, preprocessor_config.json, the weights and tokenizer files of transformers' CLIPModel;
-            or with open_clip_config.json and the weights of open_clip.
-        device: to run on.
+        folder: either config.json, preprocessor_config.json, the weights and the tokenizer files of transformers'
+            CLIPModel, or open_clip_config.json and the weights of open_clip.
+        device: device to run on.
 
     Returns:
         The model with float32 weights.
 
     Raises:
-        MetricUnavailableError: when the folder, its weights or the library that reads them is missing.
-        ValueError: when the folder holds another model, or weights that are not of its config.
+        MetricUnavailableError: if the folder, its weights or the library that reads them is missing.
+        ValueError: if the folder holds another model, or weights that do not fit its config.
     """
     folder, device = Path(folder), torch.device(device)
     for config, load in (("config.json", _from_transformers), ("open_clip_config.json", _from_open_clip)):
@@ -91,7 +92,7 @@ def load_clip(folder: Path, *, device: torch.device | str = "cpu") -> Clip:
 
 
 def _weights_files(folder: Path, *, open_clip: bool) -> list[Path]:
-    """The files that the library will read: its own order of preference, written down so that they can be digested."""
+    """Return the files that the library will read, by its own order of preference: they are what is digested."""
     stem = "open_clip_" if open_clip else ""
     patterns = (f"{stem}model*.safetensors", f"{stem}pytorch_model*.safetensors", f"{stem}pytorch_model*.bin")
     return next((files for pattern in patterns if (files := sorted(folder.glob(pattern)))), [])
@@ -99,6 +100,7 @@ def _weights_files(folder: Path, *, open_clip: bool) -> list[Path]:
 
 def _from_transformers(folder: Path, device: torch.device, digest: str) -> Clip:
     try:
+        # Lazy: transformers is optional here.
         from transformers import CLIPModel
     except ImportError as error:
         raise MetricUnavailableError("the library transformers is missing: pip install transformers") from error
@@ -127,7 +129,7 @@ def _from_transformers(folder: Path, device: torch.device, digest: str) -> Clip:
         tokens = tokenizer(
             list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         ).to(device)
-        # No mask is needed: attention is causal, and the embedding is read where the caption ends.
+        # No attention mask is needed: attention is causal, and the embedding is read where the caption ends.
         hidden = model.text_model(input_ids=tokens.input_ids)
         return model.text_projection(hidden.pooler_output)
 
@@ -145,6 +147,7 @@ def _from_transformers(folder: Path, device: torch.device, digest: str) -> Clip:
 
 def _from_open_clip(folder: Path, device: torch.device, digest: str) -> Clip:
     try:
+        # Lazy: open_clip is optional here.
         import open_clip
     except ImportError as error:
         raise MetricUnavailableError("the library open_clip is missing: pip install open_clip_torch") from error
@@ -178,7 +181,7 @@ def _from_open_clip(folder: Path, device: torch.device, digest: str) -> Clip:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file."""
+    """Read a JSON object; an empty one if there is no such file."""
     if not path.is_file():
         return {}
     try:

@@ -1,4 +1,4 @@
-"""Which networks there are to judge images by, and what a metric lacks where there is none."""
+"""Load the networks that metrics need from paths, or say what a metric lacks."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from ldm_core.metrics.catalogue import METRICS, check_names
-from ldm_core.metrics.images import Resize
-from ldm_core.metrics.networks import clip, inception, perceptual
+from ldm_core.metrics.networks import clip, inception, lpips
 from ldm_core.metrics.networks.weights import MetricUnavailableError
+from ldm_core.metrics.preprocessing import Resize
 
 
 class FeatureExtractor(Protocol):
-    """What any network of features says of itself: the sha256 of its weights in hex, and how it resizes images."""
+    """Provenance of a network's features: the sha256 of its weights in hex, and how it resizes images."""
 
     @property
     def digest(self) -> str: ...
@@ -25,13 +25,13 @@ class FeatureExtractor(Protocol):
 
 
 class InceptionNetwork(FeatureExtractor, Protocol):
-    """Images (B, 3, H, W) in [-1, 1] -> features (B, D) and logits (B, K); `Inception` is one."""
+    """Maps images (B, 3, H, W) in [-1, 1] to features (B, D) and logits (B, K); `Inception` is one."""
 
     def __call__(self, images: Tensor) -> inception.InceptionOutput: ...
 
 
 class ClipNetwork(FeatureExtractor, Protocol):
-    """Images (B, 3, H, W) in [-1, 1], or captions -> embeddings (B, D), not normalised; `Clip` is one."""
+    """Maps images (B, 3, H, W) in [-1, 1] or captions to embeddings (B, D), not normalised; `Clip` is one."""
 
     def __call__(self, images: Tensor) -> Tensor: ...
 
@@ -39,7 +39,7 @@ class ClipNetwork(FeatureExtractor, Protocol):
 
 
 class PairNetwork(Protocol):
-    """Pairs of images (B, 3, H, W) in [-1, 1] -> distances (B,); `Lpips` is one."""
+    """Maps pairs of images (B, 3, H, W) in [-1, 1] to distances (B,); `Lpips` is one."""
 
     @property
     def digest(self) -> str: ...
@@ -52,7 +52,7 @@ class PairNetwork(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Networks:
-    """The networks in memory; None where one is not needed or not to be had. Each worker has its own."""
+    """The networks in memory; None for one that is not needed or unavailable. Each worker has its own."""
 
     inception: InceptionNetwork | None = None
     clip: ClipNetwork | None = None
@@ -61,14 +61,14 @@ class Networks:
 
 @dataclass(frozen=True, kw_only=True)
 class Extractors:
-    """Where the networks' weights lie. Nothing is ever downloaded.
+    """Paths of the networks' weights. Nothing is ever downloaded.
 
     Args:
         inception: file of the FID Inception-v3, see `inception.SOURCE`.
         clip: folder of a CLIP model, of transformers or open_clip; CMMD's is ViT-L/14 at 336 px, see `clip.SOURCE`.
-        lpips: file of torchvision's VGG-16 (the paper's) or AlexNet, see `perceptual.SOURCE`.
-        resize: how images reach the Inception network, "clean" or "tensorflow"; see `resize_for_inception`.
-        device: to run on.
+        lpips: file of torchvision's VGG-16 (the paper's) or AlexNet, see `lpips.SOURCE`.
+        resize: how images are resized for the Inception network, "clean" or "tensorflow"; see `resize_for_inception`.
+        device: device to run the networks on.
     """
 
     inception: str | Path | None = None
@@ -78,22 +78,22 @@ class Extractors:
     device: torch.device | str = "cpu"
 
     def load(self, names: Iterable[str]) -> tuple[Networks, dict[str, str]]:
-        """Read the networks that metrics need.
+        """Load the networks that metrics need.
 
         Args:
-            names: of metrics.
+            names: names of metrics, see `METRICS`.
 
         Returns:
             The networks, and for each metric that lacks its network or tokenizer one line that says what it lacks.
 
         Raises:
-            ValueError: when a name is unknown, or a file is there but does not hold what it should.
+            ValueError: for an unknown name, or a file that does not hold what it should.
         """
         names = check_names(names)
         loaders: dict[str, Callable[[Path], Any]] = {
             "inception": lambda path: inception.Inception(path, resize=self.resize, device=self.device),
             "clip": lambda path: clip.load_clip(path, device=self.device),
-            "lpips": lambda path: perceptual.Lpips(path).to(self.device),
+            "lpips": lambda path: lpips.Lpips(path).to(self.device),
         }
         loaded: dict[str, Any] = {}
         lacking: dict[str, str] = {}
@@ -114,7 +114,8 @@ class Extractors:
         return Networks(**loaded), unavailable
 
     def _path(self, kind: str) -> Path:
-        module = {"inception": inception, "clip": clip, "lpips": perceptual}[kind]
+        """Return the path given for a network, or raise MetricUnavailableError with where to get its weights."""
+        module = {"inception": inception, "clip": clip, "lpips": lpips}[kind]
         path = getattr(self, kind)
         advice = f"get {module.SOURCE} and give its path as Extractors({kind}=PATH)"
         if path is None:

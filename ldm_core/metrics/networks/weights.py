@@ -1,4 +1,4 @@
-"""Weights files of the metrics' networks: found, digested and read without running anything inside them."""
+"""Read and digest the weights files of the metrics' networks, without running anything inside them."""
 
 import hashlib
 import io
@@ -13,26 +13,26 @@ from torch import Tensor
 
 
 class MetricUnavailableError(RuntimeError):
-    """A metric lacks a file or a library; the message is one line that says which, and where to get it."""
+    """A metric lacks a file or a library. The message is one line that says which, and where to get it."""
 
 
 def read_weights(path: Path, *, content: str) -> tuple[dict[str, Tensor], str]:
     """Read a file of named tensors: safetensors, or what torch.save wrote of a state dict.
 
     Args:
-        path: the file.
-        content: what it should hold, for the errors.
+        path: the file; .safetensors by its name, everything else is read as torch.save's.
+        content: description of what it should hold, for the errors.
 
     Returns:
-        The tensors on the CPU by name, and the sha256 of the file in hex.
+        The tensors on the CPU by name, and the file's sha256 in hex.
 
     Raises:
-        MetricUnavailableError: when there is no such file.
-        ValueError: when the file holds anything but named tensors.
+        MetricUnavailableError: if there is no such file.
+        ValueError: if the file holds anything but named tensors.
     """
     if not path.is_file():
         raise MetricUnavailableError(f"no file {path} with {content}")
-    # Read once, so that the digest is that of the bytes that are used.
+    # Read once, so that the digest is of the very bytes that are loaded.
     data = path.read_bytes()
     try:
         if path.suffix == ".safetensors":
@@ -47,7 +47,7 @@ def read_weights(path: Path, *, content: str) -> tuple[dict[str, Tensor], str]:
 
 
 def digest_of_files(paths: Iterable[Path]) -> str:
-    """sha256 in hex of the names and contents of files, whatever their order or folder."""
+    """Return the sha256 in hex of the names and contents of files, whatever their order or folder."""
     whole = hashlib.sha256()
     for path in sorted(paths, key=lambda path: path.name):
         with path.open("rb") as file:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ldm_core.images import to_uint8, to_unit_range
 from ldm_core.metrics import psnr
 from ldm_core.networks.autoencoder import AutoencoderKL, VQAutoencoder
 from ldm_core.networks.posterior import DiagonalGaussian
@@ -58,13 +59,12 @@ class ReconstructionLoss(nn.Module):
 def to_images(pixels: NDArray[np.uint8] | Tensor, device: torch.device) -> Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1]."""
     tensor = pixels if isinstance(pixels, Tensor) else torch.from_numpy(pixels)
-    return tensor.to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    return to_unit_range(tensor.to(device).permute(0, 3, 1, 2))
 
 
 def to_pixels(images: Tensor) -> NDArray[np.uint8]:
     """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8."""
-    levels = images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-    pixels: NDArray[np.uint8] = levels.permute(0, 2, 3, 1).cpu().numpy()
+    pixels: NDArray[np.uint8] = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
     return pixels
 
 

@@ -42,6 +42,7 @@ def sample_prompts(
     import torch
 
     from ldm_core import samplers
+    from ldm_core.images import to_uint8
 
     if len(prompts) != len(seeds) or not prompts:
         raise ValueError(f"give one seed per prompt, at least one; got {len(prompts)} prompts and {len(seeds)} seeds")
@@ -60,7 +61,5 @@ def sample_prompts(
             eta=sampling.eta,
             sampler=getattr(samplers, sampling.sampler),
         )
-        # [-1, 1] to 0 … 255, to the nearest level.
-        levels = images.float().add(1).mul(127.5).round().clamp(0, 255)
-        pictures.append(levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+        pictures.append(to_uint8(images).permute(0, 2, 3, 1).cpu().numpy())
     return np.concatenate(pictures)

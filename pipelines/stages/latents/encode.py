@@ -145,13 +145,15 @@ class EncodeShard:
         """(B, 2 or 1, C, h, w) fp16 moments of the batch's pictures."""
         import torch
 
+        from ldm_core.images import to_unit_range
+
         if len(shapes := {pair.image.shape for pair in batch}) > 1:
             raise UserError(
                 f"pictures must have one size, but {batch[0].key} and its neighbours have {sorted(shapes)}: "
                 "set pairs.resize=center_crop"
             )
         pixels = torch.from_numpy(np.stack([pair.image for pair in batch])).to(self.device)
-        images = pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1)
+        images = to_unit_range(pixels.permute(0, 3, 1, 2))
         autocast = torch.autocast(self.device, torch.bfloat16, enabled=self.config.precision == "bf16")
         with torch.inference_mode(), autocast:
             try:

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ldm_core.images import to_unit_range
 from ldm_core.metrics import (
     METRICS,
     Evaluation,
@@ -24,8 +26,8 @@ from ldm_core.metrics import (
     summarize,
 )
 from ldm_core.metrics.frechet_distance import frechet_distance
-from ldm_core.metrics.images import from_levels, to_levels
 from ldm_core.metrics.networks.inception import InceptionOutput
+from ldm_core.metrics.preprocessing import quantize
 
 CAPTIONS = ["a cat", "two dogs", "the sea", "a red car", "snow", "a bird"]
 
@@ -99,7 +101,7 @@ def test_every_metric_has_a_value_from_networks_given_by_path(
     assert found.results["kid"].warnings == ("subsets of 6 images instead of 1000, all that the smaller set has",)
     assert "bounds the score" in found.results["inception_score"].warnings[0]
     # Scores of pairs are those of the pictures as they would be saved.
-    saved = [from_levels(to_levels(x)) for x in (generated, truth)]
+    saved = [to_unit_range(quantize(x)) for x in (generated, truth)]
     assert found.results["psnr"].value == pytest.approx(psnr(*saved).mean().item(), rel=1e-6)
     assert found.results["ssim"].value == pytest.approx(ssim(*saved).mean().item(), rel=1e-6)
     assert found.results["ssim"].std == pytest.approx(ssim(*saved).std(correction=0).item(), rel=1e-4)
@@ -139,12 +141,44 @@ def test_the_resize_mode_that_is_asked_for_is_the_one_in_the_result(inception_we
     assert found.results["inception_score"].settings["resize"] == "tensorflow"
 
 
+@pytest.mark.parametrize(
+    ("metric", "module", "reason"),
+    [
+        ("kid", "torch_fidelity", "the library torch-fidelity is missing: pip install torch-fidelity"),
+        ("cmmd", "transformers", "the library transformers is missing: pip install transformers"),
+        ("lpips", "torchvision", "the library torchvision is missing: pip install torchvision"),
+        (
+            "lpips",
+            "torchmetrics",
+            "the library torchmetrics, with LPIPS's learned weights, is missing: pip install torchmetrics",
+        ),
+    ],
+)
 def test_a_library_that_is_not_installed_is_a_reason_too(
-    inception_weights: Path, monkeypatch: pytest.MonkeyPatch
+    metric: str,
+    module: str,
+    reason: str,
+    inception_weights: Path,
+    clip_folder: Path,
+    alexnet_weights: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "torch_fidelity.feature_extractor_inceptionv3", None)
-    _, unavailable = Extractors(inception=inception_weights).load(["kid", "psnr"])
-    assert unavailable == {"kid": "kid: the library torch-fidelity is missing: pip install torch-fidelity"}
+    extractors = Extractors(inception=inception_weights, clip=clip_folder, lpips=alexnet_weights)
+    monkeypatch.setitem(sys.modules, module, None)
+    _, unavailable = extractors.load([metric, "psnr"])
+    assert unavailable == {metric: f"{metric}: {reason}"}
+
+
+def test_lpips_says_which_file_is_gone_if_torchmetrics_no_longer_ships_its_weights(
+    alexnet_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torchmetrics").mkdir()
+    (tmp_path / "torchmetrics" / "__init__.py").touch()
+    monkeypatch.delitem(sys.modules, "torchmetrics", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    _, unavailable = Extractors(lpips=alexnet_weights).load(["lpips"])
+    assert "no file" in unavailable["lpips"]
+    assert "lpips_models/alex.pth with LPIPS's learned weights, of torchmetrics 1.9" in unavailable["lpips"]
 
 
 def test_a_metric_without_reference_pairs_captions_or_images_enough_is_unavailable() -> None:
@@ -186,7 +220,7 @@ def test_the_clip_score_is_a_hundred_times_the_cosine_where_that_is_positive() -
     x = images(20, 12, seed=0)
     measurement = Measurement(["clip_score"])
     measurement.add(STAND_INS, x, start=0, captions=["caption"] * 20)
-    saved = from_levels(to_levels(x)).flatten(1)[:, :6]
+    saved = to_unit_range(quantize(x)).flatten(1)[:, :6]
     cosine = saved.sum(dim=1) / saved.norm(dim=1) / math.sqrt(6)
     assert cosine.min() < 0 < cosine.max()
     expected = 100 * cosine.clamp(min=0)

@@ -168,7 +168,9 @@ def load_head(path: Path, device: str) -> Head:
 def _pixels(image: np.ndarray) -> Tensor:
     import torch
 
-    return torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1
+    from ldm_core.images import to_unit_range
+
+    return to_unit_range(torch.from_numpy(image).permute(2, 0, 1)[None])
 
 
 def _batches(samples: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:

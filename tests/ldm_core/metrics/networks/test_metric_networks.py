@@ -10,11 +10,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ldm_core.metrics.images import crop_for_clip, from_levels, resize_for_inception, to_levels
+from ldm_core.images import to_unit_range
 from ldm_core.metrics.networks.clip import load_clip
 from ldm_core.metrics.networks.inception import Inception
-from ldm_core.metrics.networks.perceptual import Lpips
+from ldm_core.metrics.networks.lpips import Lpips
 from ldm_core.metrics.networks.weights import MetricUnavailableError
+from ldm_core.metrics.preprocessing import crop_for_clip, quantize, resize_for_inception
 
 
 def images(count: int, height: int, width: int, *, seed: int = 0) -> Tensor:
@@ -27,9 +28,9 @@ def as_pil(levels: Tensor) -> Image.Image:
 
 def test_images_become_the_levels_of_their_png_and_come_back() -> None:
     x = torch.tensor([-1.0, -0.999, 0.0, 0.5, 1.0, 1.003]).expand(1, 3, 1, 6)
-    assert to_levels(x)[0, 0, 0].tolist() == [0, 0, 128, 191, 255, 255]
+    assert quantize(x)[0, 0, 0].tolist() == [0, 0, 128, 191, 255, 255]
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
-    assert torch.equal(to_levels(from_levels(levels)), levels)
+    assert torch.equal(quantize(to_unit_range(levels)), levels)
 
 
 @pytest.mark.parametrize(
@@ -44,12 +45,12 @@ def test_images_become_the_levels_of_their_png_and_come_back() -> None:
 )
 def test_what_is_not_an_image_from_minus_one_to_one_is_refused(wrong: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        to_levels(wrong)
+        quantize(wrong)
 
 
 @pytest.mark.parametrize("size", [(40, 56), (400, 320)])
 def test_clean_resizing_is_pils_unrounded_bicubic(size: tuple[int, int]) -> None:
-    levels = to_levels(images(1, *size))
+    levels = quantize(images(1, *size))
     resized = resize_for_inception(levels, 299, "clean")[0]
     for channel in range(3):
         picture = Image.fromarray(levels[0, channel].numpy().astype(np.float32))
@@ -59,7 +60,7 @@ def test_clean_resizing_is_pils_unrounded_bicubic(size: tuple[int, int]) -> None
 
 @pytest.mark.parametrize("size", [(40, 56), (100, 90)])
 def test_clips_crop_is_pils_to_the_rounding_of_a_level(size: tuple[int, int]) -> None:
-    levels = to_levels(images(1, *size))
+    levels = quantize(images(1, *size))
     side = min(size)
     left, top = (size[1] - side) // 2, (size[0] - side) // 2
     square = as_pil(levels[0]).crop((left, top, left + side, top + side))
@@ -77,7 +78,7 @@ def test_inception_is_torch_fidelitys_network_by_path(inception_weights: Path, t
     network = Inception(inception_weights, resize="tensorflow")
     assert torch.equal(torch.get_rng_state(), state)
     published = FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], str(inception_weights))
-    features, logits = published(to_levels(x))
+    features, logits = published(quantize(x))
     found = network(x)
     assert found.features.shape == (2, 2048)
     assert found.logits.shape == (2, 1008)
@@ -133,7 +134,7 @@ def test_clip_of_transformers_embeds_as_its_own_pipeline_does(clip_folder: Path)
     clip = load_clip(clip_folder)
     model = CLIPModel.from_pretrained(clip_folder).eval()
     mean, std = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
-    pixels = (to_levels(x) / 255 - mean) / std
+    pixels = (quantize(x) / 255 - mean) / std
     with torch.no_grad():
         expected = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
     torch.testing.assert_close(clip(x), expected, rtol=1e-4, atol=1e-6)
@@ -156,7 +157,7 @@ def test_clip_of_open_clip_embeds_as_its_own_pipeline_does(open_clip_folder: Pat
     model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{open_clip_folder}")
     model.eval()
     with torch.no_grad():
-        expected = model.encode_image(torch.stack([preprocess(as_pil(levels)) for levels in to_levels(x)]))
+        expected = model.encode_image(torch.stack([preprocess(as_pil(levels)) for levels in quantize(x)]))
         text = model.encode_text(open_clip.tokenize(captions, context_length=16))
     torch.testing.assert_close(clip(x), expected, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(clip.text(captions), text, rtol=1e-4, atol=1e-6)
