@@ -1,83 +1,100 @@
-"""Finding a trained model from whatever a person points at: the root of a run, an artifact, a model folder."""
+"""Find and load a trained model from whatever a person points at: the root of a run, an artifact, a model folder."""
+
+from __future__ import annotations
 
 import contextlib
 import fnmatch
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
+
+from ldm_core import checkpoint
+from ldm_core.latent_diffusion import LatentDiffusion
 from pipelines.errors import UserError
+from pipelines.stages.diffusion.artifact import FOLDER, STAGE_NAME
 from pipelines.store.ledger import MANIFEST, Ledger
 from pipelines.store.storage import Storage
 
 if TYPE_CHECKING:
     from ldm_core.checkpoint import AnyTokenizer
-    from ldm_core.latent_diffusion import LatentDiffusion
 
-WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
-MODEL_FILES = ("model*.safetensors", "model.safetensors.index.json", "config.json", "vocab.txt", "tokenizer.json")
+# Large models lie in numbered shards with an index beside them.
+WEIGHTS_FILES = (checkpoint.WEIGHTS_FILE, f"{checkpoint.WEIGHTS_FILE}.index.json")
+FILE_PATTERNS = (
+    f"{checkpoint.WEIGHTS_STEM}*.safetensors",
+    WEIGHTS_FILES[1],
+    checkpoint.CONFIG_FILE,
+    checkpoint.VOCABULARY_FILE,
+    checkpoint.TOKENIZER_FILE,
+)
+FIRST_STAGE_FOLDER = "first_stage"
 
 
 def find_model(place: str) -> Storage:
-    """The folder that holds model.safetensors and config.json.
+    """Return the folder that holds a model's weights and config.json.
 
     Args:
-        place: root of a run (the newest finished diffusion artifact counts), an artifact folder, or a model folder.
+        place: the root of a run (its newest finished diffusion artifact is meant), an artifact, or a model folder.
 
     Raises:
-        UserError: where there is no such thing.
+        UserError: there is no model.
     """
     storage = Storage(place)
     if not storage.exists():
         raise UserError(f"no checkpoint at {storage.url}: the folder does not exist")
-    for candidate in (storage, storage / "model", storage / "first_stage"):
+    for candidate in (storage, storage / FOLDER, storage / FIRST_STAGE_FOLDER):
         if any(candidate.exists(name) for name in WEIGHTS_FILES):
             return candidate
-    finished = [key for key in (storage / "diffusion").names() if (storage / "diffusion" / key).exists(MANIFEST)]
+    stage = storage / STAGE_NAME
+    finished = [key for key in stage.names() if (stage / key).exists(MANIFEST)]
     if finished:
-        newest = max(finished, key=lambda key: _modified(storage / "diffusion" / key))
-        return Ledger(storage).storage("diffusion", newest) / "model"
+        newest = max(finished, key=lambda key: _modified(stage / key))
+        return Ledger(storage).storage(STAGE_NAME, newest) / FOLDER
     raise UserError(
         f"no model in {storage.url}: neither model.safetensors, nor model/, nor a finished diffusion stage; "
         "give the root of a finished run or a model folder"
     )
 
 
-def open_model(place: str, device: str | None = None) -> "tuple[LatentDiffusion, AnyTokenizer, str]":
-    """Load the model and its tokenizer from anywhere `find_model` looks.
+def open_model(place: str, device: str | None = None) -> tuple[LatentDiffusion, AnyTokenizer, str]:
+    """Load a model and its tokenizer from anywhere that `find_model` looks.
+
+    Args:
+        place: as for `find_model`.
+        device: the torch device to put the model on; None takes the first GPU if there is one, else the CPU.
 
     Returns:
-        Model (in evaluation mode, on the device), tokenizer, and the folder they came from.
+        The model in evaluation mode, its tokenizer, and the URL of the folder they came from.
 
     Raises:
-        UserError: where there is no model, or its files are damaged or do not belong together.
+        UserError: there is no model, or its files are damaged or do not belong together.
     """
-    import torch
-
-    from ldm_core import checkpoint
-
     folder = find_model(place)
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return *load_folder(folder, device or ("cuda" if torch.cuda.is_available() else "cpu")), folder.url
+
+
+def load_folder(folder: Storage, device: Any) -> tuple[LatentDiffusion, AnyTokenizer]:
+    """Load the model in a folder, in evaluation mode, and its tokenizer. Raises as `open_model`."""
     try:
         with local_folder(folder) as local:
-            model = checkpoint.load(local, device=torch.device(chosen))
-            tokenizer = checkpoint.load_tokenizer(local)
+            return checkpoint.load(local, device=torch.device(device)), checkpoint.load_tokenizer(local)
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         raise UserError(f"cannot load the model in {folder.url}: {' '.join(str(error).split())[:400]}") from error
-    return model, tokenizer, folder.url
 
 
 @contextlib.contextmanager
 def local_folder(folder: Storage) -> Iterator[Path]:
-    """A model's files in a folder of this machine: in place, or fetched for as long as the block runs."""
+    """Yield a local folder with a model's files: the folder itself, or a download that is deleted afterwards."""
     if folder.is_local:
         yield Path(folder.path())
         return
     with tempfile.TemporaryDirectory(prefix="ldm-") as scratch:
         for name in folder.names():
-            if any(fnmatch.fnmatch(name, pattern) for pattern in MODEL_FILES):
-                folder.filesystem.get_file(folder.path(name), str(Path(scratch) / name))
+            if any(fnmatch.fnmatch(name, pattern) for pattern in FILE_PATTERNS):
+                folder.copy(name, Storage(scratch))
         yield Path(scratch)
 
 
