@@ -1,8 +1,8 @@
 """Reuse of freed main memory on Linux, instead of zeroed pages from the kernel for every large tensor.
 
-By default glibc returns every block of more than 32 MiB to the kernel when it is freed. Feature maps of an image encoder
-are larger, so that each layer begins with page faults. Keeping such blocks made kl-f8 encode 12 to 18 % faster on a CPU;
-in return, a process keeps its peak memory.
+By default glibc returns every block of more than 32 MiB to the kernel when it is freed. Feature maps of an image
+encoder are larger, so that each layer begins with page faults. Keeping such blocks made kl-f8 encode 12 to 18 % faster
+on a CPU; in return, a process keeps its peak memory.
 """
 
 from __future__ import annotations

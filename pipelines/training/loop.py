@@ -72,7 +72,7 @@ class TrainingLoop:
         self, task: Task, config: TrainingConfig, seed: int, writer: ArtifactWriter, relay: Relay, rank: Rank
     ) -> None:
         self.config, self.seed, self.writer, self.relay, self.rank = config, seed, writer, relay, rank
-        # The same initial weights on all workers: DDP need not send them, and one worker starts as several do.
+        # The same initial weights on every worker, whatever their number.
         torch.manual_seed(seed)
         self.learner = task.build(rank.device)
         self.network = self.learner.network.to(rank.device).train()
