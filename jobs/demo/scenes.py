@@ -1,4 +1,8 @@
-"""Scenes of one coloured shape on a light background, and the choice of those that training never sees."""
+"""Scenes of one coloured shape on a light background, and the choice of those that training never sees.
+
+They are drawn in the vocabulary of the detector that is to read them back from generated pictures (`evaluate.detector`
+of the demo's recipe): its tables of colours, shapes, sizes and positions are imported, so that the two cannot disagree.
+"""
 
 import itertools
 from dataclasses import asdict, dataclass
@@ -9,7 +13,7 @@ from PIL import Image
 
 from pipelines.stages.evaluate.shapes.outlines import PALETTE, POSITIONS, SHAPES, SIZES, draw_matte, outline
 
-# How far off center, as a fraction of the picture's side: small shapes have more room.
+# Distance from the center as a fraction of the picture's side: small shapes have more room.
 OFFSETS = {"small": 0.25, "large": 0.18}
 MARGIN = 0.02
 NOVEL_PAIRS = 4

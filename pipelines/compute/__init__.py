@@ -1,1 +1,2 @@
-"""Ray, apart from training: the connection, pools of actors, functions over many items."""
+"""Ray, apart from training: the connection (`cluster`), pools of actors (`actor_pool`), functions over many items
+(`tasks`), and messages from workers to the driver (`mailbox`)."""

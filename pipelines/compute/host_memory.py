@@ -1,8 +1,8 @@
-"""Main memory on Linux: keep what was freed, instead of asking the kernel for zeroed pages at every large tensor.
+"""Reuse of freed main memory on Linux, instead of zeroed pages from the kernel for every large tensor.
 
-By default glibc returns every block beyond 32 MiB to the kernel when it is freed; a feature map of an image encoder is
-larger, so that each layer begins with page faults. Keeping them made kl-f8 encode 12 to 18 % faster on a CPU, and cost
-nothing but that a process keeps its peak memory.
+By default glibc returns every block of more than 32 MiB to the kernel when it is freed. Feature maps of an image
+encoder are larger, so that each layer begins with page faults. Keeping such blocks made kl-f8 encode 12 to 18 % faster
+on a CPU; in return, a process keeps its peak memory.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ LARGEST_KEPT_BYTES = 2**30
 
 
 def keep_freed_memory() -> bool:
-    """Let this process reuse blocks of up to 1 GiB that it has freed; call once, at the start of a worker.
+    """Let this process reuse freed blocks of up to 1 GiB; to be called once, at the start of a worker.
 
     Returns:
-        Whether the C library took the setting: False where it is not glibc.
+        True if the C library accepted the setting, False if it is not glibc.
     """
     if not sys.platform.startswith("linux"):
         return False

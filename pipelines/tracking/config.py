@@ -1,4 +1,4 @@
-"""What a recipe says about experiment tracking."""
+"""The `tracking` section of a recipe."""
 
 from pipelines.config import Config, runtime
 
@@ -7,9 +7,9 @@ class TrackingConfig(Config):
     """Where runs are logged. Nothing here can change an artifact.
 
     Args:
-        uri: an MLflow tracking URI; None for an SQLite store of the run's own, beside its artifacts.
-        experiment: MLflow experiment.
-        enabled: False logs nothing anywhere.
+        uri: an MLflow tracking URI; None takes an SQLite store beside the run's artifacts.
+        experiment: name of the MLflow experiment.
+        enabled: false logs nothing anywhere.
     """
 
     uri: str | None = runtime(None)

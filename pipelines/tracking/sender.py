@@ -1,4 +1,9 @@
-"""The thread that carries events from the spool to MLflow. Only here is MLflow imported: it takes seconds."""
+"""The thread that sends events from the spool to MLflow. MLflow is imported only here and late: it takes seconds.
+
+Delivery is at least once: events are acknowledged after they were sent, so that a kill in between sends them again.
+That does no harm. A metric carries its own time, so that MLflow sees the same point; a run is found by our own id, its
+tag `ldm.run`, before a new one is created.
+"""
 
 import logging
 import os
@@ -14,13 +19,15 @@ from pipelines.tracking.spool import Event, Session
 
 log = logging.getLogger(__name__)
 
-GATHER_S = 0.3  # events that come close together travel together
+# Events of one training step come close together: a short wait sends them in one request.
+GATHER_S = 0.3
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 5.0
-BATCH_KINDS = ("metrics", "params", "tags")
-LARGEST_BATCH = {"metrics": 800, "params": 100, "tags": 100}  # limits of MLflow's log-batch request
+# Limits of MLflow's log-batch request, by the kinds of events that can share one.
+LARGEST_BATCH = {"metrics": 800, "params": 100}
+# Error codes of requests that will be refused however often they are sent.
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")
 
-# MLflow's own patience would hide an outage for minutes; ours lies in the spool. And no telemetry.
+# With its own retries MLflow would hide an outage for minutes; the spool makes them needless. And no telemetry.
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -30,17 +37,18 @@ ENVIRONMENT = {
 
 
 class _GaveUpError(Exception):
-    """The time that `close` granted is over."""
+    """The time that `close` allowed is over."""
 
 
 class Sender(threading.Thread):
-    """Sends abandoned sessions first, then its own as it grows. A daemon: it never holds the process up.
+    """Sends abandoned sessions first, then its own as it grows. A daemon thread: it never keeps the process alive.
 
     Args:
         session: this process's events.
-        spool: where abandoned sessions lie.
-        uri: tracking URI.
-        experiment: made where it is missing, with its artifacts at `artifacts` (None: the server's default).
+        spool: the folder in which abandoned sessions are found.
+        uri: MLflow's tracking URI.
+        experiment: name of the experiment; created if it is missing.
+        artifacts: URI for the artifacts of a new experiment; None takes the server's default.
     """
 
     def __init__(self, session: Session, spool: Path, *, uri: str, experiment: str, artifacts: str | None) -> None:
@@ -50,8 +58,8 @@ class Sender(threading.Thread):
         self.experiment_id: str | None = None
         self.last_error: str | None = None
         self._client: Any = None
+        # MLflow's run ids by ours.
         self._runs: dict[str, str] = {}
-        self._known = threading.Condition()
         self._deadline: float | None = None
         self._finished = False
 
@@ -66,6 +74,7 @@ class Sender(threading.Thread):
                 self._pause(GATHER_S)
                 self.session.changed.clear()
                 self._drain(self.session)
+            # What was appended between the last look and `close`.
             self._drain(self.session)
             self._finished = True
         except _GaveUpError:
@@ -75,19 +84,14 @@ class Sender(threading.Thread):
         self.session.release(remove=self._finished)
 
     def close(self, timeout_s: float) -> bool:
-        """Wait until everything is sent, at most `timeout_s`; returns whether it is."""
+        """Wait at most `timeout_s` until everything is sent; return True if it is."""
         self._deadline = time.monotonic() + timeout_s
         self.session.changed.set()
         self.join(timeout_s)
         return self._finished
 
-    def mlflow_run_id(self, run_id: str, timeout_s: float) -> str | None:
-        """MLflow's id of one of our runs, once it is known there."""
-        with self._known:
-            self._known.wait_for(lambda: run_id in self._runs, timeout_s)
-            return self._runs.get(run_id)
-
     def _drain(self, session: Session) -> None:
+        """Send all that a session holds, in order."""
         while pending := session.pending():
             for group in _groups(pending):
                 events = [event for event, _ in group]
@@ -103,14 +107,15 @@ class Sender(threading.Thread):
         except _GaveUpError:
             raise
         except Exception as error:
-            if len(events) > 1:  # find the one that is refused, and send the others
+            # MLflow refuses a request as a whole: find the event that it was refused for, and send the others.
+            if len(events) > 1:
                 for event in events:
                     self._deliver(session, [event])
             else:
                 log.warning("MLflow refused %s: %s", _brief(events[0]), _first_line(error))
 
     def _persist(self, send: Callable[[], None]) -> None:
-        """Try until it succeeds or is refused for good; give up only when the time of `close` is over."""
+        """Call `send` until it succeeds or MLflow refuses it for good; give up only when `close`'s time is over."""
         pause = FIRST_PAUSE_S
         while True:
             try:
@@ -125,6 +130,7 @@ class Sender(threading.Thread):
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
     def _pause(self, seconds: float) -> None:
+        """Sleep, but not for long once `close` waits; raise _GaveUpError when its time is over."""
         until = time.monotonic() + seconds
         while (now := time.monotonic()) < until:
             if self._deadline is not None:
@@ -136,7 +142,7 @@ class Sender(threading.Thread):
     def _send(self, session: Session, events: list[Event]) -> None:
         client = self._connect()
         kind, run_id = events[0]["kind"], self._mlflow_run(events[0]["run"], events[0])
-        if kind in BATCH_KINDS:
+        if kind in LARGEST_BATCH:
             client.log_batch(run_id, **_batch(events))
         elif kind == "image":
             image = _load_image(session.folder / events[0]["file"])
@@ -170,7 +176,7 @@ class Sender(threading.Thread):
         return self._client
 
     def _mlflow_run(self, run: str, event: Event) -> str:
-        """MLflow's run for ours: known, found by its tag, or made. A `start` also reopens a finished run."""
+        """Return MLflow's run for ours: known, found by its tag, or created. A `start` also reopens a finished run."""
         if run not in self._runs or event["kind"] == "start":
             found = self._find(run)
             mlflow_id = found or self._create(run, event)
@@ -178,9 +184,7 @@ class Sender(threading.Thread):
                 self._client.update_run(mlflow_id, status="RUNNING")
                 for name, value in self._tags(event).items():
                     self._client.set_tag(mlflow_id, name, value)
-            with self._known:
-                self._runs[run] = mlflow_id
-                self._known.notify_all()
+            self._runs[run] = mlflow_id
         return self._runs[run]
 
     def _find(self, run: str) -> str | None:
@@ -203,7 +207,7 @@ class Sender(threading.Thread):
         return tags
 
     def _mark_killed(self, session: Session) -> None:
-        """Runs that an abandoned session never finished died with it; a later `start` opens them again."""
+        """Finish, as KILLED, the runs that an abandoned session left open; a later `start` opens them again."""
         open_runs: dict[str, Event] = {}
         for event in session.everything():
             if event["kind"] == "finish":
@@ -215,41 +219,39 @@ class Sender(threading.Thread):
 
 
 def _groups(pending: list[tuple[Event, int]]) -> list[list[tuple[Event, int]]]:
-    """Neighbours of one run that fit into one log-batch request; everything else alone, in order."""
+    """Group events in order: neighbours of one run that fit into one log-batch request, everything else alone."""
     groups: list[list[tuple[Event, int]]] = []
-    sizes = dict.fromkeys(BATCH_KINDS, 0)
+    sizes = dict.fromkeys(LARGEST_BATCH, 0)
     for event, position in pending:
         kind = event["kind"]
         previous = groups[-1][-1][0] if groups else None
         joins = (
             previous is not None
-            and kind in BATCH_KINDS
-            and previous["kind"] in BATCH_KINDS
+            and kind in LARGEST_BATCH
+            and previous["kind"] in LARGEST_BATCH
             and previous["run"] == event["run"]
             and sizes[kind] + len(event["values"]) <= LARGEST_BATCH[kind]
         )
         if not joins:
             groups.append([])
-            sizes = dict.fromkeys(BATCH_KINDS, 0)
-        if kind in BATCH_KINDS:
+            sizes = dict.fromkeys(LARGEST_BATCH, 0)
+        if kind in LARGEST_BATCH:
             sizes[kind] += len(event["values"])
         groups[-1].append((event, position))
     return groups
 
 
 def _batch(events: list[Event]) -> dict[str, list[Any]]:
-    from mlflow.entities import Metric, Param, RunTag
+    from mlflow.entities import Metric, Param
 
-    batch: dict[str, list[Any]] = {"metrics": [], "params": [], "tags": []}
+    batch: dict[str, list[Any]] = {"metrics": [], "params": []}
     for event in events:
         for name, value in event["values"].items():
             if event["kind"] == "metrics":
-                # The event's time, not the sending's: a metric sent twice is then one row for MLflow.
+                # The time of the event, not of sending: a metric that is sent twice is then one point in MLflow.
                 batch["metrics"].append(Metric(name, value, event["time_ms"], event["step"]))
-            elif event["kind"] == "params":
-                batch["params"].append(Param(name, value))
             else:
-                batch["tags"].append(RunTag(name, value))
+                batch["params"].append(Param(name, value))
     return batch
 
 
@@ -261,7 +263,7 @@ def _load_image(path: Path) -> np.ndarray:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether trying again is pointless: MLflow rejects the request, or the event itself cannot be sent."""
+    """Return True if trying again is pointless: MLflow rejects the request, or the event itself cannot be sent."""
     code = getattr(error, "error_code", None)
     return code in REFUSALS if code is not None else isinstance(error, ValueError | TypeError | KeyError)
 

@@ -1,4 +1,4 @@
-"""What the pipeline tells about its runs: one MLflow run for it, a nested one a stage. Nothing here waits."""
+"""What the pipeline logs: one MLflow run for itself, and one nested run per stage. Nothing here waits."""
 
 import hashlib
 import logging
@@ -26,8 +26,8 @@ class StageTracker:
     """The run of one stage. Built by `Tracker.stage`; `null_stage_tracker()` gives one that logs nothing.
 
     Attributes:
-        run_id: ours, known at once and stable (MLflow's run carries it as the tag `ldm.run`). Given to
-            `resume_run_id` after a restart, it continues the same MLflow run. None where nothing is logged.
+        run_id: our own id of the run, known at once (MLflow's run carries it as the tag `ldm.run`). Passed as
+            `resume_run_id` after a restart, it continues the same MLflow run. None if nothing is logged.
     """
 
     def __init__(self, tracker: "Tracker | None", run_id: str | None) -> None:
@@ -46,24 +46,21 @@ class StageTracker:
         for start in range(0, len(flat), LARGEST_BATCH["params"]):
             self._put("params", values=dict(flat[start : start + LARGEST_BATCH["params"]]))
 
-    def tag(self, name: str, value: str) -> None:
-        self._put("tags", values={name: str(value)})
-
     def image(self, key: str, image: np.ndarray, step: int) -> None:
-        """Log a picture, uint8 (H, W, 3); those of one `key` become a series over steps in MLflow.
+        """Log a picture, (H, W, 3) uint8; the pictures of one `key` become a series over steps in MLflow.
 
         Raises:
-            ValueError: for another dtype or shape.
+            ValueError: the array has another dtype or shape.
         """
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(
                 f"image {key!r} must be uint8 (H, W, 3), got {image.dtype} {image.shape}: convert it first"
             )
-        # Raw rather than PNG: encoding a large grid takes longer than training should wait.
+        # Spooled raw, not as PNG: encoding a large grid takes longer than training should wait.
         self._put_file("image", "image.npy", lambda path: np.save(path, image), key=key, step=step)
 
     def artifact(self, local_path: Path, folder: str = "") -> None:
-        """Log a (small) file; it is copied now, so that it may change or go afterwards."""
+        """Log a small file. It is copied now, so that it may be changed or removed afterwards."""
         path = Path(local_path)
         self._put_file("file", path.name, lambda target: shutil.copyfile(path, target), folder=folder)
 
@@ -81,21 +78,21 @@ class StageTracker:
 
 
 def null_stage_tracker() -> StageTracker:
-    """A tracker that logs nothing, for tests and library use."""
+    """Return a tracker that logs nothing, for tests and library use."""
     return StageTracker(None, None)
 
 
 class Tracker:
     """A pipeline's connection to MLflow.
 
-    Events are appended to a spool on disk, and a thread of this process sends them from there. MLflow may be
-    slow, down, or come back later: nothing waits for it, nothing is lost. What could not be sent before the
-    process ended is sent by the next Tracker on the same spool.
+    Events are appended to a spool on disk, and a thread of this process sends them from there. MLflow may be slow or
+    down: nothing waits for it and nothing is lost. What could not be sent before the process ended is sent by the next
+    Tracker on the same spool.
 
     Args:
-        config: where to; with `enabled=False` every call does nothing.
-        root: of the pipeline's artifacts; the embedded store lives there.
-        spool: a local folder for what is not sent yet; shared by all runs on this root.
+        config: where to log; with `enabled=False` every call does nothing.
+        root: the folder of the pipeline's artifacts; without a `uri` in the config, the SQLite store is there.
+        spool: a local folder for events that are not sent yet; shared by all runs on this root.
     """
 
     def __init__(self, config: TrackingConfig, root: Storage, spool: Path) -> None:
@@ -107,20 +104,16 @@ class Tracker:
         if not config.enabled:
             return
         uri, artifacts = store(config, root)
-        # One queue a destination: what was meant for one server is never sent to another.
+        # One queue per destination: what was meant for one server is never sent to another.
         target = Path(spool) / hashlib.sha256(f"{uri} {config.experiment}".encode()).hexdigest()[:12]
         self._session = Session.create(target)
         self._sender = Sender(self._session, target, uri=uri, experiment=config.experiment, artifacts=artifacts)
         self._sender.start()
 
-    @property
-    def tracking_uri(self) -> str | None:
-        return self._sender.uri if self._sender else None
-
     def start_pipeline(
         self, name: str, recipe: Mapping[str, Any], tags: Mapping[str, str], resume_run_id: str | None = None
     ) -> None:
-        """Start the parent run, or go on with an earlier one; its parameters are the resolved recipe."""
+        """Start the parent run, or continue an earlier one; its parameters are the resolved recipe."""
         self._pipeline = self._start(name, tags, resume_run_id)
         self.run_id = self._pipeline.run_id
         if resume_run_id is None:
@@ -129,35 +122,23 @@ class Tracker:
             self._pipeline._put_file("file", "recipe.yaml", lambda p: p.write_text(text, "utf-8"), folder="")
 
     def stage(self, name: str, key: str, resume_run_id: str | None = None) -> StageTracker:
-        """Start a stage's run under the parent, or go on with an earlier one, now under this parent."""
+        """Start a stage's run under the parent, or continue an earlier one, now under this parent."""
         return self._start(name, {"ldm.stage": name, "ldm.key": key}, resume_run_id, parent=self.run_id)
 
     @property
     def pipeline(self) -> StageTracker:
-        """The parent run, for what belongs to no stage: the report, the headline metrics."""
+        """The parent run, for what belongs to no stage: the report and the headline metrics."""
         return self._pipeline
 
     def finish(self, status: str = "FINISHED") -> None:
+        """End the parent run as FINISHED, FAILED or KILLED."""
         self._pipeline.finish(status)
-
-    def parent_run_id(self, timeout_s: float = 5.0) -> str | None:
-        """MLflow's own id of the parent run; None where MLflow did not say within the time."""
-        if self._sender is None or self.run_id is None:
-            return None
-        return self._sender.mlflow_run_id(self.run_id, timeout_s)
-
-    def url(self, timeout_s: float = 5.0) -> str | None:
-        """The parent run's page, where the store is a server."""
-        run_id = self.parent_run_id(timeout_s)
-        if run_id is None or self._sender is None or not self._sender.uri.startswith("http"):
-            return None
-        return f"{self._sender.uri.rstrip('/')}/#/experiments/{self._sender.experiment_id}/runs/{run_id}"
 
     def close(self, timeout_s: float = 30.0) -> bool:
         """Send what is left, for at most `timeout_s`; the rest stays in the spool for the next run.
 
         Returns:
-            Whether everything has arrived.
+            True if everything has arrived.
         """
         if self._sender is None or self._session is None:
             return True
@@ -183,6 +164,7 @@ class Tracker:
             self._warn(error)
 
     def put_file(self, event: Event, name: str, write: Any) -> None:
+        """Queue an event with a file, which `write(path)` writes; as `put`."""
         if self._session is None:
             return
         try:
@@ -208,7 +190,7 @@ class Tracker:
 
 
 def store(config: TrackingConfig, root: Storage) -> tuple[str, str | None]:
-    """The tracking URI, and where a new experiment's artifacts go (None: the server decides)."""
+    """Return the tracking URI, and where a new experiment's artifacts go (None: the server decides)."""
     folder = Path(root.path()) if root.is_local else Path.cwd()
     uri = config.uri or f"sqlite:///{folder}/mlflow.db"
     if not uri.startswith("sqlite:///"):

@@ -1,4 +1,4 @@
-"""What a recipe says about optimisation; shared by the first stage and the diffusion model."""
+"""The `training` section of a recipe; the first stage and the diffusion model each have one."""
 
 from typing import Literal
 
@@ -11,18 +11,25 @@ class TrainingConfig(Config):
     """Optimisation of one network over global batches.
 
     Args:
-        steps: optimiser steps.
-        batch_size: global batch (samples per step over all workers); must be divisible by `workers`.
-        learning_rate: peak of AdamW's rate, reached after `warmup_steps`, then `constant` or `cosine` down to a tenth.
-        gradient_clip: maximum global norm of the gradient; None for no clipping.
-        ema_decay: of the exponential moving average of the weights.
-        precision: autocast dtype of forward and backward.
-        compile: with `torch.compile`; needs a C++ compiler, pays on GPUs.
-        activation_checkpointing: recompute blocks in the backward pass; saves memory, costs time.
-        workers: Ray Train workers, one a GPU (or a CPU core).
-        use_gpu: None uses GPUs where the cluster has one for each worker.
-        checkpoint_every_steps, keep_checkpoints: what a restart can lose, and what it costs.
-        max_failures: restarts of the worker group before the run gives up.
+        steps: number of optimiser steps.
+        batch_size: global batch size (samples per step over all workers); must be divisible by `workers`.
+        learning_rate: peak learning rate of AdamW.
+        warmup_steps: steps of linear warm-up to the peak.
+        schedule: after the warm-up, keep the rate `constant` or let it fall by a half `cosine` to a tenth.
+        weight_decay: AdamW's decoupled weight decay.
+        betas: AdamW's decay rates of the gradient's first and second moment.
+        gradient_clip: maximum global norm of the gradient; None does not clip.
+        ema_decay: decay of the exponential moving average of the weights.
+        precision: autocast dtype of the forward and backward pass.
+        compile: use `torch.compile`; it needs a C++ compiler and pays on GPUs.
+        activation_checkpointing: recompute blocks in the backward pass, which saves memory and costs time.
+        workers: number of Ray Train workers, one per GPU or CPU core.
+        use_gpu: whether workers train on GPUs; None does if the cluster has one for each worker.
+        checkpoint_every_steps: steps between checkpoints, the most that a restart can lose.
+        keep_checkpoints: how many of the newest checkpoints are kept.
+        log_every_steps: steps that a logged loss is the mean of.
+        sample_every_steps: steps between previews.
+        max_failures: how often the worker group is restarted before the run gives up.
     """
 
     steps: int = Field(ge=1)

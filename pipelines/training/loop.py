@@ -1,4 +1,4 @@
-"""What each training worker does: the steps from the newest checkpoint to the last."""
+"""The training loop of each worker: from the newest checkpoint to the last step."""
 
 from __future__ import annotations
 
@@ -54,16 +54,25 @@ class _Batch:
 
 
 class TrainingLoop:
-    """One worker's training of a task's network.
+    """One worker's part in training a task's network.
 
-    Every worker holds the same weights and optimiser state; rank 0 also holds the average of the weights and the
-    history, and writes all files.
+    Every worker holds the same weights and the same optimiser state. Rank 0 also holds the moving average of the
+    weights and the history, and writes all files.
+
+    Args:
+        task: what to train.
+        config: the optimisation section of the recipe.
+        seed: the recipe's seed.
+        writer: the artifact being made.
+        relay: where messages to the driver go.
+        rank: this worker among the others.
     """
 
     def __init__(
         self, task: Task, config: TrainingConfig, seed: int, writer: ArtifactWriter, relay: Relay, rank: Rank
     ) -> None:
         self.config, self.seed, self.writer, self.relay, self.rank = config, seed, writer, relay, rank
+        # The same initial weights on every worker, whatever their number.
         torch.manual_seed(seed)
         self.learner = task.build(rank.device)
         self.network = self.learner.network.to(rank.device).train()
@@ -72,11 +81,12 @@ class TrainingLoop:
         self.ema = EMA(self.network, decay=config.ema_decay) if rank.leads else None
         self.step = 0
         self.history: list[dict[str, float]] = []
+        # Summed on the device: reading a loss at every step would make a GPU wait for it.
         self.loss_sum = torch.zeros((), device=rank.device)
         self.norm_sum = torch.zeros((), device=rank.device)
 
     def run(self, checkpoints: Checkpoints) -> None:
-        """Train to the last step and, on rank 0, save what the task makes of the averaged weights."""
+        """Train to the last step; on rank 0, then have the task save its files from the averaged weights."""
         if (state := checkpoints.newest(self.rank.device)) is not None:
             self._restore(state)
         wrapped = wrap(self.network, self.config, self.rank.world_size)
@@ -89,7 +99,7 @@ class TrainingLoop:
                 self._obey_stop()
                 self._train_step(wrapped, batches.next())
                 saves = self._due(self.config.checkpoint_every_steps)
-                # The sums are empty whenever a checkpoint is made, so that they need not be part of it.
+                # Logged before every checkpoint too: the sums are then empty, and need not be part of it.
                 if saves or self._due(self.config.log_every_steps):
                     self._log(clock, batches)
                 if self._due(self.config.sample_every_steps) and self.ema is not None:
@@ -98,6 +108,7 @@ class TrainingLoop:
                     checkpoints.save(self.step, self._state(self.ema) if self.ema is not None else None)
         finally:
             batches.close()
+        # The last step has no checkpoint: a kill from here on repeats the steps since the one before.
         if self.ema is not None:
             self._finish(self.ema, clock)
 
@@ -110,6 +121,7 @@ class TrainingLoop:
         return self.step % every == 0 or self.step == self.config.steps
 
     def _load(self, step: int) -> _Batch:
+        # The whole state of the data is the step: the order is a function of the position in an endless sequence.
         cursor = step * self.config.batch_size
         self.learner.fetch_ahead(cursor)
         samples = self.learner.order.slice(cursor, self.config.batch_size, self.rank.index, self.rank.world_size)
@@ -130,7 +142,7 @@ class TrainingLoop:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = clip_gradient(self.weights, self.config.gradient_clip)
-        # The gradient is the same on all workers, so all of them stop here together.
+        # DDP has averaged the gradient, so that it is the same on all workers and all of them stop here together.
         if not torch.isfinite(norm):
             self._stop(batch, losses.detach())
         self.optimizer.step()
@@ -167,6 +179,7 @@ class TrainingLoop:
 
     def _preview(self, ema: EMA) -> None:
         name = f"previews/step_{self.step:08d}.png"
+        # After a restart, steps are done again whose preview is committed already.
         if self.writer.is_committed(name):
             return
         with ema.swapped(), torch.no_grad():
@@ -179,7 +192,7 @@ class TrainingLoop:
             self.relay.send(Message(self.step, preview=picture))
 
     def _stop(self, batch: _Batch, losses: Tensor) -> None:
-        """Save the state for debugging, then raise with the keys of the samples, of all workers, that did it."""
+        """Save the state for debugging, then raise UserError with the keys of the samples to blame, of all workers."""
         bad = [
             self.learner.key(s) for s, fine in zip(batch.samples, losses.isfinite().tolist(), strict=True) if not fine
         ]
@@ -240,13 +253,13 @@ class TrainingLoop:
 
 
 class _Clock:
-    """Time since training began in this process, and since the last lap."""
+    """Seconds and steps since training began in this process, and since the last lap."""
 
     def __init__(self, step: int) -> None:
         self._first = self._last = (time.perf_counter(), step)
 
     def lap(self, step: int) -> tuple[float, int]:
-        """Seconds and steps since the last lap."""
+        """Return the seconds and steps since the last lap, and begin a new one."""
         (then, before), self._last = self._last, (time.perf_counter(), step)
         return self._last[0] - then, step - before
 
@@ -255,7 +268,7 @@ class _Clock:
 
 
 def use_cores(workers_here: int) -> None:
-    """Share this machine's cores among the workers on it."""
+    """Share this machine's cores among its workers: each would otherwise start a thread for every core."""
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers_here))
 
 

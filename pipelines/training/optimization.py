@@ -1,4 +1,4 @@
-"""How a network is wrapped for training, and how its weights move."""
+"""Wrapping a network for training; its optimiser, learning rate and gradient clipping."""
 
 from __future__ import annotations
 
@@ -15,13 +15,20 @@ from ldm_core.networks.unet import UNet
 if TYPE_CHECKING:
     from pipelines.training.config import TrainingConfig
 
-# One bucket for networks of a few million weights: each gloo call costs more than the overlap of several wins.
+# One bucket for networks of a few million weights: another gloo call costs more than overlapping several gains.
 BUCKET_MIB = 64
+# The cosine schedule ends at this share of the peak rate.
 FINAL_RATE = 0.1
 
 
 def wrap(network: nn.Module, config: TrainingConfig, world: int) -> nn.Module:
-    """Apply activation checkpointing, then compilation, then data parallelism; the weights stay those of `network`."""
+    """Apply activation checkpointing, then compilation, then data parallelism, in that order.
+
+    Args:
+        network: the network; the wrapped one shares its weights.
+        config: the optimisation section of the recipe.
+        world: number of workers.
+    """
     if config.activation_checkpointing:
         for module in network.modules():
             if isinstance(module, UNet):
@@ -35,7 +42,7 @@ def wrap(network: nn.Module, config: TrainingConfig, world: int) -> nn.Module:
 
 
 def build_optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW over the weights that are trained."""
+    """Return AdamW over the weights that are trained, with one fused kernel per step."""
     return torch.optim.AdamW(
         [weight for weight in network.parameters() if weight.requires_grad],
         lr=config.learning_rate,
@@ -46,7 +53,7 @@ def build_optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.A
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
-    """The rate after `step` steps: linear warm-up to the peak, then constant, or a half cosine to a tenth."""
+    """Return the rate after `step` steps: linear warm-up to the peak, then constant, or a half cosine to a tenth."""
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     if config.schedule == "constant":
         return config.learning_rate * warmup
@@ -56,7 +63,10 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
 
 
 def clip_gradient(weights: Sequence[nn.Parameter], maximum: float | None) -> torch.Tensor:
-    """Scale the gradient to at most that global norm; returns the norm before, a scalar tensor."""
+    """Scale the gradient to at most that global norm; return its norm before, a scalar tensor.
+
+    Nothing here reads the tensor's value: on a GPU, reading it would wait for the backward pass.
+    """
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
     if maximum is not None:

@@ -2,7 +2,7 @@
 
 from pipelines.store.ledger import DETAILS
 
-# Written last and not committed: it holds timings, and says that all that is committed is complete.
+# Written last and not committed, since it holds timings: its existence says that training is finished.
 DETAILS_FILE = DETAILS
 HISTORY_FILE = "history.json"
 TRAIN_FOLDER = "train"

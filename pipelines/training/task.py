@@ -1,7 +1,7 @@
-"""What a network must offer to be trained by `pipelines.training.fit`.
+"""The interface of a network that `pipelines.training.fit` can train.
 
-A `Task` is a small picklable description, made by the driver; in each worker it builds a `Learner`, which knows its
-network, its data and its loss, and nothing of steps, ranks, optimisers or checkpoints.
+A `Task` is a small picklable description, made by the driver. In each worker it builds a `Learner`, which knows its
+network, its data and its loss, and nothing about steps, ranks, optimisers or checkpoints.
 
 Shapes: B is the worker's share of the global batch.
 """
@@ -21,48 +21,60 @@ if TYPE_CHECKING:
 
 
 class Learner(Protocol):
-    """One network being trained, inside one worker.
+    """A network being trained, inside one worker.
 
     Attributes:
-        network: what is optimised and averaged; initialised from the seed alone.
-        order: of the training samples.
+        network: the module that is optimised and averaged; its initial weights depend on the seed alone.
+        order: the order of the training samples.
     """
 
     network: nn.Module
     order: SampleOrder
 
     def load(self, samples: Sequence[SamplePosition]) -> dict[str, Tensor]:
-        """The CPU tensors of a batch, first dimension B. Runs in a background thread.
+        """Return the CPU tensors of a batch, first dimension B. Runs in a background thread.
 
-        Everything random about a sample is drawn here, from (seed, position) alone.
+        Everything random about a sample is drawn here, from (seed, position) alone, so that neither the number of
+        workers nor a restart changes it.
         """
         ...
 
     def losses(self, network: Any, batch: dict[str, Tensor]) -> Tensor:
-        """(B,) losses. `network` is `self.network` as it is wrapped for this run; it must be called exactly once."""
+        """Return the (B,) losses of a batch.
+
+        Args:
+            network: `self.network` as it is wrapped for this run. It must be called exactly once: DDP prepares its
+                reduction of the gradient in the forward pass.
+            batch: the tensors of `load`, on the device.
+        """
         ...
 
     def key(self, sample: SamplePosition) -> str:
-        """The sample's key, for people."""
+        """Return the sample's key, for messages to people."""
         ...
 
     def fetch_ahead(self, position: int) -> None:
-        """Told when training reaches a position; data from there on may be fetched."""
+        """Start to fetch the data from a position on; called when training is about to reach it."""
         ...
 
     def preview(self) -> np.ndarray | None:
-        """A picture of what the network does now, uint8 (H, W, 3); None where there is nothing to see.
+        """Return a picture of what the network does now, (H, W, 3) uint8, or None if there is nothing to see.
 
         Called on rank 0, with EMA weights.
         """
         ...
 
     def save(self, writer: ArtifactWriter) -> dict[str, Any]:
-        """Write and commit the final files; returns facts for the manifest. On rank 0, with EMA weights."""
+        """Write and commit the final files, and return facts for the manifest.
+
+        Called on rank 0, with EMA weights.
+        """
         ...
 
 
 class Task(Protocol):
-    """How to build the learner, in a worker."""
+    """A description of what to train, sent to the workers."""
 
-    def build(self, device: torch.device) -> Learner: ...
+    def build(self, device: torch.device) -> Learner:
+        """Build the learner in a worker; torch's global generator is seeded when this is called."""
+        ...

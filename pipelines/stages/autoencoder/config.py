@@ -1,4 +1,4 @@
-"""What a recipe says about the first stage."""
+"""The `autoencoder` section of a recipe."""
 
 from typing import Annotated, Any, Literal
 
@@ -19,11 +19,11 @@ class AutoencoderConfig(Config):
 
     Args:
         model: a preset's name (`kl-f8`), or its fields, or both: `{preset: kl-f8, base_channels: 64}`.
-        weights: a folder or .safetensors file of a pretrained first stage; its sha256 becomes part of the key
-            and nothing is trained.
+        weights: a folder or .safetensors file of a pretrained first stage; nothing is trained, and the file's sha256
+            is part of the key.
         reconstruction_loss: mean absolute or mean squared difference of pixels in [-1, 1].
-        kl_weight: weight of the KL term against the reconstruction term, both means over all elements (paper,
-            Sec. 3.1: "slight").
+        kl_weight: weight of the KL term relative to the reconstruction term, both means over all elements (the
+            paper's "slight KL-penalty", Sec. 3.1).
         training: optimisation; needed unless `weights` is given.
     """
 

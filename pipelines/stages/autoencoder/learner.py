@@ -1,4 +1,4 @@
-"""The first stage as something to be trained: see `pipelines.training.task`."""
+"""The first stage's training task: see `pipelines.training.task`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from pipelines.stages.autoencoder.reconstruction import SHOWN, ReconstructionLos
 from pipelines.stages.pairs.artifact import Pictures, Place, open_pairs
 from pipelines.store.ledger import Artifact, ArtifactWriter
 
-# Shards whose pictures are mixed with each other.
+# Number of consecutive shards whose pictures are shuffled together.
 SHUFFLE_WINDOW = 16
 
 
 @dataclass(frozen=True)
 class AutoencoderTask:
-    """Train a first stage on all pictures but the held-out ones."""
+    """Train a first stage on all pictures except the held-out ones."""
 
     config: AutoencoderConfig
     seed: int
@@ -38,7 +38,7 @@ class AutoencoderTask:
 
 
 class AutoencoderLearner:
-    """One first stage in training, inside one worker."""
+    """A first stage being trained, inside one worker."""
 
     def __init__(self, task: AutoencoderTask, device: torch.device) -> None:
         self.task, self.device = task, device
@@ -46,6 +46,7 @@ class AutoencoderLearner:
         self.network: nn.Module = ReconstructionLoss(self.first_stage, task.config)
         self.reader = open_pairs(task.pairs)
         self.pictures = Pictures(self.reader)
+        # The order counts only the rows that are trained on; `_place` maps them to rows of the shard.
         excluded: dict[int, set[int]] = {}
         for shard, row in task.held_out:
             excluded.setdefault(shard, set()).add(row)
@@ -61,7 +62,7 @@ class AutoencoderLearner:
         self._test: ReconstructionTest | None = None
 
     def load(self, samples: Sequence[SamplePosition]) -> dict[str, Tensor]:
-        """`pixels` (B, H, W, 3) uint8 and `noise` (B, C, h, w) of the posterior's draw."""
+        """Return `pixels` (B, H, W, 3) uint8 and `noise` (B, C, h, w), which the posterior is sampled with."""
         pixels = self.pictures.stack([self._place(sample) for sample in samples])
         factor = self.task.config.model.downsampling_factor
         shape = (self.task.config.model.embed_dim, pixels.shape[1] // factor, pixels.shape[2] // factor)

@@ -1,7 +1,4 @@
-"""The pictures of the pairs as arrays: which of them are held out from training, and quick access to the others.
-
-pixels: (H, W, 3) uint8 RGB.
-"""
+"""The choice of pictures that are held out from training, to measure reconstructions on."""
 
 from __future__ import annotations
 
@@ -10,15 +7,16 @@ import hashlib
 from pipelines.shards.reader import ShardReader
 from pipelines.stages.pairs.artifact import Place
 
-HELD_OUT_SHARE = 64  # one in so many
+# One picture in 64 is held out, up to 64 pictures.
+HELD_OUT_SHARE = 64
 HELD_OUT_LIMIT = 64
 
 
 def held_out(reader: ShardReader) -> list[Place]:
-    """(shard, row) of the pictures kept from training: one in 64 by hash of the sample key, the first 64 of them.
+    """Return (shard, row) of the pictures kept from training: one in 64 by hash of its key, the first 64 of them.
 
-    The hash decides, so that the choice depends neither on order nor on what else is in the set. Reads no more
-    shards than it must.
+    A hash decides, so that a picture's fate depends neither on the order nor on what else is in the set. Shards after
+    the 64th such picture are not read.
     """
     found: list[Place] = []
     for shard, rows in enumerate(reader.rows_per_shard):

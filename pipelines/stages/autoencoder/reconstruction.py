@@ -1,4 +1,4 @@
-"""What a first stage makes of pictures: its training loss, and how close its reconstructions are.
+"""Reconstructions of a first stage: its training loss, and how close they are to held-out pictures.
 
 Shapes: pixels: (B, H, W, 3) uint8; x: (B, 3, H, W) in [-1, 1]; noise: (B, C, h, w).
 """
@@ -22,16 +22,16 @@ from pipelines.stages.pairs.artifact import Pictures, Place
 
 BATCH = 8
 SHOWN = 8
-# A megapixel of held-out pictures is enough for a PSNR, and what a CPU does with a large model in a few minutes.
+# A megapixel of held-out pictures is enough for a PSNR, and a CPU takes a few minutes for it with a large model.
 MEASURED_PIXELS = 1 << 20
 GRID_CELL_PIXELS = 128
 
 
 class ReconstructionLoss(nn.Module):
-    """A first stage with its training loss, as one module so that one DDP wrapper holds it.
+    """A first stage with its training loss. One module, so that one DDP wrapper sees every forward pass.
 
     The reconstruction term is L1 (paper, Sec. 3.1, without its perceptual and adversarial terms) or L2, which small
-    models learn sooner; the KL term is "slight".
+    models learn sooner. The KL term has a "slight" weight.
     """
 
     def __init__(self, first_stage: AutoencoderKL | VQAutoencoder, config: AutoencoderConfig) -> None:
@@ -41,7 +41,7 @@ class ReconstructionLoss(nn.Module):
         self.distance = torch.square if config.reconstruction_loss == "l2" else torch.abs
 
     def forward(self, x: Tensor, noise: Tensor) -> Tensor:
-        """(B, 3, H, W) images and (B, C, h, w) posterior noise -> (B,) losses."""
+        """Return the (B,) losses of (B, 3, H, W) images, with (B, C, h, w) noise to sample the posterior with."""
         posterior = self.first_stage.encode(x)
         if isinstance(self.first_stage, VQAutoencoder):
             quantization = self.first_stage.quantize(posterior.mode())
@@ -57,24 +57,25 @@ class ReconstructionLoss(nn.Module):
 
 
 def to_images(pixels: NDArray[np.uint8] | Tensor, device: torch.device) -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1]."""
+    """Convert (B, H, W, 3) uint8 to (B, 3, H, W) float32 in [-1, 1]."""
     tensor = pixels if isinstance(pixels, Tensor) else torch.from_numpy(pixels)
     return to_unit_range(tensor.to(device).permute(0, 3, 1, 2))
 
 
 def to_pixels(images: Tensor) -> NDArray[np.uint8]:
-    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8."""
+    """Convert (B, 3, H, W) in [-1, 1] to (B, H, W, 3) uint8, to the nearest level."""
     pixels: NDArray[np.uint8] = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
     return pixels
 
 
 class ReconstructionTest:
-    """Held-out pictures, and what a first stage makes of them.
+    """Held-out pictures, to measure and show a first stage's reconstructions of.
 
     Args:
-        pictures: where they are.
+        pictures: the pictures of the pairs.
         held_out: places of pictures that are not trained on; they are measured and shown.
-        others: some of the rest, at least one; they fill up the grid, and are measured where nothing is held out.
+        others: places of some of the rest, at least one; they fill up the grid, and are measured if nothing is held
+            out.
     """
 
     def __init__(self, pictures: Pictures, held_out: Sequence[Place], others: Sequence[Place]) -> None:
@@ -86,7 +87,7 @@ class ReconstructionTest:
 
     @torch.no_grad()
     def psnr_db(self, first_stage: nn.Module, device: torch.device) -> float:
-        """Mean PSNR in dB over the pictures, of the mode of the posterior (paper, Table 8)."""
+        """Return the mean PSNR in dB over the pictures, decoded from the mode of the posterior (paper, Table 8)."""
         values = [
             psnr(x, self._reconstruct(first_stage, x))
             for x in (
@@ -97,12 +98,13 @@ class ReconstructionTest:
 
     @torch.no_grad()
     def grid(self, first_stage: nn.Module, device: torch.device) -> NDArray[np.uint8]:
-        """Eight originals above their reconstructions, (height, width, 3) uint8."""
+        """Return eight originals above their reconstructions as one picture, (height, width, 3) uint8."""
         decoded = to_pixels(self._reconstruct(first_stage, to_images(self._shown, device)))
         scale = max(1, GRID_CELL_PIXELS // decoded.shape[2])
         return grid(np.concatenate([self._shown, decoded]), columns=len(decoded), scale=scale)
 
     def grid_png(self, first_stage: nn.Module, device: torch.device) -> bytes:
+        """Return the grid as a PNG file."""
         return encode_png(self.grid(first_stage, device))
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""What a recipe says about the diffusion model."""
+"""The `diffusion` section of a recipe."""
 
 from typing import Annotated, Any, Literal
 
@@ -17,7 +17,7 @@ def _unet(value: Any) -> Any:
 
 
 class TextConfig(Config):
-    """Size of the jointly trained text transformer; vocabulary and length are the tokenizer's."""
+    """Size of the jointly trained text transformer; its vocabulary and caption length are those of the latents."""
 
     width: int = Field(1280, ge=8)
     layers: int = Field(32, ge=1)
@@ -26,11 +26,12 @@ class TextConfig(Config):
     embedding_std: float = Field(0.02, gt=0)
 
     def build(self, *, vocabulary_size: int, max_length: int) -> TextTransformerConfig:
+        """Return the text transformer's configuration for a tokenizer."""
         return TextTransformerConfig(vocabulary_size=vocabulary_size, max_length=max_length, **self.model_dump())
 
 
 class SamplingConfig(Config):
-    """How pictures are sampled, with classifier-free guidance; `eta` is DDIM's alone."""
+    """How pictures are sampled with classifier-free guidance; only DDIM has an `eta`."""
 
     sampler: Literal["ddim", "plms", "dpm_solver_pp_2m", "unipc"] = "ddim"
     num_steps: int = Field(50, ge=1)
@@ -50,12 +51,17 @@ class DiffusionConfig(Config):
 
     Args:
         unet: a preset's name (the UNet of that published model), or its fields, or both.
-        text: the text transformer.
-        schedule: of the noise.
-        parameterization, loss, min_snr_gamma, vlb_weight: what the network predicts, and how it is scored.
+        text: size of the text transformer.
+        schedule: the noise schedule.
+        parameterization: what the network predicts: the noise, the velocity or the clean latent.
+        loss: squared or absolute error.
+        min_snr_gamma: clamp of the min-SNR loss weights (Hang et al. 2023); None weighs all timesteps equally.
+        vlb_weight: weight of the variational lower bound beside the simple loss.
         caption_dropout: share of samples whose caption is replaced by the empty one, for classifier-free guidance.
-        shuffle_window: shards whose samples are mixed with each other (DESIGN: order of samples).
-        preview: how the grids during training are sampled, for `preview_prompts` captions.
+        shuffle_window: number of consecutive shards whose samples are shuffled together.
+        training: optimisation.
+        preview: how the preview grids during training are sampled.
+        preview_prompts: number of captions that a preview shows.
     """
 
     unet: Annotated[UNetConfig, BeforeValidator(_unet)]

@@ -1,74 +1,86 @@
-"""Finding a trained model from whatever a person points at: the root of a run, an artifact, a model folder."""
+"""Find and load a trained model from whatever a person points at: the root of a run, an artifact, a model folder."""
+
+from __future__ import annotations
 
 import contextlib
 import fnmatch
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
+
+from ldm_core import checkpoint
+from ldm_core.latent_diffusion import LatentDiffusion
 from ldm_core.model_files import MODEL_FILES, WEIGHTS_FILE, WEIGHTS_INDEX_FILE
+from ldm_core.tokenizers.tokenizer import Tokenizer
 from pipelines.errors import UserError
+from pipelines.stages.diffusion.artifact import FOLDER, STAGE_NAME
 from pipelines.store.ledger import MANIFEST, Ledger
 from pipelines.store.storage import Storage
 
 if TYPE_CHECKING:
-    from ldm_core.latent_diffusion import LatentDiffusion
-    from ldm_core.tokenizers.tokenizer import Tokenizer
+    pass
+
+FIRST_STAGE_FOLDER = "first_stage"
 
 
 def find_model(place: str) -> Storage:
-    """The folder that holds model.safetensors and config.json.
+    """Return the folder that holds a model's weights and config.json.
 
     Args:
-        place: root of a run (the newest finished diffusion artifact counts), an artifact folder, or a model folder.
+        place: the root of a run (its newest finished diffusion artifact is meant), an artifact, or a model folder.
 
     Raises:
-        UserError: where there is no such thing.
+        UserError: there is no model.
     """
     storage = Storage(place)
     if not storage.exists():
         raise UserError(f"no checkpoint at {storage.url}: the folder does not exist")
-    for candidate in (storage, storage / "model", storage / "first_stage"):
+    for candidate in (storage, storage / FOLDER, storage / FIRST_STAGE_FOLDER):
         if any(candidate.exists(name) for name in (WEIGHTS_FILE, WEIGHTS_INDEX_FILE)):
             return candidate
-    finished = [key for key in (storage / "diffusion").names() if (storage / "diffusion" / key).exists(MANIFEST)]
+    stage = storage / STAGE_NAME
+    finished = [key for key in stage.names() if (stage / key).exists(MANIFEST)]
     if finished:
-        newest = max(finished, key=lambda key: (storage / "diffusion" / key).modified_at(MANIFEST))
-        return Ledger(storage).storage("diffusion", newest) / "model"
+        newest = max(finished, key=lambda key: (stage / key).modified_at(MANIFEST))
+        return Ledger(storage).storage(STAGE_NAME, newest) / FOLDER
     raise UserError(
         f"no model in {storage.url}: neither model.safetensors, nor model/, nor a finished diffusion stage; "
         "give the root of a finished run or a model folder"
     )
 
 
-def open_model(place: str, device: str | None = None) -> "tuple[LatentDiffusion, Tokenizer, str]":
-    """Load the model and its tokenizer from anywhere `find_model` looks.
+def open_model(place: str, device: str | None = None) -> tuple[LatentDiffusion, Tokenizer, str]:
+    """Load a model and its tokenizer from anywhere that `find_model` looks.
+
+    Args:
+        place: as for `find_model`.
+        device: the torch device to put the model on; None takes the first GPU if there is one, else the CPU.
 
     Returns:
-        Model (in evaluation mode, on the device), tokenizer, and the folder they came from.
+        The model in evaluation mode, its tokenizer, and the URL of the folder they came from.
 
     Raises:
-        UserError: where there is no model, or its files are damaged or do not belong together.
+        UserError: there is no model, or its files are damaged or do not belong together.
     """
-    import torch
-
-    from ldm_core import checkpoint
-
     folder = find_model(place)
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return *load_folder(folder, device or ("cuda" if torch.cuda.is_available() else "cpu")), folder.url
+
+
+def load_folder(folder: Storage, device: Any) -> tuple[LatentDiffusion, Tokenizer]:
+    """Load the model in a folder, in evaluation mode, and its tokenizer. Raises as `open_model`."""
     try:
         with local_folder(folder) as local:
-            model = checkpoint.load(local, device=torch.device(chosen))
-            tokenizer = checkpoint.load_tokenizer(local)
+            return checkpoint.load(local, device=torch.device(device)), checkpoint.load_tokenizer(local)
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         raise UserError(f"cannot load the model in {folder.url}: {' '.join(str(error).split())[:400]}") from error
-    return model, tokenizer, folder.url
 
 
 @contextlib.contextmanager
 def local_folder(folder: Storage) -> Iterator[Path]:
-    """A model's files in a folder of this machine: in place, or fetched for as long as the block runs."""
+    """Yield a local folder with a model's files: the folder itself, or a download that is deleted afterwards."""
     if folder.is_local:
         yield Path(folder.path())
         return

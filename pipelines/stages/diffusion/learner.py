@@ -1,4 +1,4 @@
-"""The diffusion model as something to be trained: see `pipelines.training.task`.
+"""The diffusion model's training task: see `pipelines.training.task`.
 
 Shapes: moments: (B, 2, C, h, w); noise, posterior_noise: (B, C, h, w); t: (B,); tokens: (B, L).
 """
@@ -57,7 +57,7 @@ class DiffusionTask:
 
 
 class DiffusionLearner:
-    """One diffusion model in training, inside one worker."""
+    """A diffusion model being trained, inside one worker."""
 
     def __init__(self, task: DiffusionTask, device: torch.device) -> None:
         self.task, self.device = task, device
@@ -75,7 +75,10 @@ class DiffusionLearner:
         self.empty_tokens = torch.tensor(task.latents.details["empty_tokens"])
 
     def load(self, samples: Sequence[SamplePosition]) -> dict[str, Tensor]:
-        """Moments and tokens of a batch, and everything random about it, in one fixed order of draws a sample."""
+        """Return the moments and tokens of a batch, and everything random about it.
+
+        The order of the draws for a sample is fixed: another order would be another training run.
+        """
         cached = [self.latents.get(sample.shard, sample.row) for sample in samples]
         moments = np.stack([sample_moments for sample_moments, _ in cached])
         shape = (len(samples), *moments.shape[2:])
@@ -90,7 +93,7 @@ class DiffusionLearner:
             uniform[i] = random.random()
             random.standard_normal(out=posterior_noise[i], dtype=np.float32)
             random.standard_normal(out=noise[i], dtype=np.float32)
-        # Classifier-free guidance: the network also learns the empty caption (Ho & Salimans 2021).
+        # The network also learns the empty caption, for classifier-free guidance (Ho & Salimans 2021).
         dropped = drop(
             torch.from_numpy(tokens), self.empty_tokens, self.task.config.caption_dropout, torch.from_numpy(uniform)
         )
@@ -103,8 +106,9 @@ class DiffusionLearner:
         }
 
     def losses(self, network: Any, batch: dict[str, Tensor]) -> Tensor:
-        """(B,) losses of Eq. (3), on a fresh draw of the posterior rescaled by its measured std (Sec. 4.3.2)."""
+        """Return the (B,) losses of Eq. (3) on a fresh draw of the posterior, rescaled as in Sec. 4.3.2."""
         moments = batch["moments"].float()
+        # Two for a KL first stage, mean and log-variance; a VQ one has no posterior to draw from.
         if moments.shape[1] == 2:
             z0 = DiagonalGaussian.from_moments(moments).sample(noise=batch["posterior_noise"])
         else:
@@ -121,7 +125,7 @@ class DiffusionLearner:
         self.latents.reader.fetch_ahead(self.order.shards_ahead(position))
 
     def preview(self) -> NDArray[np.uint8] | None:
-        """Pictures for the fixed prompts and seeds, with captions."""
+        """Sample the fixed prompts with fixed seeds, and return a grid of the pictures with their captions."""
         prompts = self.task.prompts
         if not prompts:
             return None
@@ -130,7 +134,7 @@ class DiffusionLearner:
         return grid(pictures, PREVIEW_COLUMNS, prompts, scale=scale)
 
     def save(self, writer: ArtifactWriter) -> dict[str, Any]:
-        """Commit the whole model, first stage and vocabulary included."""
+        """Commit the whole model, first stage and vocabulary included; return the parameters of its parts."""
         with tempfile.TemporaryDirectory(prefix="ldm-") as folder:
             checkpoint.save(self._model, folder, tokenizer=self._tokenizer)
             for name in FILES:
@@ -144,9 +148,10 @@ class DiffusionLearner:
 
     @cached_property
     def _model(self) -> LatentDiffusion:
-        """The whole model around the network in training: it shares the network's weights."""
+        """The whole model around the network being trained, whose weights it shares."""
         model = self.task.model.build(device="meta")
         model.unet, model.conditioner = self.diffusion_network.unet, self.diffusion_network.conditioner
+        # Loaded only here, on rank 0: training itself needs no first stage.
         model.first_stage = load_first_stage(self.task.autoencoder, self.device)
         return model
 

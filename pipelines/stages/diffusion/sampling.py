@@ -1,4 +1,4 @@
-"""Pictures from prompts: what previews during training, the `evaluate` stage and `ldm sample` share."""
+"""Sample pictures for prompts: shared by previews during training, the `evaluate` stage and `ldm sample`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from ldm_core import samplers
+from ldm_core.images import to_uint8
+from ldm_core.latent_diffusion import LatentDiffusion
+from pipelines.stages.diffusion.config import SamplingConfig
+
 if TYPE_CHECKING:
-    from ldm_core.latent_diffusion import LatentDiffusion
     from ldm_core.tokenizers.tokenizer import Tokenizer
-    from pipelines.stages.diffusion.config import SamplingConfig
 
 
 def sample_prompts(
@@ -21,29 +25,24 @@ def sample_prompts(
     seeds: Sequence[int],
     sampling: SamplingConfig,
 ) -> NDArray[np.uint8]:
-    """Sample one picture a prompt by DDIM with classifier-free guidance (paper, Sec. 4.3.1).
+    """Sample one picture per prompt with classifier-free guidance (paper, Sec. 4.3.1).
 
     Picture i depends on the model, prompts[i] and seeds[i] alone, up to the last bit that a kernel may round
     differently for another batch size.
 
     Args:
-        model: on the device that is to be used; its weights are taken as they are.
-        tokenizer: of the captions that the model was trained on.
-        prompts: N captions, possibly empty.
+        model: the model, on the device to sample on; its weights are used as they are.
+        tokenizer: the tokenizer of the captions that the model was trained on.
+        prompts: N captions, possibly empty ones.
         seeds: N integers.
-        sampling: steps, guidance scale, eta, and the pictures a forward pass.
+        sampling: sampler, steps, guidance scale, eta, and pictures per forward pass.
 
     Returns:
         (N, H, W, 3) uint8 RGB.
 
     Raises:
-        ValueError: not as many seeds as prompts, or no prompts.
+        ValueError: the numbers of seeds and prompts differ, or there are no prompts.
     """
-    import torch
-
-    from ldm_core import samplers
-    from ldm_core.images import to_uint8
-
     if len(prompts) != len(seeds) or not prompts:
         raise ValueError(f"give one seed per prompt, at least one; got {len(prompts)} prompts and {len(seeds)} seeds")
     device = next(model.parameters()).device

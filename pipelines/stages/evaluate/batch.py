@@ -1,4 +1,4 @@
-"""One batch of prompts to one shard of pictures: what an actor of the pool does."""
+"""Sample one batch of prompts to one shard of pictures: the work of an actor."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pipelines.compute.actor_pool import prepare_torch
 from pipelines.drawing.grids import encode_png
 from pipelines.shards.format import read_shard, write_shard
+from pipelines.stages.diffusion.artifact import load_model
 from pipelines.stages.diffusion.config import SamplingConfig
 from pipelines.stages.diffusion.sampling import sample_prompts
 from pipelines.stages.pairs.artifact import decode_image
@@ -19,15 +20,15 @@ from pipelines.store.storage import Storage
 
 
 class SampleBatch:
-    """Holds the model; samples one batch a call into `samples/NNNNNN.tar`: KEY.png, KEY.txt, KEY.json (seed).
+    """Holds the model; samples one batch per call into `samples/NNNNNN.tar`: KEY.png, KEY.txt, KEY.json (its seed).
 
     Args:
         model: the diffusion artifact.
-        writer: of the artifact to make.
-        prompts: all captions that are to be sampled; picture i has seed `seed + i`.
-        seed: of the first picture.
-        sampling: steps and guidance.
-        device: of the model.
+        writer: the artifact of the evaluation being made.
+        prompts: all captions to sample; picture i has seed `seed + i`.
+        seed: the seed of the first picture.
+        sampling: sampler, steps and guidance.
+        device: torch device of the model.
     """
 
     def __init__(
@@ -40,14 +41,12 @@ class SampleBatch:
         sampling: SamplingConfig,
         device: str,
     ) -> None:
-        from pipelines.stages.diffusion.artifact import load_model
-
         prepare_torch(device)
         self.writer, self.prompts, self.seed, self.sampling = writer, prompts, seed, sampling
         self.model, self.tokenizer = load_model(model, device)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Sample and commit `item`: `shard` (its name), `start` and `stop` (numbers of its pictures)."""
+        """Sample and commit one shard: `item` has its name `shard`, and `start` and `stop`, its pictures' numbers."""
         numbers = range(item["start"], item["stop"])
         prompts, seeds = self.prompts[item["start"] : item["stop"]], [self.seed + number for number in numbers]
         images = sample_prompts(self.model, self.tokenizer, prompts, seeds, self.sampling)
@@ -69,7 +68,7 @@ class SampleBatch:
 
 
 def read_images(storage: Storage, shards: list[str]) -> NDArray[np.uint8]:
-    """(N, H, W, 3) uint8 pictures of sample shards, in order."""
+    """Return the pictures of sample shards in order, (N, H, W, 3) uint8."""
     images = []
     for shard in shards:
         with storage.open(shard) as file:

@@ -1,4 +1,4 @@
-"""What a recipe says about evaluation."""
+"""The `evaluate` section of a recipe."""
 
 from typing import Literal
 
@@ -9,17 +9,18 @@ from pipelines.stages.diffusion.config import SamplingConfig
 
 
 class EvaluateConfig(Config):
-    """The `evaluate` stage: pictures for fixed prompts and seeds from the final EMA weights.
+    """The `evaluate` stage: sample fixed prompts with fixed seeds from the final EMA weights.
 
     Args:
         prompts: captions to sample.
-        prompts_file: more of them: a .txt (one a line) or .jsonl (`prompt`, and what a detector expects)
-            file. Its sha256 is part of the key, its path is not.
-        training_captions: also sample this many captions of the training set, beside the pictures they belong
-            to.
-        sampling: DDIM steps and guidance.
-        detector: `shapes` reads colour and shape back from the pixels and reports `alignment_accuracy`.
-        workers: Ray actors, each with one model on one GPU (or CPU core).
+        prompts_file: a file of more captions, .txt (one per line) or .jsonl (`prompt`, and what a detector should
+            see). Its sha256 is part of the key, its path is not.
+        training_captions: how many captions of the training set to sample too, shown with the pictures they belong to.
+        sampling: sampler, steps and guidance.
+        detector: `shapes` reads colour and shape back from the pixels and reports `alignment_accuracy`; None scores
+            nothing.
+        workers: number of Ray actors, each with one model on one GPU or CPU core; None takes all of them.
+        use_gpu: whether actors run on GPUs; None takes them if the cluster has any.
     """
 
     prompts: tuple[str, ...] = ()

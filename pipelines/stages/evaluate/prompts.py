@@ -1,4 +1,4 @@
-"""What evaluation asks for: prompts of the recipe, of a file, and captions of the training set with their pictures."""
+"""The prompts that evaluation samples: those of the recipe and those of a file."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pipelines.store.storage import sha256_file
 
 @dataclass(frozen=True)
 class Prompt:
-    """One picture to sample.
+    """A prompt, and what its picture should show.
 
     Attributes:
         text: the caption.
-        expected: what a detector should see, as the prompts file says; empty where nothing is known.
+        expected: what a detector should see, from the prompts file; empty if the file does not say.
     """
 
     text: str
@@ -27,16 +27,15 @@ class Prompt:
 
 
 def prompts_digest(config: EvaluateConfig) -> dict[str, str]:
-    """What the prompts file adds to the artifact's key: its sha256. Raises UserError where it is missing."""
+    """Return what the prompts file adds to the artifact's key: its sha256. Raises UserError if it is missing."""
     return {} if config.prompts_file is None else {"prompts_file": sha256_file(config.prompts_file)}
 
 
 def load_prompts(config: EvaluateConfig) -> list[Prompt]:
-    """The recipe's prompts, then the file's.
+    """Return the recipe's prompts, then those of its file.
 
     Raises:
-        UserError: the file is missing, is not UTF-8, has a row without `prompt`, or holds none; says which
-            line.
+        UserError: the file is missing, is not UTF-8, holds no prompts, or has a row without `prompt`; names the line.
     """
     prompts = [Prompt(text) for text in config.prompts]
     if config.prompts_file is None:

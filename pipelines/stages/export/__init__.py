@@ -1,1 +1,1 @@
-"""The `export` stage: the trained model in the layouts that other programs load."""
+"""The `export` stage: write the trained model in the layouts that other programs load."""

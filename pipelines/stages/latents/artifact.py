@@ -1,7 +1,7 @@
-"""The latent cache as training reads it: posterior moments and token ids by (shard, row), kept in memory as long as
-they fit.
+"""Reading the latent cache: posterior moments and token ids by (shard, row), kept in memory as long as they fit.
 
-moments: (2, C, h, w) mean and log-variance, (1, C, h, w) for VQ, float16; tokens: (captions, L) uint16.
+moments: (2, C, h, w) mean and log-variance of a KL first stage, (1, C, h, w) latent of a VQ one, float16
+tokens: (captions, L) uint16
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pipelines.shards.format import decode_npy
 from pipelines.shards.reader import ShardReader
 from pipelines.store.ledger import Artifact
 
+# Raised when the bytes that the stage writes, or their meaning, change. Its writer and its readers go by this number.
 FORMAT_VERSION = 1
 CACHE_BYTES = 1 << 30
 
@@ -23,14 +24,14 @@ Cached = tuple[NDArray[np.float16], NDArray[np.uint16]]
 
 
 class Latents:
-    """Samples of a latents artifact.
+    """The samples of a latents artifact.
 
     Args:
-        artifact: of the `latents` stage.
-        cache_bytes: of decoded samples kept in memory.
+        artifact: a finished artifact of the `latents` stage.
+        cache_bytes: how many bytes of decoded samples are kept in memory.
 
     Raises:
-        UserError: where the artifact is of another stage or format.
+        UserError: the artifact is another stage's, or of another format version.
     """
 
     def __init__(self, artifact: Artifact, *, cache_bytes: int = CACHE_BYTES) -> None:
@@ -39,19 +40,20 @@ class Latents:
         self._kept: dict[tuple[int, int], Cached] = {}
 
     def get(self, shard: int, row: int) -> Cached:
-        """Moments and the tokens of all captions of one sample."""
+        """Return the moments and the tokens of all captions of one sample."""
         if (kept := self._kept.get((shard, row))) is not None:
             return kept
         files = self.reader.read(shard, row, ("latent.npy", "tokens.npy"))
         sample = decode_npy(files["latent.npy"]), decode_npy(files["tokens.npy"])
         size = sample[0].nbytes + sample[1].nbytes
+        # Never evicted: every epoch visits all samples once, so that the least recently used one is needed soonest.
         if size <= self._room:
             self._kept[shard, row] = sample
             self._room -= size
         return sample
 
     def captions(self, limit: int) -> list[str]:
-        """The first `limit` distinct captions, in the order of the shards."""
+        """Return the first `limit` distinct captions, in the order of the shards."""
         distinct: dict[str, None] = {}
         for caption in self._all_captions():
             distinct.setdefault(caption)

@@ -1,4 +1,4 @@
-"""What a recipe says about the latent cache."""
+"""The `latents` section of a recipe."""
 
 from typing import Literal
 
@@ -11,10 +11,10 @@ class TokenizerConfig(Config):
     """The tokenizer of the jointly trained text transformer.
 
     Args:
-        vocabulary: a WordPiece `vocab.txt` (bert-base-uncased's, for the paper's models); None builds one
-            from the captions. The file's sha256 is part of the key, its path is not.
-        size: entries of a vocabulary built from the captions.
-        max_length: tokens of a caption, with [CLS] and [SEP]; longer ones are cut, shorter ones padded.
+        vocabulary: a WordPiece `vocab.txt` (bert-base-uncased's, for the paper's models); None builds one from the
+            captions. The file's sha256 is part of the key, its path is not.
+        size: number of entries of a vocabulary built from the captions.
+        max_length: tokens per caption, [CLS] and [SEP] included; longer captions are cut, shorter ones padded.
     """
 
     vocabulary: str | None = runtime(None)
@@ -26,11 +26,12 @@ class LatentsConfig(Config):
     """The `latents` stage: every pair through the frozen encoders, once.
 
     Args:
-        tokenizer: of the captions.
-        batch_size: pictures a forward pass. Part of the key: kernels, and so the last bit, may depend on it.
-        precision: of the encoder's forward pass; the cache is always fp16.
-        workers: Ray actors, each with one encoder on one GPU (or CPU core).
-        decode_threads: threads of each actor that decode pictures while the encoder runs.
+        tokenizer: the tokenizer of the captions.
+        batch_size: pictures per forward pass. Part of the key: kernels, and so the last bit, may depend on it.
+        precision: precision of the encoder's forward pass; the cache is always fp16.
+        workers: number of Ray actors, each with one encoder on one GPU or CPU core; None takes all of them.
+        use_gpu: whether actors run on GPUs; None takes them if the cluster has any.
+        decode_threads: threads per actor that decode pictures while the encoder runs.
     """
 
     tokenizer: TokenizerConfig = TokenizerConfig()

@@ -1,4 +1,4 @@
-"""One shard of pairs to one shard of latents: what an actor of the pool does.
+"""Encode one shard of pairs to one shard of latents: the work of an actor.
 
 images: (B, 3, H, W) in [-1, 1]
 moments: (B, 2, C, h, w) mean and log-variance, (B, 1, C, h, w) for VQ; fp16 as stored
@@ -15,11 +15,14 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from ldm_core.images import to_unit_range
 from pipelines.compute.actor_pool import prepare_torch
 from pipelines.errors import UserError
 from pipelines.shards.format import decode_npy, encode_npy, read_shard, write_shard
+from pipelines.stages.autoencoder.artifact import load_first_stage
 from pipelines.stages.latents.config import LatentsConfig
 from pipelines.stages.latents.statistics import LatentSums, total
 from pipelines.stages.latents.vocabulary import load_vocabulary
@@ -30,7 +33,7 @@ BATCHES_AHEAD = 3
 
 
 def statistics_name(shard: str) -> str:
-    """Where the sums over a shard's latents stand: `stats/000000.json`."""
+    """Return the name of the file with the sums over a shard's latents: `stats/000000.json`."""
     return f"stats/{shard.removesuffix('.tar')}.json"
 
 
@@ -45,10 +48,17 @@ class _Pair:
 
 
 class EncodeShard:
-    """Holds the frozen first stage and the tokenizer; encodes one shard a call.
+    """Holds the frozen first stage and the tokenizer; encodes one shard per call.
 
-    The bytes of a latents shard depend on the pairs shard, the first stage, the tokenizer and the config
-    alone: batches are cut at fixed places within the shard, whoever encodes it.
+    The bytes of a latents shard depend only on the pairs shard, the first stage, the tokenizer and the config: batches
+    are cut at fixed places within the shard, whichever actor encodes it.
+
+    Args:
+        pairs: the finished artifact of the pairs.
+        first_stage: the finished artifact of the autoencoder.
+        writer: the artifact of latents being made.
+        config: the stage's section of the recipe.
+        device: torch device of the first stage.
     """
 
     def __init__(
@@ -60,23 +70,21 @@ class EncodeShard:
         config: LatentsConfig,
         device: str,
     ) -> None:
-        from pipelines.stages.autoencoder.artifact import load_first_stage
-
         prepare_torch(device)
         self.pairs, self.writer, self.config, self.device = pairs, writer, config, device
         self.first_stage: Any = load_first_stage(first_stage, device)
         self.tokenizer = load_vocabulary(writer.storage, config.tokenizer)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Encode, commit, and sum up one shard.
+        """Encode and commit one shard, then commit the sums over it.
 
         Args:
-            item: `shard` (its name), `rows` and `bytes` (of the pairs shard, from its manifest), `encoded`
-                (whether the latents are committed, and only their sums are missing).
+            item: `shard` (its name), `rows` and `bytes` (of the pairs shard, from its manifest), `encoded` (true if
+                the latents are committed, and only their sums are missing).
 
         Raises:
-            UserError: the pairs shard is missing or damaged, its pictures do not fit the first stage, or its
-                encoding is not finite.
+            UserError: the pairs shard is missing or damaged, its pictures do not fit the first stage, or its encoding
+                is not finite.
         """
         shard = item["shard"]
         if not item["encoded"]:
@@ -102,7 +110,7 @@ class EncodeShard:
             )
 
     def _commit_statistics(self, shard: str) -> None:
-        """Sums over what is stored, not over what was computed: they follow from the shard's bytes."""
+        """Commit the sums over a shard. Of what is stored, not of what was computed: its bytes alone decide them."""
         shapes, sums = set(), []
         with self.writer.storage.open(shard) as file:
             for sample in read_shard(file):
@@ -127,7 +135,7 @@ class EncodeShard:
                 )
 
     def _decoded_batches(self, shard: str) -> Iterator[list[_Pair]]:
-        """Batches of the shard's samples, in order; threads decode the next ones while one is encoded."""
+        """Yield the shard's samples in batches, in order; threads decode the next ones while one is encoded."""
         waiting: deque[list[Future[_Pair]]] = deque()
         with (
             self.pairs.storage.open(shard) as file,
@@ -142,11 +150,7 @@ class EncodeShard:
                 yield [pair.result() for pair in futures]
 
     def _encode(self, batch: list[_Pair]) -> NDArray[np.float16]:
-        """(B, 2 or 1, C, h, w) fp16 moments of the batch's pictures."""
-        import torch
-
-        from ldm_core.images import to_unit_range
-
+        """Return the (B, 2 or 1, C, h, w) fp16 moments of the batch's pictures."""
         if len(shapes := {pair.image.shape for pair in batch}) > 1:
             raise UserError(
                 f"pictures must have one size, but {batch[0].key} and its neighbours have {sorted(shapes)}: "
@@ -161,6 +165,7 @@ class EncodeShard:
             except ValueError as error:
                 raise UserError(f"{batch[0].key} does not fit the first stage: {error}") from error
         stored = moments.half().cpu().numpy()
+        # Checked as stored: a finite fp32 value beyond 65,504 is infinite in fp16.
         finite = np.isfinite(stored).reshape(len(batch), -1).all(axis=1)
         if not finite.all():
             key = batch[int(np.argmin(finite))].key

@@ -1,4 +1,4 @@
-"""The scale of the latents, exact over all cached samples, from sums that each shard leaves behind.
+"""The scale factor of the latents, exact over all cached samples, from the sums over each shard.
 
 moments: (2, C, h, w) mean and log-variance of a KL first stage, or (1, C, h, w) latent of a VQ one
 """
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class LatentSums:
-    """Sums over latent elements z, in float64: how many there are, of E[z], of E[z^2]."""
+    """Number of latent elements z, and the sums of E[z] and of E[z^2] over them, in float64."""
 
     elements: int = 0
     first: float = 0.0
@@ -24,7 +24,7 @@ class LatentSums:
 
     @classmethod
     def of(cls, moments: NDArray[np.float16]) -> LatentSums:
-        """Sums over one sample's posterior, as it is stored: E[z] = mean, E[z^2] = mean^2 + exp(logvar)."""
+        """Return the sums over one sample's posterior as it is stored: E[z] = mean, E[z^2] = mean^2 + exp(logvar)."""
         mean = moments[0].astype(np.float64)
         second = np.square(mean)
         if len(moments) == 2:
@@ -52,7 +52,7 @@ class LatentSums:
 
 
 def total(sums: Iterable[LatentSums]) -> LatentSums:
-    """The sum in the order given (shard order, so that the last bit is always the same)."""
+    """Add up in the order given. In the order of the shards, the last bit is always the same."""
     result = LatentSums()
     for part in sums:
         result = result + part
@@ -60,12 +60,12 @@ def total(sums: Iterable[LatentSums]) -> LatentSums:
 
 
 def scale_factor(sums: LatentSums) -> float:
-    """1 / std of the latents (paper, Sec. 4.3.2 and appendix G: rescale z by its component-wise std).
+    """Return 1 / std of the latents (paper, Sec. 4.3.2 and appendix G: rescale z by its component-wise std).
 
     The published code measures the std of the first batch; this is the same quantity over the whole set.
 
     Raises:
-        ValueError: no latents, or all the same: an encoder that has collapsed.
+        ValueError: there are no latents, or all are the same because the encoder has collapsed.
     """
     if not sums.elements or not sums.std > 0:
         raise ValueError(f"latents must vary to have a scale, got {sums.elements} elements with std 0")

@@ -1,7 +1,6 @@
-"""Reading colour, shape, position and size of one object back from pixels, without any learned part.
+"""Read colour, shape, position and size of one object from the pixels of a picture, without any learned part.
 
-The outlines that the demo's scenes are drawn with serve here as templates. A picture is right only when its
-colour and its shape both are.
+The outlines serve as templates. A picture is right only if its colour and its shape both are.
 
     image: (H, W, 3) uint8 RGB, one object on a light background
     matte: (H, W) float in [0, 1], how much of a pixel the object covers
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from pipelines.stages.evaluate.shapes.outlines import PALETTE, POSITIONS, SHAPES, SIZES, area_of, draw_matte
 
@@ -27,11 +27,11 @@ Image8 = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Detection:
-    """What `detect` saw. Colour, shape, position and size are None where nothing recognisable was there.
+    """The result of `detect`. Colour, shape, position and size are None if it recognised nothing.
 
     Attributes:
-        confidence: overlap of the object with the best template (intersection over union, 0 to 1), times the
-            share of the foreground that belongs to the object.
+        confidence: overlap of the object with the best template (intersection over union, 0 to 1), times the share of
+            the foreground that belongs to the object.
     """
 
     colour: str | None
@@ -62,7 +62,7 @@ class AlignmentReport:
         samples: number of pictures.
         attributes: for each of colour, shape, position and size, the share that is right.
         items: one per picture, in order.
-        confusion: for colour and shape, `{expected: {seen: count}}`, with "none" for what was not recognised.
+        confusion: for colour and shape, `{expected: {seen: count}}`, with "none" for pictures that were not recognised.
     """
 
     accuracy: float
@@ -76,7 +76,7 @@ def detect(image: Image8) -> Detection:
     """Read the colour, shape, position and size of the one object in a picture, from its pixels alone.
 
     Args:
-        image: (H, W, 3) uint8 RGB with a light background; 32 pixels a side is about the least that works.
+        image: (H, W, 3) uint8 RGB with a light background; about 32 pixels per side is the least that works.
 
     Raises:
         ValueError: the image is not (H, W, 3) uint8.
@@ -109,7 +109,7 @@ def detect(image: Image8) -> Detection:
 
 
 def _background(image: Image8) -> NDArray[np.float64]:
-    """The background as a plane per channel, fitted to the border but for what an object covers there."""
+    """Return the background as a plane per channel, fitted to the border without what an object covers of it."""
     height, width, _ = image.shape
     rows, columns = np.indices((height, width))
     planes = np.stack([np.ones((height, width)), rows / height, columns / width], axis=2)
@@ -125,9 +125,7 @@ def _background(image: Image8) -> NDArray[np.float64]:
 
 
 def _largest_component(contrast: NDArray[np.float64]) -> tuple[NDArray[np.bool_], float] | None:
-    """Mask of the largest region that stands out from the background, and its share of all that does."""
-    from scipy import ndimage
-
+    """Return a mask of the largest region that differs from the background, and its share of all such regions."""
     smooth = np.linalg.norm(ndimage.gaussian_filter(contrast, (0.7, 0.7, 0)), axis=2)
     # The smallest shape covers more than 4 % of a picture, so this quantile lies inside it.
     peak = float(np.quantile(smooth, 0.975))
@@ -143,18 +141,14 @@ def _largest_component(contrast: NDArray[np.float64]) -> tuple[NDArray[np.bool_]
 def _matte(
     contrast: NDArray[np.float64], component: NDArray[np.bool_], object_contrast: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """How far each pixel lies between the background's colour and the object's; 0 away from it."""
-    from scipy import ndimage
-
+    """Return how far each pixel's colour is between the background's (0) and the object's (1); 0 away from it."""
     alpha = contrast @ object_contrast / float(object_contrast @ object_contrast)
     near = ndimage.binary_dilation(component, iterations=max(1, component.shape[0] // 48))
     return np.where(near, np.clip(alpha, 0, 1), 0.0)
 
 
 def _best_template(matte: NDArray[np.float64], *, center: tuple[float, float], area: float) -> tuple[str, float, float]:
-    """The shape whose template of equal area and centroid overlaps most: (shape, soft overlap, diameter)."""
-    from scipy import ndimage
-
+    """Return the shape whose template of equal area and centroid overlaps most: (shape, soft overlap, diameter)."""
     best = ("", -1.0, 0.0)
     height, width = matte.shape
     for shape in SHAPES:
@@ -162,7 +156,7 @@ def _best_template(matte: NDArray[np.float64], *, center: tuple[float, float], a
         for scale in (0.94, 1.0, 1.06):
             drawn = draw_matte(shape, diameter=diameter * scale, center=center, height=height, width=width)
             sharp = np.asarray(drawn, np.float64) / 255
-            # Out of an autoencoder a small star is soft, and nearer to a soft star than to a crisp circle.
+            # An autoencoder makes a small star soft: compared with crisp templates, it would be nearest to a circle.
             for template in (sharp, ndimage.gaussian_filter(sharp, TEMPLATE_BLUR)):
                 overlap = float(np.minimum(matte, template).sum() / np.maximum(matte, template).sum())
                 if overlap > best[1]:
@@ -178,7 +172,7 @@ def _nearest_colour(rgb: NDArray[np.float64]) -> str:
 
 
 def _lab(rgb: NDArray[Any]) -> NDArray[np.float64]:
-    """CIE L*a*b* (D65) of an 8-bit sRGB colour (IEC 61966-2-1, CIE 15)."""
+    """Convert an 8-bit sRGB colour to CIE L*a*b* with white point D65 (IEC 61966-2-1, CIE 15)."""
     value = rgb / 255
     linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
     to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
@@ -194,15 +188,15 @@ def _position(dx: float, dy: float) -> str:
 
 
 def alignment(images: Sequence[Image8], expected: Sequence[Mapping[str, Any]]) -> AlignmentReport:
-    """How often pictures show what was asked for, as the detector sees it.
+    """Report how often pictures show what was asked for, as the detector sees it.
 
     Args:
-        images: (H, W, 3) uint8 RGB each.
-        expected: for each picture a row with at least "colour" and "shape", and "position" and "size" where
-            they were asked for; rows of the demo's `prompts.jsonl` as they are.
+        images: pictures, (H, W, 3) uint8 RGB each.
+        expected: a row for each picture, with at least "colour" and "shape", and with "position" and "size" if they
+            were asked for; rows of the demo's `prompts.jsonl` as they are.
 
     Raises:
-        ValueError: no picture, or not one row per picture.
+        ValueError: there is no picture, or not one row per picture.
     """
     if len(images) != len(expected) or not len(images):
         raise ValueError(f"alignment needs one row per picture, at least one; got {len(images)} and {len(expected)}")

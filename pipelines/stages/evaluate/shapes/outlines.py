@@ -1,4 +1,8 @@
-"""The words of the demo's world, its colours, shapes, sizes and positions, and how each shape is drawn."""
+"""The detector's vocabulary, its colours, shapes, sizes and positions, and how each shape is drawn.
+
+These tables are the detector's: its thresholds were chosen for them. Who wants pictures that it can read, such as the
+demo, draws them from these tables.
+"""
 
 from functools import lru_cache
 
@@ -6,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-# Hues lie at least 20 degrees apart: a colour washed out by a lossy autoencoder still has one nearest name.
+# Hues are at least 20 degrees apart: a colour that a lossy autoencoder has washed out still has one nearest name.
 PALETTE: dict[str, tuple[int, int, int]] = {
     "red": (220, 35, 40),
     "orange": (250, 135, 20),
@@ -34,9 +38,9 @@ SUPERSAMPLING = 4
 
 
 def outline(shape: str) -> NDArray[np.float64]:
-    """Vertices (N, 2) of a shape of nominal diameter 1 with its centroid at the origin, y downwards.
+    """Return the vertices (N, 2) of a shape of nominal diameter 1 with its centroid at the origin, y downwards.
 
-    The radii differ so that the shapes look equally large. The outline of a ring is its outer edge.
+    The radii differ so that all shapes look equally large. The outline of a ring is its outer edge.
 
     Raises:
         ValueError: the shape is not one of SHAPES.
@@ -63,17 +67,19 @@ def _polygon(radii: NDArray[np.float64], turn: float = 0.0) -> NDArray[np.float6
 
 
 def draw_matte(shape: str, *, diameter: float, center: tuple[float, float], height: int, width: int) -> Image.Image:
-    """Draw a shape, antialiased: an "L" picture of width x height, 255 where the shape covers a pixel.
+    """Draw a shape, antialiased: an "L" picture of width x height pixels, 255 in pixels that the shape covers.
 
     Args:
         shape: one of SHAPES.
         diameter: nominal diameter in pixels.
         center: (x, y) of the centroid in pixels.
+        height: height of the picture in pixels.
+        width: width of the picture in pixels.
     """
     canvas = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING))
     draw = ImageDraw.Draw(canvas)
     vertices, middle = outline(shape) * diameter, np.asarray(center)
-    # Pillow counts from pixel centers, hence the half pixel.
+    # Pillow's coordinates count from the centers of pixels, hence the half pixel.
     draw.polygon([tuple(v) for v in (vertices + middle) * SUPERSAMPLING - 0.5], fill=255)
     if shape == "ring":
         draw.polygon([tuple(v) for v in (vertices * RING_HOLE + middle) * SUPERSAMPLING - 0.5], fill=0)
@@ -82,7 +88,7 @@ def draw_matte(shape: str, *, diameter: float, center: tuple[float, float], heig
 
 @lru_cache
 def area_of(shape: str) -> float:
-    """Area of a shape of nominal diameter 1."""
+    """Return the area of a shape of nominal diameter 1, by the shoelace formula."""
     x, y = outline(shape).T
     size = float(abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2)
     return size * (1 - RING_HOLE**2) if shape == "ring" else size

@@ -1,4 +1,4 @@
-"""How well sampled pictures show what was asked for, as a detector of known scenes reads them."""
+"""Scores of sampled pictures: how often the detector sees in them what their prompts asked for."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def require_expectations(prompts: Sequence[Prompt]) -> None:
 
 
 def alignment_scores(prompts: Sequence[Prompt], images: NDArray[np.uint8]) -> dict[str, Any]:
-    """Scores of the pictures whose prompts say what to expect.
+    """Score the pictures whose prompts say what to expect.
 
     Args:
-        prompts: N of them.
-        images: (N, H, W, 3) uint8, one a prompt.
+        prompts: N prompts.
+        images: (N, H, W, 3) uint8, one picture per prompt.
 
     Returns:
-        `accuracy` (colour and shape both right), `samples`, `attributes`, `confusion`, `groups` (for each
-        boolean field of the prompts, such as novel_pair: accuracy and samples where it is true and where it
-            is false) and `items`.
+        `accuracy` (colour and shape both right), `samples`, `attributes`, `confusion`, `groups` (for each boolean field
+        of the prompts, such as novel_pair: accuracy and samples of the prompts with true, and of those with false) and
+        `items`.
     """
     judged = [index for index, prompt in enumerate(prompts) if _judged(prompt)]
     report = alignment([images[index] for index in judged], [prompts[index].expected for index in judged])
