@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,9 +90,16 @@ class ToyLearner:
 
 @dataclass
 class Run:
-    """A stage's context on a folder, and what its progress display was told."""
+    """A stage's context on a folder, and what its progress display was told.
+
+    Args:
+        watch: called with every progress, (steps done, steps in all).
+        check: raises where another driver has taken the root over.
+    """
 
     folder: Path
+    watch: Callable[[int, int], None] = lambda done, total: None
+    check: Callable[[], None] = lambda: None
     progress: list[tuple[int, int]] = field(default_factory=list)
 
     def fit(self, *, steps: int = 48, workers: int = 2, **task: Any) -> dict[str, Any]:
@@ -117,11 +124,16 @@ class Run:
             writer=self.writer,
             upstream={},
             tracker=null_stage_tracker(),
-            progress=lambda done, total, **facts: self.progress.append((done, total)),
+            progress=self._progress,
             scratch=self.folder,
+            check=self.check,
         )
         details = finished(self.writer)
         return details if details is not None else fit(ToyTask(log=log, **task), config, context)
+
+    def _progress(self, done: int, total: int, **facts: str) -> None:
+        self.progress.append((done, total))
+        self.watch(done, total)
 
     @property
     def writer(self) -> ArtifactWriter:
