@@ -1,0 +1,198 @@
+"""What the walk promises however long it takes: it reads a source once, and stops when its root is another driver's."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from pipelines.config import Config
+from pipelines.diffusion.config import SamplingConfig
+from pipelines.errors import UserError
+from pipelines.evaluate.config import EvaluateConfig
+from pipelines.evaluate.stage import STAGE as EVALUATE
+from pipelines.latents.config import LatentsConfig, TokenizerConfig
+from pipelines.latents.stage import STAGE as LATENTS
+from pipelines.ledger import Artifact, ArtifactWriter
+from pipelines.lock import LEASE, exclusive
+from pipelines.pairs.config import PairsConfig
+from pipelines.pairs.stage import STAGE as PAIRS
+from pipelines.recipe import Recipe
+from pipelines.run import Selection, run
+from pipelines.stage import Stage, StageContext
+from pipelines.storage import Storage
+from pipelines.tracking import null_stage_tracker
+from pipelines.training.fit import finished
+from tests.pipelines.training import toy
+from tests.tiny import tiny_recipe, write_pictures
+from tests.tiny_artifacts import diffusion_artifact, first_stage_artifact, pairs_artifact
+
+ray.cloudpickle.register_pickle_by_value(toy)
+
+PADDING_ROWS = 64
+TRAINING_STEPS = 200
+BEAT_S = 0.05
+ANOTHER_DRIVER = "pid 2 on other"
+TAKEN_OVER = f"was taken over by {ANOTHER_DRIVER}"
+
+
+def bytes_read() -> int:
+    """Return how much this process has read so far, from any file in any way, as the kernel counts it."""
+    counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counts["rchar"])
+
+
+def write_padded_table(folder: Path) -> Path:
+    """Write a parquet table of 64 MiB, nearly all of it in a column that no stage looks at."""
+    listed = write_pictures(folder / "pictures", 16)
+    rows = [json.loads(line) for line in listed.read_text(encoding="utf-8").splitlines()]
+    schema = pa.schema([("file", pa.string()), ("captions", pa.list_(pa.string())), ("padding", pa.binary())])
+    random = np.random.default_rng(0)
+    table = listed.with_name("table.parquet")
+    with pq.ParquetWriter(table, schema, compression="none", use_dictionary=False, write_statistics=False) as writer:
+        # Readers look at the first hundred rows.
+        writer.write_table(pa.Table.from_pylist(rows * 8, schema))
+        for _ in range(PADDING_ROWS):
+            writer.write_table(pa.Table.from_pylist([{"padding": random.bytes(1 << 20)}], schema))
+    return table
+
+
+def test_a_run_reads_a_local_table_once_to_know_it(ray_cluster: None, tmp_path: Path) -> None:
+    table = write_padded_table(tmp_path)
+    values = tiny_recipe(table, tracking={"enabled": False}, root=str(tmp_path / "root"))
+    recipe = Recipe.model_validate({**values, "pairs": values["pairs"] | {"rows_per_shard": 64}})
+    size = table.stat().st_size
+    for state in ("run", "cached"):
+        before = bytes_read()
+        result = run(recipe, Selection(only="pairs"))
+        times = (bytes_read() - before) / size
+        assert result.rows[0].state == state
+        assert 1 <= times < 2, f"{state}: what the driver read is {times:.2f} times the table"
+
+
+class Root:
+    """A root that is held, until another driver takes it over."""
+
+    def __init__(self, storage: Storage, check: Callable[[], None]) -> None:
+        self.storage, self.check = storage, check
+
+    def take_over(self) -> None:
+        """Write the lease of another driver, and wait until the holder can know of it."""
+        record = {"holder": ANOTHER_DRIVER, "token": "other", "beat": 0, "beat_s": BEAT_S}
+        self.storage.write_json(LEASE, record)
+        while self.is_ours:
+            time.sleep(BEAT_S)
+
+    @property
+    def is_ours(self) -> bool:
+        try:
+            self.check()
+        except UserError:
+            return False
+        return True
+
+    def take_over_when(self, is_time: Callable[[int, int], bool]) -> Callable[..., None]:
+        """Return a progress display under which the root is taken over when a stage has come so far."""
+
+        def progress(done: int, total: int, **facts: str) -> None:
+            if is_time(done, total) and self.is_ours:
+                self.take_over()
+
+        return progress
+
+
+@pytest.fixture
+def root() -> Iterator[Root]:
+    storage = Storage("memory://walk-promises")
+    with exclusive(storage, BEAT_S) as hold:
+        yield Root(storage, hold.check)
+    storage.remove()
+
+
+def run_until_taken_over(
+    stage: Stage,
+    config: Config,
+    folder: Path,
+    upstream: Mapping[str, Artifact],
+    progress: Callable[..., None],
+    root: Root,
+) -> ArtifactWriter:
+    """Run a stage that must end because its root is lost; return the writer of what it had committed by then."""
+    writer = ArtifactWriter(stage.name, "key", Storage(str(folder)) / stage.name / "key")
+    context = StageContext(
+        config=config,
+        seed=0,
+        writer=writer,
+        upstream=upstream,
+        tracker=null_stage_tracker(),
+        progress=progress,
+        scratch=folder,
+        check=root.check,
+    )
+    with pytest.raises(UserError, match=TAKEN_OVER):
+        stage.run(context)
+    return writer
+
+
+def under_way(done: int, total: int) -> bool:
+    return 0 < done < total
+
+
+def test_encoding_latents_ends_when_another_driver_has_taken_the_root_over(
+    ray_cluster: None, tmp_path: Path, root: Root
+) -> None:
+    upstream = {"pairs": pairs_artifact(tmp_path, rows=(1,) * 40), "autoencoder": first_stage_artifact(tmp_path)}
+    config = LatentsConfig(tokenizer=TokenizerConfig(size=64, max_length=8), batch_size=2, workers=1)
+    writer = run_until_taken_over(LATENTS, config, tmp_path, upstream, root.take_over_when(under_way), root)
+    assert 0 < sum(name.endswith(".tar") for name in writer.committed()) < 40
+
+
+def test_sampling_for_evaluation_ends_when_another_driver_has_taken_the_root_over(
+    ray_cluster: None, tmp_path: Path, root: Root
+) -> None:
+    upstream = {"pairs": pairs_artifact(tmp_path), "diffusion": diffusion_artifact(tmp_path)}
+    config = EvaluateConfig(
+        prompts=("red circle",) * 40,
+        training_captions=0,
+        sampling=SamplingConfig(num_steps=2, batch_size=1),
+        workers=1,
+    )
+    writer = run_until_taken_over(EVALUATE, config, tmp_path, upstream, root.take_over_when(under_way), root)
+    assert 0 < sum(name.startswith("samples/") for name in writer.committed()) < 40
+    assert not writer.storage.exists("grid.png")
+
+
+def test_no_pairs_are_published_when_another_driver_has_taken_the_root_over(
+    ray_cluster: None, tmp_path: Path, root: Root
+) -> None:
+    table = write_pictures(tmp_path / "pictures", 16)
+    columns = {"image": "file", "text": "captions"}
+    config = PairsConfig.model_validate(
+        {"source": str(table), "columns": columns, "image_size": 32, "rows_per_shard": 4}
+    )
+
+    def all_are_made(done: int, total: int) -> bool:
+        # While shards are made a thread reports the progress; the stage itself does so before the first and at the end.
+        by_the_stage = threading.current_thread() is threading.main_thread()
+        return by_the_stage and any((tmp_path / "pairs").glob("key/work/*/*.parquet"))
+
+    writer = run_until_taken_over(PAIRS, config, tmp_path, {}, root.take_over_when(all_are_made), root)
+    assert not writer.committed()
+
+
+def test_training_ends_when_another_driver_has_taken_the_root_over(
+    ray_cluster: None, tmp_path: Path, root: Root
+) -> None:
+    training = toy.Run(tmp_path, watch=root.take_over_when(under_way), check=root.check)
+    with pytest.raises(UserError, match=TAKEN_OVER):
+        training.fit(steps=TRAINING_STEPS)
+    assert training.progress[-1][0] < TRAINING_STEPS
+    assert finished(training.writer) is None
