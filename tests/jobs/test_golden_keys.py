@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from jobs.recipes import FOLDER, recipe_path
+from pipelines.run.plan import PlannedStage, plan
 from pipelines.run.recipe import load_recipe
-from pipelines.run.walk import PlannedStage, plan
 
 GOLDEN = Path(__file__).with_name("golden_keys.json")
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))

@@ -7,7 +7,7 @@ import fnmatch
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -19,9 +19,6 @@ from pipelines.errors import UserError
 from pipelines.stages.diffusion.artifact import FOLDER, STAGE_NAME
 from pipelines.store.ledger import MANIFEST, Ledger
 from pipelines.store.storage import Storage
-
-if TYPE_CHECKING:
-    pass
 
 FIRST_STAGE_FOLDER = "first_stage"
 

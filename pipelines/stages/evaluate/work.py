@@ -105,7 +105,7 @@ def _sample(context: StageContext[EvaluateConfig], model: Artifact, captions: li
         done = before = len(captions) - sum(item["stop"] - item["start"] for item in pending)
         meter = RateMeter()
         context.progress(done, len(captions))
-        for result in map_on_actors(pending, SampleBatch, arguments=arguments, size=size):
+        for result in map_on_actors(pending, SampleBatch, arguments=arguments, size=size, check=context.check):
             done += result["rows"]
             rate = meter.rate(done - before)
             context.progress(done, len(captions), images_per_s=f"{rate:.2f}")

@@ -55,7 +55,7 @@ def _encode_pending(context: StageContext[LatentsConfig], pairs: Artifact, first
     done = rows - sum(item["rows"] for item in pending)
     meter, before = RateMeter(), done
     context.progress(done, rows)
-    for result in map_on_actors(pending, EncodeShard, arguments=arguments, size=size):
+    for result in map_on_actors(pending, EncodeShard, arguments=arguments, size=size, check=context.check):
         done += result["rows"]
         rate = meter.rate(done - before)
         context.progress(done, rows, images_per_s=f"{rate:.0f}")
