@@ -63,7 +63,7 @@ def write_contact_sheet(url: str, target: Path) -> None:
     from pipelines.shards.tar_windows import Tar
     from pipelines.stages.pairs.shard.staged import WORK
     from pipelines.stages.pairs.summary.contact_sheet import contact_sheet, tars_of
-    from pipelines.stages.pairs.summary.unfinished import tars_in_the_making
+    from pipelines.stages.pairs.summary.unfinished import staged_tars
 
     storage = Storage(url)
     if url.endswith(".tar"):
@@ -72,8 +72,8 @@ def write_contact_sheet(url: str, target: Path) -> None:
             raise UserError(f"{storage.url} is missing")
         tars = [Tar(Storage(folder), name, size)]
     else:
-        # Before anything is committed there are shards in the making.
-        tars = tars_of(storage) or tars_in_the_making(storage / WORK)
+        # Before anything is committed there are staged shards.
+        tars = tars_of(storage) or staged_tars(storage / WORK)
     sheet = contact_sheet(tars)
     if sheet is None:
         raise UserError(

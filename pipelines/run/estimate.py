@@ -43,7 +43,7 @@ def estimate(recipe: Recipe, walk: list[PlannedStage]) -> list[Estimate]:
 
 
 def _pairs(recipe: Recipe, before: dict[str, Estimate]) -> tuple[int | None, int | None]:
-    from pipelines.stages.pairs.work import count_rows
+    from pipelines.stages.pairs.stage import count_rows
 
     rows = count_rows(recipe.pairs)
     if rows is None:
