@@ -1,24 +1,51 @@
-"""Functions over many items as Ray tasks."""
+"""One function over many items, as Ray tasks."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-# Calls a function on every number of a range, somewhere on the cluster, and returns when all are done.
-ForEach = Callable[[Callable[[dict[str, Any]], dict[str, Any]], Sequence[int]], Iterable[Any]]
+T = TypeVar("T")
 
-
-def chunks(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for start in range(0, len(numbers), size):
-        yield numbers[start : start + size]
+# `for_each`, or what stands in for it where there is no cluster: the built-in `map`.
+ForEach = Callable[[Callable[[int], Any], Sequence[int]], Iterable[Any]]
 
 
-def _for_each(function: Callable[[dict[str, Any]], dict[str, Any]], items: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Call a function on every item: here where there is one, else as tasks of Ray Data."""
+def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Cut a sequence into pieces of `size` items; the last piece may be shorter."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def for_each(function: Callable[[int], Any], items: Sequence[int]) -> Iterator[Any]:
+    """Call a function on every item, as tasks of Ray Data; a single item is done in this process.
+
+    Args:
+        function: takes one item and returns a JSON value; must be picklable. A task that dies is run again, so it must
+            be safe to repeat.
+        items: one task each.
+
+    Returns:
+        The results in the order of the items, each as soon as it and all before it are there.
+    """
     if len(items) <= 1:
-        yield from (function({"item": item}) for item in items)
+        yield from map(function, items)
         return
+    # Most users of this module only want `chunks`: `ldm inspect` must not wait seconds for Ray.
     import ray.data
 
-    yield from ray.data.from_items(list(items), override_num_blocks=len(items)).map(function, num_cpus=1).iter_rows()
+    def call(row: dict[str, Any]) -> dict[str, Any]:
+        # Rows of Ray Data are dicts of Arrow values; JSON keeps nested results as they were returned.
+        return {"position": row["position"], "result": json.dumps(function(row["item"]))}
+
+    rows = [{"position": position, "item": item} for position, item in enumerate(items)]
+    results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(call, num_cpus=1).iter_rows()
+    # Ray Data yields whatever is ready first.
+    waiting: dict[int, Any] = {}
+    following = 0
+    for row in results:
+        waiting[row["position"]] = json.loads(row["result"])
+        while following in waiting:
+            yield waiting.pop(following)
+            following += 1

@@ -54,7 +54,7 @@ def cpu_ms(functions: dict[str, Callable[[bytes], object]], files: list[bytes], 
 
 def main() -> None:
     from pipelines.stages.pairs.config import PairsConfig
-    from pipelines.stages.pairs.pictures.decode import make_picture
+    from pipelines.stages.pairs.pictures.transcode import make_picture
 
     files = [path.read_bytes() for path in sorted(Path(sys.argv[1]).glob("*.jpg"))[:200]]
     config = PairsConfig(source="-", image_size=256, resize="keep_ratio")

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from pipelines.stages.pairs.config import PairsConfig
-from pipelines.stages.pairs.pictures.decode import make_picture
+from pipelines.stages.pairs.pictures.transcode import make_picture
 
 Scale = Literal["smallest", "next", "full"]
 

@@ -1,30 +1,23 @@
-"""Which input rows each shard is made of: one range after the other, or, in a retry, the rows that failed."""
+"""The assignment of input rows to shards: consecutive ranges or, in a retry, the rows that failed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.stages.pairs.rows import Row, Source
-
-# Rows that are read and thrown away are cheaper than another read.
-_GAP_ROWS = 256
-_READ_ROWS = 4096
-
 
 @dataclass(frozen=True)
-class Schedule:
-    """The shards of one round of work.
+class Assignment:
+    """The shards of one run of the stage, and the rows of each.
 
     Args:
-        rows_per_shard: input rows of a shard.
-        total: rows of the source, or fewer where the recipe limits them.
-        first_shard: number of the first shard; the shards before it are of earlier rounds.
-        retried: the rows of this round, ascending, where it is a retry.
+        rows_per_shard: input rows of a shard; the last shard may have fewer.
+        total: rows of the source, or fewer if the recipe limits them.
+        first_shard: number of the first shard; the shards before it are of earlier runs.
+        retried: the rows to try again, ascending; None in the first run, which takes all rows.
     """
 
     rows_per_shard: int
@@ -34,39 +27,22 @@ class Schedule:
 
     @property
     def rows(self) -> int:
+        """The number of rows in all."""
         return self.total if self.retried is None else len(self.retried)
 
     @property
     def shards(self) -> range:
         return range(self.first_shard, self.first_shard + math.ceil(self.rows / self.rows_per_shard))
 
-    def rows_of(self, shard: int) -> int:
-        """How many rows a shard has."""
+    def row_count(self, shard: int) -> int:
+        """Return how many rows a shard has."""
         return min(self.rows_per_shard, self.rows - self._start(shard))
 
-    def read(self, source: Source, shard: int) -> list[Row]:
-        """The rows of a shard, in order."""
+    def rows_of(self, shard: int) -> NDArray[np.int64]:
+        """Return the numbers of a shard's rows, ascending."""
         start = self._start(shard)
-        stop = start + self.rows_of(shard)
-        if self.retried is None:
-            return source.read(start, stop)
-        wanted = self.retried[start:stop]
-        rows = []
-        for first, last in _spans(wanted):
-            chosen = set(wanted[np.searchsorted(wanted, first) : np.searchsorted(wanted, last)].tolist())
-            rows += [row for row in source.read(first, last) if row.index in chosen]
-        return rows
+        stop = start + self.row_count(shard)
+        return np.arange(start, stop) if self.retried is None else self.retried[start:stop]
 
     def _start(self, shard: int) -> int:
         return (shard - self.first_shard) * self.rows_per_shard
-
-
-def _spans(rows: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Ranges (start, stop) that hold all of these ascending rows, and few others."""
-    first = last = int(rows[0])
-    for row in rows[1:].tolist():
-        if row - last > _GAP_ROWS or row - first >= _READ_ROWS:
-            yield first, last + 1
-            first = row
-        last = row
-    yield first, last + 1

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.stage import Estimate, Section, Sections, Stage, StageContext
 from pipelines.stages.pairs.artifact import PAIRS_FORMAT
 from pipelines.stages.pairs.config import PairsConfig
-from pipelines.stages.pairs.shard.outcome import may_pass
+from pipelines.stages.pairs.shard.outcome import is_transient
 from pipelines.store.ledger import Artifact
 from pipelines.store.storage import Storage
 
@@ -34,9 +34,9 @@ def _run(context: StageContext[PairsConfig]) -> dict[str, Any]:
 
 
 def _inputs(config: PairsConfig) -> dict[str, str]:
-    from pipelines.stages.pairs import work
+    from pipelines.stages.pairs import inputs
 
-    return work.source_digests(config)
+    return inputs.source_digests(config)
 
 
 def _section(artifact: Artifact) -> Section:
@@ -64,16 +64,16 @@ def _contact_sheet(storage: Storage, shard: str | None) -> NDArray[np.uint8] | N
 
 
 def _may_grow(config: PairsConfig, existing: Artifact) -> bool:
-    """Whether a finished artifact has rows that are to be tried again."""
+    """Return whether a retry is asked for and a finished artifact has rows to try again."""
     statuses = existing.details.get("statuses", {})
-    return config.retry == "failed" and any(count and may_pass(status) for status, count in statuses.items())
+    return config.retry == "failed" and any(count and is_transient(status) for status, count in statuses.items())
 
 
 def _estimate(sections: Sections, before: Mapping[str, Estimate]) -> Estimate:
-    from pipelines.stages.pairs import work
+    from pipelines.stages.pairs import inputs
 
     config = sections["pairs"]
-    rows = work.count_rows(config)
+    rows = inputs.count_rows(config)
     if rows is None:
         return Estimate()
     return Estimate(rows, round(rows * (config.image_size**2 * JPEG_BYTES_PER_PIXEL + TAR_OVERHEAD_BYTES)))

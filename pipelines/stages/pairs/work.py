@@ -1,4 +1,8 @@
-"""The work of the pairs stage: raw image-text pairs to WebDataset shards, in parallel, one shard at a time."""
+"""The work of the pairs stage, in the driver: shards are made in parallel, then published.
+
+If no row's fate depends on other rows, each worker publishes a shard as soon as it is made. With deduplication or
+scoring, shards are staged under `work/` first, and published once it is known what is left out.
+"""
 
 from __future__ import annotations
 
@@ -7,108 +11,67 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pipelines.compute.tasks import _for_each
+from pipelines.compute.actor_pool import map_on_actors, pool_size
+from pipelines.compute.tasks import chunks, for_each
 from pipelines.errors import UserError
 from pipelines.stage import StageContext
+from pipelines.stages.pairs.assignment import Assignment
 from pipelines.stages.pairs.config import PairsConfig
-from pipelines.stages.pairs.making.progress import _Showing
-from pipelines.stages.pairs.shard.staged import WORK
-from pipelines.store.ledger import COMMITS, Artifact
+from pipelines.stages.pairs.filters import column_filters
+from pipelines.stages.pairs.inputs import limited_rows
+from pipelines.stages.pairs.making.progress import ProgressDisplay
+from pipelines.stages.pairs.making.progress_board import ProgressBoard
+from pipelines.stages.pairs.making.worker import ShardMaker
+from pipelines.stages.pairs.publishing.duplicate_search import DuplicateSearch, ShardsOfRun
+from pipelines.stages.pairs.publishing.publish import publish
+from pipelines.stages.pairs.publishing.retries import PastRuns
+from pipelines.stages.pairs.rows import Source
+from pipelines.stages.pairs.shard.files import shard_name, table_name, tar_name
+from pipelines.stages.pairs.shard.staged import StagedShard, staged_shards
+from pipelines.stages.pairs.sources.columns import find_column
+from pipelines.stages.pairs.sources.open import open_source
+from pipelines.stages.pairs.summary.summary import summarise
+from pipelines.stages.pairs.summary.unfinished import write_plan
+from pipelines.store.ledger import COMMITS, WORK
+from pipelines.store.storage import Storage
 
-if TYPE_CHECKING:
-    from pipelines.stages.pairs.assignment import Schedule
-    from pipelines.stages.pairs.rows import Source
-
-
-# Publishing is mostly renaming: so many shards are one task.
-_PUBLISHED_AT_ONCE = 64
-
-
-def source_digests(config: PairsConfig) -> dict[str, str]:
-    """The source by content, and the files of models, as part of the artifact's key."""
-    from pipelines.stages.pairs.publishing.scoring import digests
-    from pipelines.stages.pairs.sources.open import open_source
-
-    return {"source": open_source(config).digest(), **digests(config.scoring)}
-
-
-def count_rows(config: PairsConfig) -> int | None:
-    """Input rows, for estimates; None where counting them means reading the whole source over a network."""
-    from pipelines.stages.pairs.sources.open import open_source
-    from pipelines.stages.pairs.sources.tars import TarSource
-
-    source = open_source(config)
-    if isinstance(source, TarSource) and any("://" in url for url in source.urls):
-        return None
-    return _total(source, config)
+# Publishing is mostly renaming: a task should do more than one of it.
+_SHARDS_PER_PUBLISHING_TASK = 64
 
 
-def run(context: StageContext) -> dict[str, Any]:
-    """Make every shard that is not committed yet, and say what came out.
+def run(context: StageContext[PairsConfig]) -> dict[str, Any]:
+    """Make every shard that is not committed yet, and summarise the artifact.
 
-    Where nothing has to be known of other rows, shards are committed one by one as they are made. With deduplication
-    or scoring they are made under `work/` first, and published when what is to be left out is known. Every step passes
-    over what an earlier run has left finished.
+    Every step passes over what an earlier run has finished.
+
+    Returns:
+        The manifest's details.
 
     Raises:
         UserError: the source is missing, damaged, empty or lacks a column; or no row gave a sample.
     """
-    from pipelines.stages.pairs.sources.open import open_source
-
     config: PairsConfig = context.config
     source = open_source(config)
-    total = _total(source, config)
+    total = limited_rows(source, config)
     if total == 0:
         raise UserError(f"{config.source} has no rows: say `--set pairs.source=PATH` of a source with pairs in it")
     _require_columns(source, config)
-    rounds = _Rounds.of(context.existing)
-    work = _Work(context, source, rounds.schedule(context, total), rounds)
-    work.run()
-    return _summarise(context, rounds.with_round(work.schedule), total)
+    past = PastRuns.of(context.existing)
+    assignment = past.assign(context.writer.storage, config.rows_per_shard, total)
+    _PairsRun(context, source, assignment, past).run()
+    return _summarise(context, past.followed_by(assignment))
 
 
 @dataclass(frozen=True)
-class _Rounds:
-    """The shards of the first run, and of each retry after it: [first shard, …] and the number of all shards."""
-
-    first_shards: tuple[int, ...] = ()
-    end: int = 0
-
-    @classmethod
-    def of(cls, finished: Artifact | None) -> _Rounds:
-        if finished is None:
-            return cls()
-        return cls(tuple(finished.details["rounds"]), len(finished.shards(".parquet")))
-
-    def schedule(self, context: StageContext, total: int) -> Schedule:
-        """What is to be made now."""
-        from pipelines.stages.pairs.assignment import Schedule
-        from pipelines.stages.pairs.publishing.retries import failed_rows
-
-        size = context.config.rows_per_shard
-        if not self.end:
-            return Schedule(size, total)
-        return Schedule(size, total, self.end, failed_rows(context.writer.storage, self.shards))
-
-    @property
-    def shards(self) -> list[range]:
-        """The shards of every round."""
-        return [range(first, stop) for first, stop in zip(self.first_shards, [*self.first_shards[1:], self.end])]
-
-    def with_round(self, schedule: Schedule) -> _Rounds:
-        return _Rounds((*self.first_shards, schedule.first_shard), schedule.shards.stop)
-
-
-@dataclass(frozen=True)
-class _Work:
-    """One round of the stage."""
+class _PairsRun:
+    """One run of the stage: the first, or a retry."""
 
     context: StageContext
     source: Source
-    schedule: Schedule
-    rounds: _Rounds
+    assignment: Assignment
+    past: PastRuns
 
     @property
     def config(self) -> PairsConfig:
@@ -116,113 +79,96 @@ class _Work:
         return config
 
     @property
-    def in_two_steps(self) -> bool:
+    def work(self) -> Storage:
+        return self.context.writer.storage / WORK
+
+    @property
+    def stages_shards(self) -> bool:
+        """Whether a shard can only be published once all others are known."""
         return self.config.deduplicate or self.config.scoring is not None
 
     def run(self) -> None:
         committed = self.context.writer.committed().keys()
-        pending = [shard for shard in self.schedule.shards if not self._files(shard) <= committed]
-        if self.in_two_steps and pending:
-            self._make(self._not_made())
+        pending = [shard for shard in self.assignment.shards if not self._files(shard) <= committed]
+        if self.stages_shards and pending:
+            # Also those that are committed already: the others may be duplicates of their rows.
+            staged = set(staged_shards(self.work))
+            self._make([shard for shard in self.assignment.shards if shard not in staged])
             self._score()
             self._publish(pending)
         else:
             self._make(pending)
-        # Only now: until the last shard is committed, each of them may be needed to decide what is a duplicate.
+        # Not earlier: until the last shard is committed, each of them may be needed to decide what is a duplicate.
         self.context.writer.storage.remove(WORK)
 
     def _files(self, shard: int) -> set[str]:
-        """The files that every committed shard has; with buckets its tars are known by its parquet alone."""
-        from pipelines.stages.pairs.shard.files import table_name, tar_name
-
+        """The files that every committed shard has; with buckets the tars differ, and the parquet stands for them."""
         return {table_name(shard), *([] if self.config.resize == "buckets" else [tar_name(shard)])}
 
-    def _not_made(self) -> list[int]:
-        from pipelines.stages.pairs.shard.staged import record_name
-
-        found = set((self.context.writer.storage / WORK).names("*.json"))
-        return [shard for shard in self.schedule.shards if record_name(shard) not in found]
-
     def _make(self, shards: Sequence[int]) -> None:
-        from pipelines.compute.actor_pool import map_on_actors, pool_size
-        from pipelines.stages.pairs.making.board import Board
-        from pipelines.stages.pairs.making.worker import ShardMaker
-        from pipelines.stages.pairs.publishing.publish import Publisher
-
         if not shards:
             return
-        context, writer = self.context, self.context.writer
-        board = Board()
-        arguments = {
-            "source": self.source,
-            "config": self.config,
-            "schedule": self.schedule,
-            "work": writer.storage / WORK,
-            "publisher": None if self.in_two_steps else Publisher(self.config, writer.storage / WORK, writer),
-            "board": board,
-        }
+        context = self.context
+        write_plan(self.work, self.assignment.rows, self.config.rows_per_shard)
         size = pool_size(len(shards), workers=self.config.workers, use_gpu=False)
         at_once = self.config.shards_in_flight if self.source.downloads else 1
+        board = ProgressBoard()
         results = map_on_actors(
             [{"shard": shard} for shard in shards],
             ShardMaker,
-            arguments=arguments,
+            arguments={
+                "source": self.source,
+                "config": self.config,
+                "assignment": self.assignment,
+                "work": self.work,
+                "writer": None if self.stages_shards else context.writer,
+                "board": board,
+            },
             size=size,
             # No more than its share: a worker that starts first would otherwise take them all.
             calls_at_once=min(at_once, math.ceil(len(shards) / size.workers)),
         )
-        before = self.schedule.rows - sum(map(self.schedule.rows_of, shards))
-        with contextlib.closing(board), _Showing(context, board, before, self.schedule.rows) as showing:
+        before = self.assignment.rows - sum(map(self.assignment.row_count, shards))
+        with contextlib.closing(board), ProgressDisplay(context, board, before, self.assignment.rows) as display:
             for _ in results:
                 context.check()
-                showing.track()
+                display.track()
 
     def _score(self) -> None:
         if self.config.scoring is not None:
+            # Torch takes seconds and hundreds of megabytes, and most recipes score nothing.
             from pipelines.stages.pairs.publishing.scoring import score_shards
 
-            work = self.context.writer.storage / WORK
-            score_shards(self.config.scoring, work, self.schedule.shards, self.context.progress)
+            score_shards(self.config.scoring, self.work, self.assignment.shards, self.context.progress)
 
     def _publish(self, pending: Sequence[int]) -> None:
-        from pipelines.compute.tasks import chunks
-        from pipelines.stages.pairs.publishing.duplicate_search import DuplicateSearch
-        from pipelines.stages.pairs.publishing.duplicate_tokens import Shards
-        from pipelines.stages.pairs.publishing.publish import Publisher
+        context, config, work = self.context, self.config, self.work
+        context.check()
+        search = self._duplicate_search() if config.deduplicate else None
+        if search is not None:
+            search.run(for_each)
+        groups = list(chunks(pending, _SHARDS_PER_PUBLISHING_TASK))
+        writer = context.writer
 
-        storage = self.context.writer.storage
-        work = storage / WORK
-        earlier = [Shards(storage, shards, number) for number, shards in enumerate(self.rounds.shards)]
-        search = DuplicateSearch(
-            # What an earlier round has found is not what this one looks for.
-            work / f"round-{len(earlier)}",
-            (*earlier, Shards(work, self.schedule.shards, len(earlier), in_the_making=True)),
-            self.schedule.total,
+        def publish_group(group: int) -> None:
+            publish([StagedShard.open(work, shard) for shard in groups[group]], config, writer, search)
+
+        for _ in for_each(publish_group, range(len(groups))):
+            context.check()
+
+    def _duplicate_search(self) -> DuplicateSearch:
+        run = len(self.past.shards)
+        earlier = [ShardsOfRun(self.context.writer.storage, shards, n) for n, shards in enumerate(self.past.shards)]
+        return DuplicateSearch(
+            # A folder for each run: what an earlier one has found is not what this one looks for.
+            self.work / f"run-{run}",
+            (*earlier, ShardsOfRun(self.work, self.assignment.shards, run, staged=True)),
+            self.assignment.total,
             self.config.near_duplicates,
         )
-        if self.config.deduplicate:
-            search.run(_for_each)
-        publisher = Publisher(self.config, work, self.context.writer)
-        groups = list(chunks(pending, _PUBLISHED_AT_ONCE))
-        deduplicate = self.config.deduplicate
-
-        def publish(item: dict[str, Any]) -> dict[str, Any]:
-            publisher.publish_all(groups[int(item["item"])], search if deduplicate else None)
-            return {"item": item["item"]}
-
-        for _ in _for_each(publish, range(len(groups))):
-            pass
-
-
-def _total(source: Source, config: PairsConfig) -> int:
-    total = source.total
-    return total if config.limit is None else min(total, config.limit)
 
 
 def _require_columns(source: Source, config: PairsConfig) -> None:
-    from pipelines.stages.pairs.filters import column_filters
-    from pipelines.stages.pairs.sources.columns import find_column
-
     names = list(source.extra_types)
     for name in column_filters(config):
         if find_column(names, name) is None:
@@ -232,30 +178,26 @@ def _require_columns(source: Source, config: PairsConfig) -> None:
             )
 
 
-def _summarise(context: StageContext, rounds: _Rounds, total: int) -> dict[str, Any]:
-    from pipelines.stages.pairs.summary.summary import summarise
-
+def _summarise(context: StageContext, runs: PastRuns) -> dict[str, Any]:
     config: PairsConfig = context.config
     storage = context.writer.storage
-    details = summarise(storage, rounds.shards, image_size=config.image_size, for_each=_for_each)
-    details["rounds"] = list(rounds.first_shards)
-    details["additions"] = _additions(context, rounds)
+    details = summarise(storage, runs.shards, image_size=config.image_size, for_each=for_each)
+    details["rounds"] = list(runs.first_shards)
+    details["additions"] = _additions(context, runs)
     if not details["samples"]:
         # Nothing is lost by it, and after a network failure the next run must try again.
         for name in [COMMITS, *storage.names("*.tar"), *storage.names("*.parquet")]:
             storage.remove(name)
-        counts = ", ".join(f"{count} {status}" for status, count in details["statuses"].items())
+        counts = ", ".join(f"{count} {status}" for status, count in Counter(details["statuses"]).most_common())
         raise UserError(f"no row of {config.source} gave a sample ({counts}): mend the source, or what refuses it")
     for status, count in details["statuses"].items():
         context.tracker.metric(f"pairs/{status.replace(':', '_')}", count)
     return details
 
 
-def _additions(context: StageContext, rounds: _Rounds) -> int:
-    """How many retries gave samples."""
-    from pipelines.stages.pairs.shard.files import shard_name
-
+def _additions(context: StageContext, runs: PastRuns) -> int:
+    """Count the retries that gave samples: later stages have something new to read after each of them."""
     rows = Counter[str]()
     for name, record in context.writer.committed().items():
         rows[name.partition(".")[0]] += record.rows
-    return sum(any(rows[shard_name(shard)] for shard in shards) for shards in rounds.shards[1:])
+    return sum(any(rows[shard_name(shard)] for shard in shards) for shards in runs.shards[1:])

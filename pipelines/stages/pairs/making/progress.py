@@ -5,24 +5,26 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from typing import TYPE_CHECKING
 
 from pipelines.stage import StageContext
+from pipelines.stages.pairs.making.progress_board import ProgressBoard
 from pipelines.stages.pairs.shard.outcome import OK
-from pipelines.stages.pairs.shard.staged import WORK
-
-if TYPE_CHECKING:
-    from pipelines.stages.pairs.making.board import Board
-
 
 _SHOW_EVERY_S = 1.0
+WINDOW_S = 10.0
 
 
-class _Showing:
-    """Tells the display and the tracker how far the workers are, while they work."""
+class ProgressDisplay:
+    """Shows the user and the tracker how far the workers are; a context manager around their work.
 
-    def __init__(self, context: StageContext, board: Board, before: int, total: int) -> None:
+    Args:
+        context: the stage's; its `progress` and `tracker` are told.
+        board: the counts of the workers.
+        before: rows that earlier runs have finished.
+        total: rows in all.
+    """
 
+    def __init__(self, context: StageContext, board: ProgressBoard, before: int, total: int) -> None:
         self._context, self._board, self._before, self._total = context, board, before, total
         self._rates = {"rows": RecentRate(), "bytes": RecentRate()}
         self._now = {"rows": 0.0, "bytes": 0.0}
@@ -30,10 +32,7 @@ class _Showing:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="progress")
 
-    def __enter__(self) -> _Showing:
-        from pipelines.stages.pairs.summary.unfinished import write_plan
-
-        write_plan(self._context.writer.storage / WORK, self._total, self._context.config.rows_per_shard)
+    def __enter__(self) -> ProgressDisplay:
         self._show()
         self._thread.start()
         return self
@@ -45,7 +44,7 @@ class _Showing:
         self.track()
 
     def track(self) -> None:
-        """Log the rates of this moment."""
+        """Log the present rates to the tracker."""
         step = self._before + self._rows
         self._context.tracker.metric("throughput/rows_per_s", self._now["rows"], step=step)
         self._context.tracker.metric("throughput/mb_per_s", self._now["bytes"] / 1e6, step=step)
@@ -55,8 +54,9 @@ class _Showing:
             self._show()
 
     def _show(self) -> None:
-        # Of this run alone: what an earlier one has done took none of this one's time.
+        # The board counts this run alone: rates must not include rows that an earlier run finished.
         counts = self._board.read()
+        # Fewer rows than before: the board could not be reached, or was restarted and lacks some workers' counts.
         if counts["rows"] < self._rows:
             return
         self._rows = counts["rows"]
@@ -78,14 +78,11 @@ def _most_frequent_failures(counts: Counter[str], rows: int, most: int = 3) -> d
     return {name: f"{100 * count / rows:.1f} %" for name, count in failures.most_common(most)}
 
 
-WINDOW_S = 10.0
-
-
 class RecentRate:
     """Items per second over the last seconds. The time before the first item, while workers start, does not count.
 
     Args:
-        window_s: how far back it looks.
+        window_s: the length of the window.
     """
 
     def __init__(self, window_s: float = WINDOW_S) -> None:
@@ -93,9 +90,10 @@ class RecentRate:
         self._seen: deque[tuple[float, int]] = deque()
 
     def update(self, count: int) -> float:
-        """The rate, now that so many items are done in all; call it about once a second, from the start on."""
+        """Return the rate, given the number of items done in all; to be called about once a second from the start."""
         now = time.monotonic()
         self._seen.append((now, count))
+        # The oldest entry is the last one before the window, or the last one without any item.
         while len(self._seen) > 2 and (now - self._seen[1][0] >= self._window_s or not self._seen[1][1]):
             self._seen.popleft()
         since, before = self._seen[0]

@@ -1,4 +1,4 @@
-"""Colours to sRGB by a picture's own ICC profile."""
+"""Conversion of colours to sRGB by a picture's own ICC profile."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageCms
 
-# Real ones have up to about 2.5 MB (CMYK); as many as are cached stay in memory.
+# Real profiles have up to about 2.5 MB (CMYK). The limit also bounds the memory of the cache below.
 MAX_PROFILE_BYTES = 4 << 20
 _SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}
 
 
 def converted(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """An RGB, L or CMYK image to sRGB; unchanged where the profile is sRGB's, broken or of another kind of image."""
+    """Convert an RGB, L or CMYK image to sRGB; unchanged if the profile is sRGB, broken or for another mode."""
     transform = _transform_for(profile, image.mode)
     return image if transform is None else transform.apply(image)
 
 
 def needs_conversion(profile: bytes | None) -> bool:
-    """Whether an RGB picture with this profile differs from one without."""
+    """Tell whether an RGB picture with this profile looks different without it."""
     return _transform_for(profile, "RGB") is not None
 
 
 def to_srgb(pixels: np.ndarray, profile: bytes | None) -> np.ndarray:
-    """`converted` for uint8 (H, W, 3) RGB."""
+    """Convert uint8 (H, W, 3) RGB to sRGB, as `converted` does."""
     transform = _transform_for(profile, "RGB")
     return pixels if transform is None else np.asarray(transform.apply(Image.fromarray(pixels)))
 
@@ -34,6 +34,7 @@ def _transform_for(profile: bytes | None, mode: str) -> ImageCms.ImageCmsTransfo
     return _transform(profile, mode) if profile and len(profile) <= MAX_PROFILE_BYTES else None
 
 
+# Building a transform takes longer than applying it, and most pictures share a few profiles.
 @lru_cache(maxsize=16)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     try:

@@ -1,6 +1,6 @@
 """Plain JPEGs: read by their markers, decoded at the smallest sufficient scale.
 
-Plain means 8-bit Huffman-coded grey or colour. What is not, and whatever looks odd, is left to `raster`.
+Plain means 8-bit Huffman-coded grey or colour. All other JPEGs, and whatever looks odd, are left to `raster`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from pipelines.stages.pairs.config import PairsConfig
 from pipelines.stages.pairs.pictures.resize import Size
 from pipelines.stages.pairs.rows import RejectedError
 
-# libjpeg-turbo has vector code for these scales only: 3/8 takes longer than 4/8, 5/8 to 7/8 longer than 8/8, and their
-# pictures are worse.
+# The scales of decoding, in eighths. libjpeg-turbo has vector code for these only: 3/8 takes longer than 4/8, 5/8 to
+# 7/8 longer than 8/8, and their pictures are worse.
 EIGHTHS = (1, 2, 4, 8)
-# Of the target size. Closer to it the block-wise reduction shows: at exactly half size sharp photographs reach 38 dB.
+# A picture is decoded at least this many times as large as it is stored. Closer to the stored size the block-wise
+# reduction shows: at exactly half size sharp photographs reach 38 dB.
 MARGIN = 1.5
-# A progressive file's coefficients stay in memory until its end; scans can be repeated without end.
+# A progressive file's coefficients stay in memory until its end, and its scans can be repeated without end.
 MAX_COEFFICIENT_BYTES = 400 << 20
 MAX_SCANS = 64
 
@@ -31,7 +32,7 @@ _WITHOUT_LENGTH = range(0xD0, 0xDA)
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)
 _EXIF, _ICC = b"Exif\0\0", b"ICC_PROFILE\0"
-_ORIENTATION = 0x0112
+ORIENTATION_TAG = 0x0112
 # In entropy-coded data 0xff is followed by 0 (a literal), another 0xff (fill) or a restart marker.
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 # A few stray bytes before the end are common and harmless; more of them mean that what is before them is damaged.
@@ -46,7 +47,17 @@ class UnusualError(Exception):
 
 @dataclass(frozen=True)
 class Jpeg:
-    """What a plain JPEG's header says: size in pixels as stored, EXIF orientation (1 to 8) and ICC profile."""
+    """A plain JPEG whose header was read.
+
+    Attributes:
+        data: the file.
+        width, height: pixels as stored, before turning.
+        turn: EXIF orientation, 1 to 8.
+        profile: its ICC profile, if any.
+        is_color: whether it has three components; otherwise it is grey.
+        first_scan: the position of the first scan's marker.
+        format: as Pillow names it.
+    """
 
     data: bytes
     width: int
@@ -58,11 +69,11 @@ class Jpeg:
     format: str = "JPEG"
 
     def load(self, least: Size, config: PairsConfig) -> np.ndarray:
-        """The picture as uint8 (H, W, 3) RGB, at least MARGIN times as large as `least` where the file is.
+        """Decode to uint8 (H, W, 3) RGB, at least MARGIN times as large as `least` if the file is.
 
         Raises:
-            RejectedError: `decode_error`, also where only the end is missing.
-            UnusualError: it may be sound, but not for this decoder.
+            RejectedError: `decode_error`, even if only the end is missing.
+            UnusualError: the file may be sound, but this decoder cannot tell.
         """
         eighths = _eighths((self.width, self.height), least, config.jpeg_scale)
         size = (0, 0) if eighths == 8 else (-(-self.width * eighths // 8), -(-self.height * eighths // 8))
@@ -75,7 +86,8 @@ class Jpeg:
             raise RejectedError("decode_error") from None
 
     def is_exactly(self, encode: str) -> bool:
-        """Whether the file is an RGB picture of the format `encode` and nothing more."""
+        """Tell whether the file is an RGB picture of the format `encode` and nothing more."""
+        # Bytes after the end could be anything: a zip archive, a page with scripts.
         return encode == "jpg" and self.is_color and _end_of_image(self.data, self.first_scan) == len(self.data)
 
 
@@ -89,10 +101,10 @@ def _eighths(size: Size, least: Size, jpeg_scale: str) -> int:
 
 
 def read_jpeg(data: bytes) -> Jpeg | None:
-    """The header of a plain JPEG; None for anything else.
+    """Read the header of a plain JPEG; None for anything else.
 
     Raises:
-        RejectedError: `too_large` where decoding would take too much memory or time.
+        RejectedError: `too_large` if decoding would take too much memory or time.
     """
     if not data.startswith(_START):
         return None
@@ -127,18 +139,19 @@ def read_jpeg(data: bytes) -> Jpeg | None:
         coefficients = width * height * sum(samples) // max(1, *samples)
         if 2 * coefficients > MAX_COEFFICIENT_BYTES or has_too_many_scans(data):
             raise RejectedError("too_large")
-    # Each piece begins with its number and how many there are.
+    # A profile comes in pieces, in any order; each begins with its number and the number of pieces.
     joined = b"".join(piece[2:] for piece in sorted(profile, key=lambda piece: piece[:1])) or None
     return Jpeg(data, width, height, _orientation(exif), joined, components == 3, position)
 
 
 def has_too_many_scans(data: bytes) -> bool:
+    """Tell whether a JPEG would be decoded again and again: each scan of a progressive file takes a whole pass."""
     # In entropy-coded data no other marker can be mistaken for this one.
     return data.count(b"\xff\xda") > MAX_SCANS
 
 
 def _end_of_image(data: bytes, position: int) -> int:
-    """Where the image ends whose first scan is at `position`; -1 where it does not."""
+    """Return where the image ends whose first scan is at `position`; -1 if it does not end."""
     while found := _MARKER.search(data, position):
         marker, position = data[found.start() + 1], found.end()
         if marker == _END_OF_IMAGE:
@@ -153,7 +166,12 @@ def _orientation(exif: bytes) -> int:
     block = Image.Exif()
     try:
         block.load(exif)
-        value = block.get(_ORIENTATION, 1)
+        return orientation(block)
     except Exception:  # A broken EXIF block does not make the picture unreadable; Pillow raises anything on it.
         return 1
+
+
+def orientation(exif: Image.Exif) -> int:
+    """Return the orientation (1 to 8) of an EXIF block; 1, upright, if it gives none that is valid."""
+    value = exif.get(ORIENTATION_TAG, 1)
     return value if isinstance(value, int) and 1 <= value <= 8 else 1

@@ -1,4 +1,4 @@
-"""What is measured of a stored picture: a perceptual hash, entropy and sharpness."""
+"""Measures of a stored picture: perceptual hash, entropy and sharpness."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import cv2
 import numpy as np
 
 _SIDE, _LOW = 32, 8
-# Standard deviation of the reduced grey values below which a hash would be of noise.
+# Standard deviation of the reduced grey values below which the hash would only describe noise.
 _FLAT = 2.0
 
 
 def perceptual_hash(pixels: np.ndarray) -> int | None:
-    """64 bits (as a signed integer) that stay nearly the same when a picture is re-encoded, resized or toned.
+    """Compute 64 bits (as a signed integer) that hardly change when a picture is re-encoded, resized or toned.
 
-    The picture is reduced to 32x32 grey values; each bit says whether one of the 8x8 lowest frequencies of their
-    cosine transform, the constant ones left out, is above the median.
+    The picture is reduced to 32x32 grey values. Each bit says whether one of the 8x8 lowest frequencies of their
+    cosine transform, without the constant ones, is above the median of the 64.
 
     Args:
         pixels: uint8 (H, W, 3) RGB.
 
     Returns:
-        None for pictures that are nearly flat.
+        The hash; None for pictures that are nearly flat.
     """
     small = cv2.resize(grey(pixels), (_SIDE, _SIDE), interpolation=cv2.INTER_AREA).astype(np.float32)
     if small.std() < _FLAT:
@@ -30,17 +30,17 @@ def perceptual_hash(pixels: np.ndarray) -> int | None:
 
 
 def entropy(pixels: np.ndarray) -> float:
-    """Bits per grey value, 0 to 8."""
+    """Compute the entropy of the grey values: 0 to 8 bits."""
     counts = np.bincount(grey(pixels).ravel(), minlength=256)
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log2(shares)).sum())
 
 
 def sharpness(pixels: np.ndarray) -> float:
-    """Variance of the Laplacian of the grey values (0 to 255)."""
+    """Compute the variance of the Laplacian of the grey values (0 to 255)."""
     return float(cv2.Laplacian(grey(pixels), cv2.CV_64F).var())
 
 
 def grey(pixels: np.ndarray) -> np.ndarray:
-    """uint8 (H, W) from uint8 (H, W, 3) RGB."""
+    """Convert uint8 (H, W, 3) RGB to uint8 (H, W) grey."""
     return cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)

@@ -1,4 +1,4 @@
-"""Every format but plain JPEG, by Pillow: decoded by content, bounded, to RGB.
+"""Pictures of every format but plain JPEG, decoded by Pillow: told by content, bounded in memory, converted to RGB.
 
 Only common raster formats are tried, and whatever a decoder raises becomes a status of the row.
 """
@@ -15,27 +15,35 @@ from PIL import Image, UnidentifiedImageError
 from pipelines.stages.pairs.config import PairsConfig
 from pipelines.stages.pairs.pictures.color import converted, needs_conversion
 from pipelines.stages.pairs.pictures.formats import DECODED
-from pipelines.stages.pairs.pictures.jpeg import MARGIN, has_too_many_scans
+from pipelines.stages.pairs.pictures.jpeg import MARGIN, has_too_many_scans, orientation
 from pipelines.stages.pairs.pictures.resize import LEFT_TO_CUBIC, Size, shrink
 from pipelines.stages.pairs.rows import RejectedError
 
-# How files of these formats begin, to tell a broken picture from no picture.
+# The first bytes of these formats, to tell a broken picture from a file that is none.
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
-# What decoding one picture may take, and what decoders take: bytes a pixel at their peak.
+# The memory that decoding one picture may take.
 MAX_DECODER_BYTES = 640 << 20
+# Measured peaks of Pillow's decoders, in bytes a pixel; 4 for those not listed.
 _BYTES_PER_PIXEL = {"WEBP": 20, "AVIF": 12, "JPEG2000": 24, "JPEG": 12, "MPO": 12}
+# The same if the pixels are then converted all at once and not in bands.
 _WHOLE_BYTES_PER_PIXEL = 16
+# Larger pictures are converted and reduced in bands of about this many pixels.
 _BAND_PIXELS = 4 << 20
-_ORIENTATION = 0x0112
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
-# Pillow's own limit is one for the whole process and only warns; ours is the recipe's and is checked on opening.
+# Pillow's own limit holds for the whole process and only warns. Ours is the recipe's and is checked on opening.
 Image.MAX_IMAGE_PIXELS = None
 
 
 class Raster:
-    """A picture that Pillow has opened: size in pixels as stored, EXIF orientation (1 to 8)."""
+    """A picture that Pillow has opened.
 
-    # Colours are converted on loading.
+    Attributes:
+        width, height: pixels as stored, before turning.
+        turn: EXIF orientation, 1 to 8.
+        format: as Pillow names it.
+    """
+
+    # The ICC profile is applied on loading: it may be one for CMYK or grey, which are gone afterwards.
     profile = None
 
     def __init__(self, data: bytes, config: PairsConfig) -> None:
@@ -49,9 +57,8 @@ class Raster:
             self._image: Image.Image = Image.open(io.BytesIO(data), formats=DECODED)
         except UnidentifiedImageError:
             raise RejectedError("decode_error" if _looks_like_one(data) else "not_an_image") from None
-        except (
-            Exception
-        ):  # Decoders raise anything on damaged input: SyntaxError, struct.error, IndexError, MemoryError
+        except Exception:
+            # Decoders raise anything on damaged input: SyntaxError, struct.error, IndexError, MemoryError.
             raise RejectedError("decode_error") from None
         self.format = self._image.format or ""
         self.width, self.height = self._image.size
@@ -63,16 +70,18 @@ class Raster:
         if self.format in ("JPEG", "MPO") and has_too_many_scans(data):
             raise RejectedError("too_large")
         if self.format == "PNG":
-            # Its orientation may come after the pixels, and Pillow would decode them to find it, deaf to errors.
+            # PNG orientation may follow the pixel data. Decode now, strictly: Pillow's own look-ahead ignores errors.
             self._load(self._image)
         self.turn = self._orientation()
         self._icc = self._image.info.get("icc_profile")
 
     def load(self, least: Size, config: PairsConfig) -> np.ndarray:
-        """The first frame over white, uint8 (H, W, 3) RGB, at least MARGIN times as large as `least` where the file is.
+        """Decode the first frame, over white, to uint8 (H, W, 3) RGB.
+
+        The result is at least MARGIN times as large as `least` if the file is.
 
         Raises:
-            RejectedError: `decode_error`, or `too_large` where the memory would not do.
+            RejectedError: `decode_error`, or `too_large` if decoding would take too much memory.
         """
         factor = int(min(self.width / least[0], self.height / least[1]) / LEFT_TO_CUBIC)
         is_whole = factor <= 1 or self._image.mode[0] in "IF"
@@ -89,7 +98,7 @@ class Raster:
             raise RejectedError("decode_error") from None
 
     def is_exactly(self, encode: str) -> bool:
-        """Whether the file is an 8-bit RGB picture of the format `encode`, not animated, and nothing more."""
+        """Tell whether the file is an 8-bit RGB picture of the format `encode`, not animated, and nothing more."""
         image = self._image
         if image.mode != "RGB" or "transparency" in image.info or getattr(image, "is_animated", False):
             return False
@@ -127,14 +136,13 @@ class Raster:
         if self.format == "TIFF":  # Pillow turns these itself.
             return 1
         try:
-            value = self._image.getexif().get(_ORIENTATION, 1)
+            return orientation(self._image.getexif())
         except Exception:  # A broken EXIF block does not make the picture unreadable.
             return 1
-        return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _tile_pixels(image: Image.Image) -> int:
-    """Pixels that a TIFF is decoded by: of a tile, which may be larger than the picture, or of a strip."""
+    """Return the pixels of a TIFF's tile, which is decoded whole, however small the picture is; 0 without tiles."""
     tags: Any = getattr(image, "tag_v2", {})
     try:
         return int(tags.get(_TILE_WIDTH, 0)) * int(tags.get(_TILE_LENGTH, 0))
@@ -147,9 +155,10 @@ def _looks_like_one(data: bytes) -> bool:
 
 
 def _reduced(image: Image.Image, profile: bytes | None, factor: int) -> np.ndarray:
-    """A large image to RGB and smaller by a whole factor, a band of rows after the other to save memory."""
+    """Convert a large image to RGB and reduce it by a whole factor, one band of rows at a time to save memory."""
     rows = max(_BAND_PIXELS // image.width // factor, 1) * factor
     starts = list(range(0, image.height, rows))
+    # A last band of fewer rows than the factor would reduce to nothing: it joins the one before.
     if len(starts) > 1 and image.height - starts[-1] < factor:
         starts.pop()
     bands = []
@@ -160,6 +169,7 @@ def _reduced(image: Image.Image, profile: bytes | None, factor: int) -> np.ndarr
 
 
 def _to_rgb(image: Image.Image, profile: bytes | None) -> np.ndarray:
+    """Convert an image of 8 bits a channel to uint8 (H, W, 3) sRGB, what is transparent to white."""
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGB", rgba.size, "white")
@@ -171,7 +181,10 @@ def _to_rgb(image: Image.Image, profile: bytes | None) -> np.ndarray:
 
 
 def _deep_to_rgb(image: Image.Image) -> np.ndarray:
-    """Grey of 16 bits or of floating point to 8 bits; the range is the smallest usual one that holds all values."""
+    """Convert grey of 16 bits or of floating point to 8-bit RGB.
+
+    Files do not say what white is: the smallest usual range that holds all values is assumed.
+    """
     values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0.0, neginf=0.0)
     largest = float(values.max(initial=0.0))
     usual = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
@@ -181,7 +194,7 @@ def _deep_to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def _png_end(data: bytes) -> int:
-    """Where the IEND chunk ends."""
+    """Return where the IEND chunk ends; -1 without one."""
     position = 8
     while position + 12 <= len(data):
         length, name = struct.unpack_from(">I4s", data, position)

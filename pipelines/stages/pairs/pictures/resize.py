@@ -1,4 +1,4 @@
-"""How large a picture becomes, and the resampling that makes it so.
+"""The size that a picture is stored at, and the resampling that gets it there.
 
 Pixels are uint8 (H, W, 3) RGB throughout; sizes are (width, height) in pixels.
 """
@@ -24,12 +24,12 @@ from pipelines.stages.pairs.rows import RejectedError
 cv2.setNumThreads(1)
 
 Size = tuple[int, int]
-# Longest sides that the formats can hold.
+# The longest side that a format can hold, in pixels.
 _LONGEST = {"jpg": 65_500, "webp": 16_383, "png": 1_000_000}
-# A picture to be cropped is scaled whole up to so many times the crop: where the crop lies is then the same for each
-# scale that a JPEG is decoded at. Of longer pictures the ends are cut off first.
+# A picture to be cropped is scaled as a whole if it is at most this many times as long as the crop: the crop's place
+# then does not depend on the scale that a JPEG is decoded at. The ends of longer pictures are cut off first.
 _COVER = 4
-# Above this reduction a box filter goes first, by a whole factor that leaves at least so much to the better one.
+# Large reductions begin with a box filter, by a whole factor that leaves at least this reduction to the better filter.
 LEFT_TO_CUBIC = 1.5
 # Fits the low-pass of the 4-tap cubic to Pillow's Lanczos, in PSNR over sharp and soft photographs (docs/log.md).
 _BLUR = 0.65
@@ -37,13 +37,13 @@ _BLUR = 0.65
 
 @dataclass(frozen=True)
 class Geometry:
-    """What becomes of a picture of a known size; all upright.
+    """The sizes that a picture passes through, all of them upright.
 
     Attributes:
-        whole: what the whole picture is scaled to.
-        scaled: the centre of `whole` that is really computed; smaller than it for very long pictures only.
-        stored: the size that is stored: the centre of `scaled`, or `scaled` in the middle of white.
-        bucket: `WIDTHxHEIGHT` with `resize: buckets`.
+        whole: the size that the whole picture would be scaled to.
+        scaled: the centre of `whole` that is computed; smaller than it only for very long pictures.
+        stored: the stored size: the centre of `scaled`, or `scaled` in the middle of a white picture.
+        bucket: `WIDTHxHEIGHT` with `resize: buckets`, otherwise None.
     """
 
     whole: Size
@@ -53,11 +53,11 @@ class Geometry:
 
 
 def plan(width: int, height: int, config: PairsConfig) -> Geometry:
-    """The geometry of a picture of this upright size.
+    """Plan the geometry of a picture of this upright size.
 
     Raises:
-        RejectedError: `too_small` where it would have to be enlarged and may not; `too_large` where enlarging it would
-            give more than `max_image_pixels`; `encode_error` where a side is longer than the format can hold.
+        RejectedError: `too_small` if it would have to be enlarged and may not; `too_large` if enlarging it would give
+            more than `max_image_pixels`; `encode_error` if a side is longer than the format can hold.
     """
     geometry = _plan(width, height, config)
     if math.prod(geometry.scaled) > max(width * height, config.max_image_pixels):
@@ -99,9 +99,10 @@ def _scaled(size: Size, scale: float, config: PairsConfig) -> Size:
 
 @lru_cache(maxsize=16)
 def bucket_sizes(image_size: int, step: int, max_aspect: float) -> tuple[Size, ...]:
-    """All sizes whose sides are multiples of `step`, of an area of at most image_size² and no longer than `max_aspect`.
+    """List the sizes whose sides are multiples of `step`, with an area of at most image_size² and an aspect ratio of at
+    most `max_aspect`.
 
-    Of these only the ones that would be too large with another `step` on either side.
+    Only maximal sizes: adding `step` to either side would exceed the area.
     """
     largest = image_size * image_size
     sides = range(step, largest // step + 1, step)
@@ -114,20 +115,21 @@ def bucket_sizes(image_size: int, step: int, max_aspect: float) -> tuple[Size, .
 
 
 def nearest_bucket(width: int, height: int, sizes: tuple[Size, ...]) -> Size:
-    """The size whose aspect ratio is nearest on a logarithmic scale; of two equally near ones the narrower."""
+    """Return the size whose aspect ratio is nearest on a logarithmic scale; of two equally near ones the narrower."""
     aspect = math.log(width / height)
     return min(sizes, key=lambda size: (abs(math.log(size[0] / size[1]) - aspect), size))
 
 
 def resize(pixels: np.ndarray, geometry: Geometry, turn: int = 1) -> np.ndarray:
-    """Scale, turn upright, and cut or pad.
+    """Scale, turn upright, and crop or pad.
 
     Args:
-        pixels: the whole picture as its file has it, at any scale.
-        geometry: of the upright picture.
+        pixels: the whole picture as its file has it (before turning), decoded at any scale.
+        geometry: the plan for the upright picture.
         turn: EXIF orientation, 1 to 8.
     """
     whole, scaled = geometry.whole, geometry.scaled
+    # Orientations 5 to 8 swap width and height.
     if turn >= 5:
         whole, scaled = whole[::-1], scaled[::-1]
     if scaled != whole:
@@ -145,7 +147,7 @@ def resize(pixels: np.ndarray, geometry: Geometry, turn: int = 1) -> np.ndarray:
 
 
 def _centre(pixels: np.ndarray, size: Size) -> np.ndarray:
-    """A view of the middle."""
+    """Return a view of the middle."""
     left, top = (pixels.shape[1] - size[0]) // 2, (pixels.shape[0] - size[1]) // 2
     return pixels[top : top + size[1], left : left + size[0]]
 
@@ -153,8 +155,8 @@ def _centre(pixels: np.ndarray, size: Size) -> np.ndarray:
 def scale_to(pixels: np.ndarray, size: Size) -> np.ndarray:
     """Resample to exactly this size.
 
-    Enlarges by cubic interpolation. Reduces by a cubic after a small Gaussian, without which 4 taps let through what
-    the smaller picture cannot hold; large reductions average whole blocks of pixels first.
+    Enlarges by cubic interpolation. Reduces by a cubic after a small Gaussian, without which its 4 taps would alias;
+    large reductions average whole blocks of pixels first.
     """
     if (pixels.shape[1], pixels.shape[0]) == size:
         return pixels
@@ -171,7 +173,7 @@ def _reduction(pixels: np.ndarray, size: Size) -> float:
 
 
 def shrink(pixels: np.ndarray, factor: int) -> np.ndarray:
-    """Average blocks of factor x factor pixels; blocks at the right and bottom edges stretch to cover the rest."""
+    """Average blocks of factor x factor pixels; they are stretched a little if the sides are no multiples of it."""
     if factor <= 1:
         return pixels
     size = (pixels.shape[1] // factor, pixels.shape[0] // factor)
@@ -179,7 +181,7 @@ def shrink(pixels: np.ndarray, factor: int) -> np.ndarray:
 
 
 def turned(pixels: np.ndarray, turn: int) -> np.ndarray:
-    """Upright, from a picture with this EXIF orientation (1 to 8)."""
+    """Turn a picture with this EXIF orientation (1 to 8) upright."""
     match turn:
         case 2:
             return cv2.flip(pixels, 1)

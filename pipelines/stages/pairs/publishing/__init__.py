@@ -1,1 +1,1 @@
-"""From staged shards to committed ones: duplicates found, scores computed, retries dealt out."""
+"""From staged shards to committed ones: duplicates found, scores computed, transient failures retried."""

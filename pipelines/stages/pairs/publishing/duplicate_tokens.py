@@ -1,11 +1,11 @@
-"""Which rows show a picture that was there before: exactly, by source bytes or URL, or nearly, by perceptual hash.
+"""Duplicate detection on tokens: exact by source bytes or URL, near by perceptual hash.
 
-Every `ok` row gives a few *tokens*: digests of its bytes and of its URL, and, for near duplicates, bands of its hash.
-Rows can only be duplicates of each other if they share a token, so that tokens may be dealt out to any number of
-parts, each of which is looked through on its own. The answer depends on row numbers, not on the order of arrival.
+Every `ok` row gives a few *tokens*: digests of its bytes and of its URL and, for near duplicates, bands of its hash.
+Only rows that share a token can be duplicates, so the tokens can be dealt out to any number of parts, each of which is
+searched on its own. The result depends on row numbers, never on the order of arrival.
 
-Hashes within a distance of d bits agree, by the pigeonhole principle, in at least one of d + 1 bands; those that do are
-compared bit by bit.
+Hashes that differ in at most d bits agree, by the pigeonhole principle, in at least one of d + 1 bands; rows that share
+a band are then compared bit by bit.
 """
 
 from __future__ import annotations
@@ -13,150 +13,164 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipelines.stages.pairs.shard.files import read_table
 from pipelines.stages.pairs.shard.outcome import OK
-from pipelines.stages.pairs.shard.staged import read_made
-from pipelines.store.storage import Storage
 
 HASH_BITS = 64
-# `rank` orders rows: rows of an earlier round stay where a later round finds the same picture.
+# `high` and `low` identify the token, `hash` is the whole perceptual hash (bands only), `rank` orders rows: the run in
+# the high bits, the row in the low ones. So a row that is committed keeps its place, and a later retry that finds the
+# same picture at a smaller row number counts as the duplicate.
 _TOKEN = np.dtype([("high", "<u8"), ("low", "<u8"), ("rank", "<i8"), ("hash", "<u8")])
-_ROUND_SHIFT = 48
-# The low half of a band's token; the digest of a URL or a file is not this one by chance.
+_RUN_SHIFT = 48
+_ROW_MASK = (1 << _RUN_SHIFT) - 1
+# The low half of every band's token. Exact tokens are halves of sha256: none has this value by chance.
 _BAND = np.uint64(0xBA4D_BA4D_BA4D_BA4D)
 _VERDICT = np.dtype([("row", "<i8"), ("of", "<i8"), ("near", "?")])
-_ROW_MASK = (1 << _ROUND_SHIFT) - 1
-# Pairs of hashes compared at once.
-_COMPARED = 1 << 22
+# Hashes compared at once: a boolean matrix of this many entries stays within some ten megabytes.
+_COMPARISONS_AT_ONCE = 1 << 22
 
 Tokens = NDArray[np.void]
 Verdicts = NDArray[np.void]
+NO_TOKENS: Tokens = np.empty(0, _TOKEN)
 NO_VERDICTS: Verdicts = np.empty(0, _VERDICT)
 
 
-@dataclass(frozen=True)
-class Shards:
-    """Shards of one round: published ones in the artifact's folder, or those in the making in its work folder."""
-
-    folder: Storage
-    numbers: Sequence[int]
-    round: int = 0
-    in_the_making: bool = False
-
-    def read(self, shard: int, columns: list[str]) -> Any:
-        """Columns of a shard's table."""
-        folder = read_made(self.folder, shard).folder if self.in_the_making else self.folder
-        return read_table(folder, shard, columns)
-
-
-def tokens_a_row(distance: int | None) -> int:
+def tokens_per_row(distance: int | None) -> int:
+    """Return the largest number of tokens that one row gives."""
     return 2 + (0 if distance is None else distance + 1)
 
 
-def read_tokens(shards: Shards, distance: int | None) -> Tokens:
-    """The tokens of all `ok` rows.
+def make_tokens(
+    rows: Sequence[int],
+    digests: Sequence[str],
+    urls: Sequence[str | None],
+    hashes: Sequence[int | None],
+    distance: int | None,
+) -> Tokens:
+    """Make the tokens of `ok` rows.
 
     Args:
-        distance: bits in which near duplicates may differ; None where only exact ones count.
+        rows: row numbers in the source.
+        digests: hexadecimal sha256 of the pictures' source bytes.
+        urls: where the pictures come from; rows without a URL give no token for it.
+        hashes: perceptual hashes (64 bits, signed); None for pictures that are nearly flat. Not used without
+            `distance`.
+        distance: bits in which near duplicates may differ; None if only exact ones count.
     """
-    columns = ["row", "status", "url", "sha256", *(["phash"] if distance is not None else [])]
-    parts = [np.empty(0, _TOKEN)]
-    for shard in shards.numbers:
-        table = shards.read(shard, columns)
-        kept = table.filter([status == OK for status in table.column("status").to_pylist()])
-        ranks = kept.column("row").to_numpy() + (shards.round << _ROUND_SHIFT)
-        digests = [bytes.fromhex(value) for value in kept.column("sha256").to_pylist()]
-        parts.append(_exact(digests, ranks))
-        urls = [(url, rank) for url, rank in zip(kept.column("url").to_pylist(), ranks) if url is not None]
-        parts.append(_exact([hashlib.sha256(f"url {url}".encode()).digest() for url, _ in urls], [r for _, r in urls]))
-        if distance is not None:
-            known = kept.filter(kept.column("phash").is_valid())
-            hashes = known.column("phash").to_numpy().astype(np.int64).view(np.uint64)
-            ranks = known.column("row").to_numpy() + (shards.round << _ROUND_SHIFT)
-            parts += [_band(hashes, ranks, band, distance + 1) for band in range(distance + 1)]
+    parts = [_exact([bytes.fromhex(digest) for digest in digests], rows)]
+    known = [(hashlib.sha256(f"url {url}".encode()).digest(), row) for url, row in zip(urls, rows) if url is not None]
+    parts.append(_exact([digest for digest, _ in known], [row for _, row in known]))
+    if distance is not None:
+        hashed = [(value, row) for value, row in zip(hashes, rows, strict=True) if value is not None]
+        values = np.array([value for value, _ in hashed], np.int64).view(np.uint64)
+        numbers = np.array([row for _, row in hashed], np.int64)
+        parts += [_band(values, numbers, band, distance + 1) for band in range(distance + 1)]
     return np.concatenate(parts)
 
 
+def tokens_of_table(table: pa.Table, distance: int | None) -> Tokens:
+    """Make the tokens of the `ok` rows of a shard's table, for shards that were staged or committed without them."""
+    kept = table.filter([status == OK for status in table.column("status").to_pylist()])
+    return make_tokens(
+        kept.column("row").to_pylist(),
+        kept.column("sha256").to_pylist(),
+        kept.column("url").to_pylist(),
+        kept.column("phash").to_pylist() if distance is not None else [],
+        distance,
+    )
+
+
+def token_columns(distance: int | None) -> list[str]:
+    """Name the columns of a table that `tokens_of_table` needs."""
+    return ["row", "status", "url", "sha256", *(["phash"] if distance is not None else [])]
+
+
+def with_run(tokens: Tokens, run: int) -> Tokens:
+    """Mark tokens as found in the first run (0) or in a retry (1, 2, …): rows of earlier runs rank first."""
+    ranked = tokens.copy()
+    ranked["rank"] += run << _RUN_SHIFT
+    return ranked
+
+
 def split(tokens: Tokens, parts: int) -> list[Tokens]:
-    """Deal tokens out, equal ones to the same part."""
+    """Deal tokens out to parts, equal ones to the same part."""
+    # Fibonacci hashing: the bands' high halves are small numbers, whose remainders alone would fill few parts.
     place = (tokens["high"] * np.uint64(0x9E37_79B9_7F4A_7C15) >> np.uint64(32)) % np.uint64(parts)
     return [tokens[place == part] for part in range(parts)]
 
 
 def find_duplicates(tokens: Tokens, distance: int | None) -> Verdicts:
-    """Rows (`row`) with an earlier row (`of`, the earliest) of the same bytes or URL, or `near`, of a similar hash.
+    """Find the rows that show what an earlier row shows.
 
-    Sorted by row; one line a row, and an exact match counts before a near one.
+    Returns:
+        One verdict for each duplicate, sorted by row: `row`, the row it is a duplicate `of` (the earliest), and whether
+        it is only `near`, by its hash. An exact match counts before a near one.
     """
+    # By token, then by rank: equal tokens become a group whose first row is the earliest.
     tokens = tokens[np.lexsort((tokens["rank"], tokens["low"], tokens["high"]))]
-    starts = np.flatnonzero(
-        np.concatenate(
-            [[True], (tokens["high"][1:] != tokens["high"][:-1]) | (tokens["low"][1:] != tokens["low"][:-1])]
-        )
-        if len(tokens)
-        else np.empty(0, bool)
-    )
+    changes = (tokens["high"][1:] != tokens["high"][:-1]) | (tokens["low"][1:] != tokens["low"][:-1])
+    starts = np.flatnonzero(np.concatenate([[True], changes])) if len(tokens) else np.empty(0, np.int64)
     sizes = np.diff(np.append(starts, len(tokens)))
-    banded = tokens["low"][starts] == _BAND
-    found = [NO_VERDICTS]
-    groups = np.repeat(starts, sizes)
-    later = (np.arange(len(tokens)) != groups) & (np.repeat(~banded, sizes))
-    found.append(_verdicts(tokens["rank"][later], tokens["rank"][groups[later]], near=False))
+    is_band = tokens["low"][starts] == _BAND
+    # Rows with one digest are duplicates as they are: all but the first of their group.
+    group_start = np.repeat(starts, sizes)
+    later = (np.arange(len(tokens)) != group_start) & np.repeat(~is_band, sizes)
+    found = [_verdicts(tokens["rank"][later], tokens["rank"][group_start[later]], near=False)]
     if distance is not None:
-        for start, size in zip(starts[banded & (sizes > 1)], sizes[banded & (sizes > 1)]):
+        # Rows that share a band may still differ in too many bits of the others.
+        candidates = is_band & (sizes > 1)
+        for start, size in zip(starts[candidates], sizes[candidates]):
             found.append(_near(tokens[start : start + size], distance))
-    return merge([np.concatenate(found)])
+    return merge(found)
 
 
 def merge(verdicts: Sequence[Verdicts]) -> Verdicts:
-    """Verdicts on the same rows, from several parts, made one."""
+    """Merge verdicts from several parts: one a row, an exact match before a near one, then the earliest row."""
     every = np.concatenate([NO_VERDICTS, *verdicts])
     every = every[np.lexsort((every["of"], every["near"], every["row"]))]
     first = np.concatenate([[True], every["row"][1:] != every["row"][:-1]]) if len(every) else np.empty(0, bool)
     return every[first]
 
 
-def parts_for(rows: int, distance: int | None, tokens_a_part: int) -> int:
-    """How many parts keep each below a number of tokens."""
-    return max(1, math.ceil(rows * tokens_a_row(distance) / tokens_a_part))
+def parts_for(rows: int, distance: int | None, tokens_per_part: int) -> int:
+    """Return how many parts keep each part below a number of tokens."""
+    return max(1, math.ceil(rows * tokens_per_row(distance) / tokens_per_part))
 
 
-def _exact(digests: Sequence[bytes], ranks: Sequence[int] | NDArray[np.int64]) -> Tokens:
+def _exact(digests: Sequence[bytes], rows: Sequence[int]) -> Tokens:
     tokens = np.zeros(len(digests), _TOKEN)
+    # 128 bits of sha256 are enough: with 10^10 rows a collision has a probability of about 10^-19.
     halves = np.frombuffer(b"".join(digest[:16] for digest in digests), "<u8").reshape(-1, 2)
-    tokens["high"], tokens["low"], tokens["rank"] = halves[:, 0], halves[:, 1], ranks
+    tokens["high"], tokens["low"], tokens["rank"] = halves[:, 0], halves[:, 1], rows
     return tokens
 
 
-def _band(hashes: NDArray[np.uint64], ranks: NDArray[np.int64], band: int, bands: int) -> Tokens:
+def _band(hashes: NDArray[np.uint64], rows: NDArray[np.int64], band: int, bands: int) -> Tokens:
     first, last = HASH_BITS * band // bands, HASH_BITS * (band + 1) // bands
     tokens = np.zeros(len(hashes), _TOKEN)
     bits = (hashes >> np.uint64(first)) & np.uint64((1 << (last - first)) - 1)
-    # Two bands of the same value are not the same token.
+    # The number of the band is part of the token: two bands with the same bits are no match.
     tokens["high"] = (bits << np.uint64(8)) ^ np.uint64(band)
-    tokens["low"], tokens["rank"], tokens["hash"] = _BAND, ranks, hashes
+    tokens["low"], tokens["rank"], tokens["hash"] = _BAND, rows, hashes
     return tokens
 
 
 def _near(group: Tokens, distance: int) -> Verdicts:
-    """Verdicts among rows that share a band, in order of rank."""
-    # Rows of one hash (copies, mostly) are compared once.
-    hashes, firsts, places = np.unique(group["hash"], return_index=True, return_inverse=True)
+    """Compare rows that share a band, in order of rank, with each other."""
+    # Rows with equal hashes (mostly copies) are compared once: a thousand of them are not a million comparisons.
+    hashes, firsts, inverse = np.unique(group["hash"], return_index=True, return_inverse=True)
     earliest = group["rank"][firsts]
     best = earliest.copy()
-    step = max(1, _COMPARED // len(hashes))
+    step = max(1, _COMPARISONS_AT_ONCE // len(hashes))
     for start in range(0, len(hashes), step):
-        chunk = hashes[start : start + step, None] ^ hashes[None, :]
-        similar = np.bitwise_count(chunk) <= distance
-        ranks = np.where(similar, earliest[None, :], np.iinfo(np.int64).max)
+        differing_bits = np.bitwise_count(hashes[start : start + step, None] ^ hashes[None, :])
+        ranks = np.where(differing_bits <= distance, earliest[None, :], np.iinfo(np.int64).max)
         best[start : start + step] = ranks.min(axis=1)
-    of = best[places]
+    of = best[inverse]
     later = of < group["rank"]
     return _verdicts(group["rank"][later], of[later], near=True)
 

@@ -1,67 +1,43 @@
-"""What models say of finished samples: how well a caption fits its picture (CLIP), how it looks (an aesthetic head).
+"""Scores of staged samples: how well a caption fits its picture (CLIP), how pleasing it looks (an aesthetic head).
 
-Scores are computed shard by shard on a pool of actors and kept beside the shards in the making.
+Scores are computed shard by shard on a pool of actors and kept beside the staged shards.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, normalize
 
+from ldm_core.images import to_unit_range
+from ldm_core.metrics.networks.clip import load_clip
+from ldm_core.metrics.networks.weights import MetricUnavailableError, read_weights
+from pipelines.compute.actor_pool import map_on_actors, pool_size, prepare_torch
 from pipelines.errors import UserError
-from pipelines.shards.format import read_shard
 from pipelines.stage import Progress
 from pipelines.stages.pairs.artifact import decode_image, image_of
 from pipelines.stages.pairs.config import Scoring
-from pipelines.stages.pairs.shard.files import shard_name
-from pipelines.stages.pairs.shard.staged import read_made
-from pipelines.store.storage import Storage, sha256_file
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-_CLIP_FILES = re.compile(r".*\.(json|txt|safetensors|bin)")
-
-
-def digests(scoring: Scoring | None) -> dict[str, str]:
-    """The files of the models by content."""
-    if scoring is None:
-        return {}
-    folder = Path(scoring.clip)
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}: pairs.scoring.clip must be the folder of a CLIP model")
-    files = [path for path in sorted(folder.iterdir()) if _CLIP_FILES.fullmatch(path.name)]
-    found = {f"clip/{path.name}": sha256_file(path) for path in files}
-    if scoring.aesthetic_head is not None:
-        found["aesthetic_head"] = sha256_file(scoring.aesthetic_head)
-    return found
-
-
-def scores_name(shard: int) -> str:
-    return f"{shard_name(shard)}.scores"
-
-
-def read_scores(work: Storage, shard: int) -> dict[str, dict[str, float]]:
-    """The scores of a shard's samples, by key and name."""
-    scores: dict[str, dict[str, float]] = work.read_json(scores_name(shard))
-    return scores
+from pipelines.stages.pairs.shard.staged import StagedShard, scored_shards
+from pipelines.store.storage import Storage
 
 
 def score_shards(scoring: Scoring, work: Storage, shards: Sequence[int], progress: Progress) -> None:
-    """Score every shard that has no scores yet.
+    """Score every staged shard that has no scores yet.
 
     Args:
-        work: the folder with the shards in the making.
+        scoring: the recipe's models and the size of their pool.
+        work: the folder of staged shards.
+        shards: the numbers of all staged shards.
+        progress: is told how many of them have scores.
     """
-    from pipelines.compute.actor_pool import map_on_actors, pool_size
-
-    found = set(work.names("*.scores"))
-    items = [{"shard": shard} for shard in shards if scores_name(shard) not in found]
+    found = set(scored_shards(work))
+    items = [{"shard": shard} for shard in shards if shard not in found]
     size = pool_size(len(items), workers=scoring.workers, use_gpu=scoring.use_gpu)
     arguments = {"scoring": scoring, "work": work, "device": size.device}
     done = len(shards) - len(items)
@@ -71,13 +47,15 @@ def score_shards(scoring: Scoring, work: Storage, shards: Sequence[int], progres
 
 
 class Scorer:
-    """An actor that scores the samples of one shard after the other."""
+    """An actor that scores the samples of one shard after the other.
+
+    Args:
+        scoring: the recipe's models.
+        work: the folder of staged shards.
+        device: `cuda` or `cpu`.
+    """
 
     def __init__(self, *, scoring: Scoring, work: Storage, device: str) -> None:
-        from ldm_core.metrics.networks.clip import load_clip
-        from ldm_core.metrics.networks.weights import MetricUnavailableError
-        from pipelines.compute.actor_pool import prepare_torch
-
         prepare_torch(device)
         try:
             self._clip = load_clip(Path(scoring.clip), device=device)
@@ -91,20 +69,19 @@ class Scorer:
         self._batch_size, self._work = scoring.batch_size, work
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        """Score the samples of the shard `item["shard"]`."""
+        shard = StagedShard.open(self._work, item["shard"])
         scores: dict[str, dict[str, float]] = {}
-        made = read_made(self._work, item["shard"])
-        for name in (file.name for file in made.files if file.name.endswith(".tar")):
-            with made.folder.open(name) as file:
-                for batch in _batches(read_shard(file), self._batch_size):
+        for tar in shard.tars:
+            with shard.open_tar(tar) as samples:
+                for batch in _batches(samples, self._batch_size):
                     scores |= self._score(batch)
-        self._work.write_json(scores_name(item["shard"]), scores)
+        shard.write_scores(scores)
         return {"samples": len(scores)}
 
     def _score(self, samples: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-        import torch
-        from torch.nn.functional import normalize
-
         pixels = [_pixels(decode_image(image_of(sample))) for sample in samples]
+        # Pictures of several sizes cannot be one batch.
         same_size = len({picture.shape for picture in pixels}) == 1
         embeddings = [self._clip(batch) for batch in ([torch.cat(pixels)] if same_size else pixels)]
         pictures = normalize(torch.cat(embeddings), dim=-1)
@@ -119,19 +96,17 @@ class Scorer:
 
 
 class Head:
-    """Linear layers, one after the other, with nothing between them.
+    """An aesthetic predictor: linear layers with nothing between them.
 
     Args:
-        layers: (weight, bias) of each: (out, in) and (out,).
+        layers: weight (out, in) and bias (out,) of each layer.
     """
 
     def __init__(self, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
         self._layers = layers
 
     def __call__(self, embeddings: Tensor) -> Tensor:
-        """(B, D) normalised embeddings -> (B,)."""
-        from torch.nn.functional import linear
-
+        """Rate pictures by their normalised embeddings: (B, D) to (B,)."""
         for weight, bias in self._layers:
             embeddings = linear(embeddings, weight, bias)
         return embeddings[:, 0]
@@ -141,10 +116,8 @@ def load_head(path: Path, device: str) -> Head:
     """Read an aesthetic head; nothing in the file is executed.
 
     Raises:
-        UserError: no file there, or not the weights of linear layers that end in one number.
+        UserError: there is no such file, or it does not hold linear layers that end in one number.
     """
-    from ldm_core.metrics.networks.weights import MetricUnavailableError, read_weights
-
     try:
         tensors, _ = read_weights(path, content="the weights of linear layers")
     except (MetricUnavailableError, ValueError) as error:
@@ -166,10 +139,7 @@ def load_head(path: Path, device: str) -> Head:
 
 
 def _pixels(image: np.ndarray) -> Tensor:
-    import torch
-
-    from ldm_core.images import to_unit_range
-
+    """Convert uint8 (H, W, 3) to float (1, 3, H, W) in [-1, 1]."""
     return to_unit_range(torch.from_numpy(image).permute(2, 0, 1)[None])
 
 

@@ -1,4 +1,4 @@
-"""What became of an input row."""
+"""The outcome of an input row: a status and, if the row gives a sample, its picture."""
 
 from __future__ import annotations
 
@@ -6,29 +6,42 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipelines.stages.pairs.pictures.decode import Picture
-    from pipelines.stages.pairs.shard.spool import Spooled
+    # The statuses are read by `ldm plan` and `ldm inspect`, which have no use for picture codecs.
+    from pipelines.stages.pairs.pictures.transcode import Picture
+    from pipelines.stages.pairs.shard.files import Spooled
 
 OK = "ok"
 DUPLICATE, NEAR_DUPLICATE = "duplicate", "near_duplicate"
-# Failures that another day may not meet.
-PASSING = frozenset({"timeout", "dns_error", "connection_error", "incomplete_body", "unreadable_file"})
-_PASSING_HTTP = frozenset({"http_408", "http_425", "http_429"})
+# Transient failures, retried by `pairs.retry=failed`.
+_TRANSIENT = frozenset(
+    {
+        "timeout",
+        "dns_error",
+        "connection_error",
+        "incomplete_body",
+        "unreadable_file",
+        # The client was too slow, came too early, or asked too often.
+        "http_408",
+        "http_425",
+        "http_429",
+    }
+)
 
 
-def may_pass(status: str) -> bool:
-    """Whether fetching the row again, later, may give another status."""
-    return status in PASSING or status in _PASSING_HTTP or status.startswith("http_5")
+def is_transient(status: str) -> bool:
+    """Tell whether fetching the row again later may give another status."""
+    return status in _TRANSIENT or status.startswith("http_5")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A status, and where it is `ok` the picture.
+    """What became of one row.
 
     Attributes:
-        sha256: of the source's bytes, where they were got.
-        picture: what is known of the picture, without its bytes.
-        stored: the encoded picture.
+        status: `ok`, or the reason why the row gives no sample.
+        sha256: hexadecimal digest of the source's bytes, if they were read.
+        picture: size, format and hash of the stored picture, without its bytes; None unless `ok`.
+        stored: the encoded picture in its shard's spool; None unless `ok`.
     """
 
     status: str

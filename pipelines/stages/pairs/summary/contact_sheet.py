@@ -14,7 +14,7 @@ from pipelines.drawing.grids import Image8, grid
 from pipelines.errors import UserError
 from pipelines.shards.tar_windows import Tar, random_samples
 from pipelines.stages.pairs.pictures.formats import DECODED, IN_TARS
-from pipelines.stages.pairs.summary.unfinished import tars_in_the_making
+from pipelines.stages.pairs.summary.unfinished import staged_tars
 from pipelines.store.ledger import MANIFEST, WORK, read_manifest
 from pipelines.store.storage import Storage
 
@@ -48,7 +48,7 @@ def find_tars(storage: Storage, shard: str | None = None) -> list[Tar]:
             raise UserError(f"{storage.url}/{shard} is missing")
         return [Tar(storage, shard, size)]
     # Before anything is committed there are only staged shards.
-    return tars_of(storage) or tars_in_the_making(storage / WORK)
+    return tars_of(storage) or staged_tars(storage / WORK)
 
 
 def contact_sheet(tars: Sequence[Tar], count: int = SAMPLES) -> Image8 | None:

@@ -1,34 +1,36 @@
-"""Which hosts the rows of a data set come from, and what became of their rows."""
+"""The hosts that the rows of a data set come from, with the outcomes of their rows."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines.stages.pairs.shard.outcome import OK
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-# With more hosts than this the smallest are forgotten, and what is said of the others is "about".
+# With more hosts than this the smallest are forgotten, and the counts of the others are approximate: a host may have
+# been forgotten before it grew.
 MOST_HOSTS = 4096
 TOP_HOSTS = 20
-# Rows are put by until there are so many: counting them together is cheaper.
+# Rows are collected up to this number before they are counted: one aggregation costs less than many.
 _COUNTED_AT_ONCE = 1 << 16
 _LONGEST_HOST = 255
-# Of what is between "//" and the next "/": without user, password and port.
+# The host in the authority part of a URL (between "//" and the next "/"), without user, password and port.
 _HOST = r"(?s)^(?:.*@)?(\[[^\]]*\]|[^:?#]*).*$"
 
 
 class HostCounts:
-    """Rows by host and status; its memory does not grow with the number of hosts.
+    """Rows by host and status, in memory that does not grow with the number of hosts.
+
+    Args:
+        most: hosts to keep; up to twice as many are held until the smallest half is forgotten.
 
     Attributes:
         exact: whether no host had to be forgotten.
     """
 
     def __init__(self, most: int = MOST_HOSTS) -> None:
-        import pyarrow as pa
-
         self.exact = True
         self._most = most
         schema = pa.schema({"host": pa.string(), "status": pa.string(), "rows": pa.int64()})
@@ -37,10 +39,8 @@ class HostCounts:
         self._waiting_rows = 0
 
     def add(self, urls: pa.Array, statuses: pa.Array) -> None:
-        """Count rows; those whose URL names no host are left out."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
+        """Count rows by their URLs and statuses; rows whose URL names no host are left out."""
+        # "https:", "", "host", "path": columns of strings are split by Arrow; a URL parser would take a row at a time.
         parts = pc.split_pattern(urls, "/", max_splits=3)
         known = pc.fill_null(pc.greater_equal(pc.list_value_length(parts), 3), False)
         between = pc.utf8_slice_codeunits(pc.list_element(parts.filter(known), 2), 0, _LONGEST_HOST)
@@ -56,7 +56,7 @@ class HostCounts:
         self.exact = self.exact and later.exact
 
     def top(self, most: int = TOP_HOSTS) -> list[dict[str, Any]]:
-        """The hosts with the most rows: `host`, `rows`, `ok` (their share) and the most frequent `failure`, if any."""
+        """List the hosts with the most rows: `host`, `rows`, the share `ok` and the most frequent `failure`, if any."""
         self._settle()
         hosts = self._largest(most).column("host").to_pylist()
         found: dict[str, dict[str, int]] = {host: {} for host in hosts}
@@ -70,17 +70,12 @@ class HostCounts:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> HostCounts:
-        import pyarrow as pa
-
         counts = cls()
         counts.exact = value["exact"]
         counts._counts = pa.table(value["counts"], schema=counts._counts.schema)
         return counts
 
     def _settle(self) -> None:
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
         if not self._waiting:
             return
         found = _summed(pa.concat_tables(self._waiting), ([], "count_all"))
@@ -90,11 +85,8 @@ class HostCounts:
         self._join(found.filter(pc.not_equal(hosts, "")))
 
     def _join(self, counts: pa.Table) -> None:
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
         self._counts = _summed(pa.concat_tables([self._counts, counts.cast(self._counts.schema)]), ("rows", "sum"))
-        # Not at every new host: forgetting costs a sort.
+        # Not at every host above the limit: forgetting costs a sort.
         if pc.count_distinct(self._counts.column("host")).as_py() > 2 * self._most:
             self._counts = self._of(self._largest(self._most).column("host").to_pylist())
             self.exact = False
@@ -104,14 +96,11 @@ class HostCounts:
         return totals.sort_by([("rows_sum", "descending"), ("host", "ascending")]).slice(0, most)
 
     def _of(self, hosts: list[str]) -> pa.Table:
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
         return self._counts.filter(pc.is_in(self._counts.column("host"), value_set=pa.array(hosts, pa.string())))
 
 
 def _summed(table: pa.Table, aggregation: tuple[Any, str]) -> pa.Table:
-    """One line a host and status, sorted."""
+    """Aggregate to one line for each host and status, sorted."""
     summed = table.group_by(["host", "status"], use_threads=False).aggregate([aggregation])
     return summed.rename_columns(["host", "status", "rows"]).sort_by([("host", "ascending"), ("status", "ascending")])
 

@@ -1,15 +1,17 @@
-"""What a pairs artifact says about itself: counts by status and host, and how captions and pictures are distributed."""
+"""The summary of a pairs artifact: rows by status and host, and histograms over captions and pictures."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines.compute.tasks import ForEach, chunks
@@ -21,26 +23,21 @@ from pipelines.stages.pairs.summary.hosts import HostCounts
 from pipelines.store.storage import Storage
 from pipelines.store.threads import map_in_threads
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 EDGES: dict[str, tuple[float, ...]] = {
     "caption_words": (0, 2, 4, 6, 8, 10, 12, 15, 20, 25, 30, 40, 60, 100),
     "caption_characters": (0, 10, 20, 30, 40, 50, 60, 80, 100, 150, 200, 300, 500, 1000),
     "aspect": (0.0, 0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.4, 1.6, 2.0, 2.5, 4.0),
     "source_size": (0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096),
 }
-SHARDS_A_TASK = 256
+SHARDS_PER_TASK = 256
 _USERINFO = re.compile(r"//[^/]*@")
 _COLUMNS = ["row", "key", "status", "url", "caption", "width", "height", "bucket"]
 _EXAMPLES = 12
 _EXAMPLE_CHARACTERS = 300
 
 
-def summarise(
-    storage: Storage, rounds: Sequence[range], *, image_size: int, for_each: ForEach | None = None
-) -> dict[str, Any]:
-    """Facts of a pairs artifact, from the tables beside its shards.
+def summarise(storage: Storage, runs: Sequence[range], *, image_size: int, for_each: ForEach = map) -> dict[str, Any]:
+    """Summarise a pairs artifact from the tables beside its shards.
 
     Histograms are `{"edges": […], "counts": […]}`: counts[i] is of edges[i] <= value < edges[i + 1], the last one is of
     everything from the last edge on. They are over the samples: words and characters of the first caption, width /
@@ -48,24 +45,25 @@ def summarise(
 
     Args:
         storage: the artifact's folder.
-        rounds: the shards of the first run and of each retry, whose statuses replace earlier ones.
-        image_size: of the stored pictures.
-        for_each: calls a function on every number of a range, somewhere; None for here. There is a number for every
-            SHARDS_A_TASK shards.
+        runs: the shards of the first run and of each retry, whose statuses replace earlier ones.
+        image_size: of the stored pictures, in pixels.
+        for_each: maps a function over a range of numbers, somewhere, with the results in order. There is a number for
+            every SHARDS_PER_TASK shards.
     """
     groups = [
         (group, replaced)
-        for shards, replaced in zip(rounds, replaced_rows(storage, rounds))
-        for group in chunks(shards, SHARDS_A_TASK)
+        for shards, replaced in zip(runs, replaced_rows(storage, runs))
+        for group in chunks(shards, SHARDS_PER_TASK)
     ]
 
-    def summarise_group(item: dict[str, Any]) -> dict[str, Any]:
-        shards, replaced = groups[item["item"]]
-        return {"item": item["item"], "partial": summarise_shards(storage, shards, replaced).to_json()}
+    def summarise_group(number: int) -> dict[str, Any]:
+        shards, replaced = groups[number]
+        return summarise_shards(storage, shards, replaced).to_json()
 
     whole = Partial()
-    for text in _in_order((for_each or _here)(summarise_group, range(len(groups)))):
-        whole.merge(Partial.from_json(text))
+    # In order: which hosts are forgotten depends on it, and a summary must not depend on chance.
+    for partial in for_each(summarise_group, range(len(groups))):
+        whole.merge(Partial.from_json(partial))
     stored = sum(size for name, size in storage.sizes().items() if name.endswith(".tar"))
     return {
         **whole.details(),
@@ -76,14 +74,15 @@ def summarise(
 
 
 def summarise_shards(storage: Storage, shards: Sequence[int], replaced: NDArray[np.int64] | None = None) -> Partial:
-    """What the tables of these shards say, in a bounded amount of memory.
+    """Summarise the tables of some shards, in a bounded amount of memory.
 
     Args:
         storage: the folder they are in.
+        shards: their numbers.
         replaced: rows, ascending, whose lines do not count; None for none.
     """
     partial = Partial()
-    # A store answers slowly, but many at once.
+    # An object store takes long for one answer, but gives many at once.
     read = map if storage.is_local else map_in_threads
     for table in read(lambda shard: _read(storage, shard), shards):
         if replaced is not None and len(replaced):
@@ -94,7 +93,7 @@ def summarise_shards(storage: Storage, shards: Sequence[int], replaced: NDArray[
 
 @dataclass
 class Partial:
-    """What the tables of some shards say; what two of them say can be merged."""
+    """The summary of some shards; two of them can be merged."""
 
     statuses: Counter[str] = field(default_factory=Counter)
     histograms: dict[str, Histogram] = field(default_factory=lambda: {n: Histogram(e) for n, e in EDGES.items()})
@@ -105,8 +104,6 @@ class Partial:
 
     def add(self, table: pa.Table) -> None:
         """Count the lines of one shard's table."""
-        import pyarrow.compute as pc
-
         status = table.column("status")
         counts = _counts(status)
         self.statuses.update(counts)
@@ -119,8 +116,6 @@ class Partial:
             self.failures[name] = _example(table.slice(first, 1).to_pylist()[0])
 
     def _add_samples(self, good: pa.Table) -> None:
-        import pyarrow.compute as pc
-
         caption = good.column("caption")
         width, height = (good.column(name).to_numpy() for name in ("width", "height"))
         words = pc.list_value_length(pc.utf8_split_whitespace(pc.utf8_trim_whitespace(caption)))
@@ -132,7 +127,7 @@ class Partial:
             self.buckets.update(_counts(good.column("bucket")))
 
     def merge(self, later: Partial) -> None:
-        """Add what shards say that come after these."""
+        """Add the summary of shards that come after these."""
         self.statuses.update(later.statuses)
         self.buckets.update(later.buckets)
         self.hosts.merge(later.hosts)
@@ -142,34 +137,31 @@ class Partial:
         self.failures = later.failures | self.failures
 
     def details(self) -> dict[str, Any]:
-        """As an artifact's manifest holds it."""
+        """Return the summary as an artifact's manifest holds it."""
         return {
             "samples": self.statuses[OK],
             "input_rows": self.statuses.total(),
-            "statuses": _descending(self.statuses),
+            "statuses": dict(self.statuses),
             **{name: histogram.as_dict() for name, histogram in self.histograms.items()},
-            **({"buckets": _descending(self.buckets)} if self.buckets else {}),
+            **({"buckets": dict(self.buckets)} if self.buckets else {}),
             "hosts": self.hosts.top(),
             "hosts_exact": self.hosts.exact,
             "examples": self.examples,
             "failures": dict(sorted(self.failures.items())),
         }
 
-    def to_json(self) -> str:
-        return json.dumps(
-            {
-                "statuses": self.statuses,
-                "histograms": {name: histogram.as_dict()["counts"] for name, histogram in self.histograms.items()},
-                "buckets": self.buckets,
-                "hosts": self.hosts.to_json(),
-                "examples": self.examples,
-                "failures": self.failures,
-            }
-        )
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "statuses": dict(self.statuses),
+            "histograms": {name: histogram.as_dict()["counts"] for name, histogram in self.histograms.items()},
+            "buckets": dict(self.buckets),
+            "hosts": self.hosts.to_json(),
+            "examples": self.examples,
+            "failures": self.failures,
+        }
 
     @classmethod
-    def from_json(cls, text: str) -> Partial:
-        value = json.loads(text)
+    def from_json(cls, value: dict[str, Any]) -> Partial:
         return cls(
             statuses=Counter(value["statuses"]),
             histograms={name: Histogram(EDGES[name], counts) for name, counts in value["histograms"].items()},
@@ -181,10 +173,7 @@ class Partial:
 
 
 def _read(storage: Storage, shard: int) -> pa.Table:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    # Not through a dataset: with tables as small as these that takes twice as long.
+    # Not by `pq.read_table`: with tables as small as these its dataset takes twice as long.
     file = pq.ParquetFile(pa.BufferReader(storage.read_bytes(table_name(shard))))
     return file.read([name for name in _COLUMNS if name in file.schema_arrow.names], use_threads=False)
 
@@ -193,28 +182,9 @@ def _counts(values: pa.ChunkedArray) -> dict[str, int]:
     return {line["values"]: line["counts"] for line in values.value_counts().to_pylist()}
 
 
-def _descending(counts: Counter[str]) -> dict[str, int]:
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
-
-
 def _example(row: dict[str, Any]) -> dict[str, str]:
     values = {name: row[name] for name in ("key", "caption", "url")}
     if values["url"] is not None:
         # Passwords and signatures belong to the data, not to manifests and reports.
         values["url"] = _USERINFO.sub("//", values["url"].partition("?")[0], count=1)
     return {name: value[:_EXAMPLE_CHARACTERS] for name, value in values.items() if value is not None}
-
-
-def _here(function: Callable[[dict[str, Any]], dict[str, Any]], items: Sequence[int]) -> Iterator[dict[str, Any]]:
-    return (function({"item": item}) for item in items)
-
-
-def _in_order(results: Iterable[dict[str, Any]]) -> Iterator[str]:
-    # What is forgotten of hosts depends on the order, and the summary must not depend on chance.
-    waiting: dict[int, str] = {}
-    following = 0
-    for result in results:
-        waiting[result["item"]] = result["partial"]
-        while following in waiting:
-            yield waiting.pop(following)
-            following += 1

@@ -1,11 +1,15 @@
-"""Which addresses a table of URLs may make us connect to: the public internet, and what the recipe names."""
+"""The guard against requests to private addresses: a table of URLs may only reach the public internet.
+
+Otherwise a hostile table could read what is behind our firewall, such as a cloud's metadata service. The recipe may
+name exceptions.
+"""
 
 from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable
 
-# Networks that are not marked as private, and lead to a cloud's own services or back to this machine.
+# Networks that Python does not count as private, but that lead to a cloud's own services or back to this machine.
 _NOT_PUBLIC = tuple(
     map(
         ipaddress.ip_network,
@@ -23,7 +27,7 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is on the public internet, looking through the ways to write IPv4 inside IPv6."""
+    """Tell whether an IP address is on the public internet, even if it is an IPv4 address inside an IPv6 one."""
     parsed = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(parsed, ipaddress.IPv6Address):
         inner = parsed.ipv4_mapped or parsed.sixtofour
@@ -39,14 +43,14 @@ def is_public(address: str) -> bool:
 
 
 class Guard:
-    """Says which addresses may be connected to.
+    """Decides which addresses may be connected to.
 
-    It is asked for the very address of each connection, so that a name cannot resolve to a public address when it is
-    checked and to a private one when it is used.
+    It is asked about the very address of each connection: a name checked beforehand could resolve to a public address
+    then and to a private one when it is used.
 
     Args:
-        allow_private: no refusals.
-        allow: networks that are not refused although they are private.
+        allow_private: whether to allow every address.
+        allow: private networks that are allowed all the same.
     """
 
     def __init__(self, *, allow_private: bool, allow: Iterable[str] = ()) -> None:
@@ -54,6 +58,7 @@ class Guard:
         self._allow = [ipaddress.ip_network(network) for network in allow]
 
     def allows(self, address: str) -> bool:
+        """Tell whether this IP address may be connected to."""
         if self._allow_private or is_public(address):
             return True
         parsed = ipaddress.ip_address(address.partition("%")[0])

@@ -1,7 +1,7 @@
-"""libcurl inside an event loop: many transfers at once, each a coroutine.
+"""libcurl in an asyncio event loop: many transfers at once, each a coroutine, each failure with its name.
 
-libcurl tells which sockets it waits for and until when; the loop tells it when they are ready. Everything on the way of
-a body from the socket to memory is C.
+libcurl says which sockets it waits for and until when, and the loop tells it when they are ready (its "multi socket"
+interface). A body passes from the socket to memory in C.
 """
 
 from __future__ import annotations
@@ -15,31 +15,54 @@ from typing import Any
 import certifi
 import pycurl
 
-# As much as one read from a socket may bring.
+from pipelines.stages.pairs.rows import RejectedError
+
+# The most that one read from a socket returns.
 _BUFFER_BYTES = 1 << 18
 _KEEP_ALIVE_S = 5
 _DNS_CACHE_S = 300
 _ROBOTS, _LENGTH, _LOCATION = b"x-robots-tag:", b"content-length:", b"location:"
-# Pages that come with an error are read so far, that the connection can be used again.
+# Read at most this much of an error response's body, so that the connection can be reused.
 _ERROR_PAGE_BYTES = 1 << 16
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+# Statuses after which the same request may succeed: the server is busy, or the request came too early.
+_LATER = frozenset({408, 425, 429})
+_BAD_CERTIFICATES = frozenset({pycurl.E_PEER_FAILED_VERIFICATION, pycurl.E_SSL_CACERT, pycurl.E_SSL_ISSUER_ERROR})
+
+
+class RetryLaterError(Exception):
+    """A transient failure: another attempt may succeed.
+
+    Attributes:
+        status: the row's status if there is no other attempt.
+        after_s: the pause that the server asks for.
+        answered: whether the host is alive.
+    """
+
+    def __init__(self, status: str, *, after_s: float = 0.0, answered: bool = False) -> None:
+        super().__init__(status)
+        self.status, self.after_s, self.answered = status, after_s, answered
 
 
 @dataclass(slots=True)
 class Transfer:
-    """One request and what came of it.
+    """One request and its answer.
 
     Args:
-        accept: called with the size so far when a piece of the body arrives; False ends the transfer.
-        allowed: whether an address may be connected to.
+        url: an http or https URL.
+        accept: called with the size so far whenever a piece of the body arrives; False ends the transfer.
+        allowed: tells whether an address may be connected to.
 
     Attributes:
-        error: libcurl's code; 0 where the answer is complete.
-        status: of the answer; 0 where none came.
-        size, announced: bytes of the body so far; in all, as the answer says, or 0.
+        error: libcurl's error code; 0 if the answer is complete.
+        status: the answer's HTTP status; 0 if there was none.
+        received: the body so far.
+        size: its length.
+        announced: the length that the answer announces; 0 if it does not.
         robots: the values of `X-Robots-Tag` headers.
         refused: whether an address was not allowed.
-        location: where the answer redirects to, as it says it; None where it does not.
-        retry_after_s: that the server asks for; 0 where it does not.
+        location: the target of a redirect as the answer gives it; None if there is none.
+        retry_after_s: the pause that the server asks for; 0 if it does not.
     """
 
     url: str
@@ -59,16 +82,54 @@ class Transfer:
     def body(self) -> bytes:
         return bytes(self.received)
 
+    @property
+    def redirects(self) -> bool:
+        return self.status in _REDIRECTS and bool(self.location)
+
+    def check(self, max_bytes: int) -> None:
+        """Accept a picture (status 200) or a redirect, and raise the name of anything else.
+
+        Raises:
+            RejectedError: asking again is no use.
+            RetryLaterError: another attempt may succeed.
+        """
+        if self.error == pycurl.E_OPERATION_TIMEDOUT:
+            raise RetryLaterError("timeout")
+        if self.status == 200 and (self.size > max_bytes or self.error == pycurl.E_FILESIZE_EXCEEDED):
+            raise RejectedError("too_large")
+        if self.status in _LATER or self.status >= 500:
+            raise RetryLaterError(f"http_{self.status}", after_s=self.retry_after_s, answered=True)
+        if self.status not in (0, 200) and not self.redirects:
+            raise RejectedError(f"http_{self.status}")
+        # A redirect is complete with its headers, however its body ended.
+        if self.error and self.status in (0, 200):
+            raise self._connection_failure()
+
+    def _connection_failure(self) -> Exception:
+        if self.refused:
+            return RejectedError("refused_address")
+        if self.error in _BAD_CERTIFICATES:
+            return RejectedError("tls_error")
+        if self.error == pycurl.E_URL_MALFORMAT:
+            return RejectedError("bad_url")
+        if self.error == pycurl.E_COULDNT_RESOLVE_HOST:
+            return RetryLaterError("dns_error")
+        if self.status:
+            # However the connection ended: the server had begun to answer.
+            return RetryLaterError("incomplete_body", answered=True)
+        return RetryLaterError("connection_error")
+
 
 class Transfers:
-    """Runs transfers in the loop in which it was made.
+    """Runs transfers in the event loop in which it was made.
 
     Args:
         user_agent: sent with every request.
-        connect_to: `HOST:PORT` to connect to for some host names.
-        connect_timeout_s, silence_timeout_s: until a connection stands; without a byte (whole seconds).
+        connect_to: `HOST:PORT` to connect to instead, by host name.
+        connect_timeout_s: time limit for a connection to be established.
+        silence_timeout_s: time limit without a byte, in whole seconds.
         max_bytes: answers that announce more are not read.
-        connections: that are kept open for other requests.
+        connections: how many are kept open for later requests.
     """
 
     def __init__(
@@ -96,7 +157,7 @@ class Transfers:
         self._multi.setopt(pycurl.M_MAXCONNECTS, connections)
 
     async def run(self, transfer: Transfer, timeout_s: float) -> None:
-        """Run a transfer to its end; its attributes say how it ended."""
+        """Run a transfer to its end and set its attributes."""
         easy = self._idle.pop() if self._idle else self._new_easy()
         self._prepare(easy, transfer, timeout_s)
         done = self._loop.create_future()
@@ -122,12 +183,12 @@ class Transfers:
         easy = pycurl.Curl()
         options = {
             pycurl.NOSIGNAL: 1,
-            # What the environment says about proxies is not the recipe's word.
+            # No proxy from the environment: a recipe must do the same on every machine.
             pycurl.PROXY: "",
             pycurl.PROTOCOLS: pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS,
             pycurl.HTTP_VERSION: pycurl.CURL_HTTP_VERSION_1_1,
             pycurl.USERAGENT: self._user_agent,
-            # Pictures are compressed already; what is not decompressed cannot be a bomb.
+            # Pictures are compressed already, and what is not decompressed cannot be a bomb.
             pycurl.HTTPHEADER: ["Accept: */*", "Accept-Encoding: identity"],
             pycurl.HTTP_CONTENT_DECODING: 0,
             pycurl.HTTP_TRANSFER_DECODING: 1,
@@ -154,11 +215,12 @@ class Transfers:
                 return None if transfer.size <= _ERROR_PAGE_BYTES else 0
             if not transfer.accept(transfer.size):
                 return 0
-            # Not a list of pieces: a server may send them two bytes at a time.
+            # Not a list of pieces: a server may send two bytes at a time.
             transfer.received += chunk
             return None
 
         def header(line: bytes) -> None:
+            # Lenient: libcurl hands on what hostile servers send. Each answer of one transfer starts with this line.
             if line.startswith(b"HTTP/"):
                 code = line.split(maxsplit=2)[1:2]
                 transfer.status = int(code[0]) if code and code[0].isdigit() else 0
@@ -184,7 +246,7 @@ class Transfers:
         easy.setopt(pycurl.OPENSOCKETFUNCTION, open_socket)
 
     def _watch(self, event: int, descriptor: int, multi: Any, data: Any) -> None:
-        """libcurl waits for a socket in another way than before."""
+        """Watch a socket as libcurl asks: for reading, for writing, for both or no longer."""
         if event in (pycurl.POLL_IN, pycurl.POLL_INOUT):
             self._loop.add_reader(descriptor, self._act, descriptor, pycurl.CSELECT_IN)
         else:
@@ -197,11 +259,14 @@ class Transfers:
     def _set_timer(self, milliseconds: int) -> None:
         if self._timer:
             self._timer.cancel()
-        # Never at once: libcurl must not be called from inside one of its callbacks.
-        late = milliseconds >= 0
-        self._timer = self._loop.call_later(milliseconds / 1000, self._act, pycurl.SOCKET_TIMEOUT, 0) if late else None
+        self._timer = None
+        # A negative time means no timer. Zero must not act at once: this is one of libcurl's own callbacks, from which
+        # it must not be called.
+        if milliseconds >= 0:
+            self._timer = self._loop.call_later(milliseconds / 1000, self._act, pycurl.SOCKET_TIMEOUT, 0)
 
     def _act(self, descriptor: int, events: int) -> None:
+        """Let libcurl work on a socket that is ready, or on whatever is due; then settle what is finished."""
         self._multi.socket_action(descriptor, events)
         while True:
             left, finished, failed = self._multi.info_read()

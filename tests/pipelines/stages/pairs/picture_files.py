@@ -8,7 +8,7 @@ from PIL import Image
 
 from pipelines.stages.pairs.artifact import decode_image
 from pipelines.stages.pairs.config import PairsConfig
-from pipelines.stages.pairs.pictures.decode import Picture, make_picture
+from pipelines.stages.pairs.pictures.transcode import Picture, make_picture
 from pipelines.stages.pairs.rows import RejectedError
 
 

@@ -21,9 +21,8 @@ import webdataset
 from pipelines.errors import UserError, explain
 from pipelines.shards.format import read_shard
 from pipelines.stages.pairs.artifact import decode_image
-from pipelines.stages.pairs.shard.staged import keep_made
-from pipelines.stages.pairs.stage import STAGE
-from pipelines.stages.pairs.work import count_rows
+from pipelines.stages.pairs.shard.staged import StagedShard
+from pipelines.stages.pairs.stage import STAGE, count_rows
 from pipelines.store.ledger import FileRecord
 from pipelines.store.storage import Storage
 from tests.pipelines.stages.pairs.conftest import RunPairs
@@ -236,7 +235,7 @@ def test_a_shard_that_was_made_but_not_committed_whole_is_not_made_again(tmp_pat
     files = [FileRecord(name=name, rows=0, bytes=storage.size(name), sha256="0" * 64) for name in names]
     for name in names:
         storage.copy(name, storage / "work" / "attempt")
-    keep_made(storage / "work", 1, "attempt", files, {"ok": 4})
+    StagedShard.record(storage / "work", 1, "attempt", files, {"ok": 4})
     assert run_pairs(**options)[0] == details
     assert storage.read_json("commits/000001.parquet.json")["sha256"] == "0" * 64
     assert not storage.exists("work")
@@ -245,8 +244,8 @@ def test_a_shard_that_was_made_but_not_committed_whole_is_not_made_again(tmp_pat
 def test_of_two_that_make_one_shard_the_first_is_published(tmp_path: Path) -> None:
     work = Storage(str(tmp_path))
     (tmp_path / "a").mkdir()
-    first = keep_made(work, 3, "a", [FileRecord(name="x", rows=1, bytes=1, sha256="1" * 64)], {"ok": 1})
-    second = keep_made(work, 3, "b", [FileRecord(name="x", rows=0, bytes=2, sha256="2" * 64)], {"timeout": 1})
+    first = StagedShard.record(work, 3, "a", [FileRecord(name="x", rows=1, bytes=1, sha256="1" * 64)], {"ok": 1})
+    second = StagedShard.record(work, 3, "b", [FileRecord(name="x", rows=0, bytes=2, sha256="2" * 64)], {"timeout": 1})
     assert second == first
     assert second.folder == work / "a"
 

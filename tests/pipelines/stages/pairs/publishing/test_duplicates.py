@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipelines.stages.pairs.publishing import duplicate_search as duplicates
-from pipelines.stages.pairs.publishing.duplicate_search import DuplicateSearch
-from pipelines.stages.pairs.publishing.duplicate_tokens import Shards, find_duplicates, merge, read_tokens, split
+from pipelines.stages.pairs.publishing import duplicate_search
+from pipelines.stages.pairs.publishing.duplicate_search import DuplicateSearch, ShardsOfRun
+from pipelines.stages.pairs.publishing.duplicate_tokens import find_duplicates, merge, split
 from pipelines.stages.pairs.shard.files import write_table
 from pipelines.store.storage import Storage
 
@@ -21,7 +21,7 @@ def digest(content: int) -> str:
     return hashlib.sha256(str(content).encode()).hexdigest()
 
 
-def write_tables(folder: Storage, rows: list[dict[str, Any]]) -> Shards:
+def write_tables(folder: Storage, rows: list[dict[str, Any]]) -> ShardsOfRun:
     """Tables of shards with these rows (`sha`, and if they have them `url`, `phash`, `status`)."""
     count = -(-len(rows) // ROWS_A_SHARD)
     for shard in range(count):
@@ -39,7 +39,7 @@ def write_tables(folder: Storage, rows: list[dict[str, Any]]) -> Shards:
                 }
             ),
         )
-    return Shards(folder, range(count))
+    return ShardsOfRun(folder, range(count))
 
 
 def random_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -93,7 +93,7 @@ def as_dict(verdicts: Any) -> dict[int, tuple[int, bool]]:
 @pytest.mark.parametrize("distance", [0, 1, 3, 4, 7])
 def test_every_pair_that_is_near_is_found_and_no_other(tmp_path: Path, distance: int) -> None:
     rows = random_rows(400, seed=distance)
-    tokens = read_tokens(write_tables(Storage(str(tmp_path)), rows), distance)
+    tokens = write_tables(Storage(str(tmp_path)), rows).read_tokens(distance)
     found = as_dict(find_duplicates(tokens, distance))
     assert found == expected(rows, distance)
     assert len({near for _, near in found.values()}) == 2
@@ -101,7 +101,7 @@ def test_every_pair_that_is_near_is_found_and_no_other(tmp_path: Path, distance:
 
 def test_parts_and_the_order_of_tokens_do_not_matter(tmp_path: Path) -> None:
     rows = random_rows(400)
-    tokens = read_tokens(write_tables(Storage(str(tmp_path)), rows), 4)
+    tokens = write_tables(Storage(str(tmp_path)), rows).read_tokens(4)
     whole = find_duplicates(tokens, 4)
     shuffled = np.random.default_rng(1).permutation(tokens)
     parts = split(shuffled, 7)
@@ -113,25 +113,25 @@ def test_parts_and_the_order_of_tokens_do_not_matter(tmp_path: Path) -> None:
 def test_without_a_distance_hashes_do_not_count(tmp_path: Path) -> None:
     rows = [{"sha": 1, "phash": 5, "url": "a"}, {"sha": 2, "phash": 5, "url": "b"}, {"sha": 1, "phash": 9, "url": "c"}]
     shards = write_tables(Storage(str(tmp_path)), rows)
-    assert as_dict(find_duplicates(read_tokens(shards, None), None)) == {2: (0, False)}
-    assert as_dict(find_duplicates(read_tokens(shards, 0), 0)) == {1: (0, True), 2: (0, False)}
+    assert as_dict(find_duplicates(shards.read_tokens(None), None)) == {2: (0, False)}
+    assert as_dict(find_duplicates(shards.read_tokens(0), 0)) == {1: (0, True), 2: (0, False)}
 
 
 def test_rows_without_urls_are_not_copies_of_each_other(tmp_path: Path) -> None:
     shards = write_tables(Storage(str(tmp_path)), [{"sha": n + 1, "url": None} for n in range(5)])
-    assert len(find_duplicates(read_tokens(shards, None), None)) == 0
+    assert len(find_duplicates(shards.read_tokens(None), None)) == 0
 
 
 def test_a_thousand_copies_are_one_comparison(tmp_path: Path) -> None:
     rows = [{"sha": n + 1, "phash": 77, "url": str(n)} for n in range(3000)]
-    found = as_dict(find_duplicates(read_tokens(write_tables(Storage(str(tmp_path)), rows), 5), 5))
+    found = as_dict(find_duplicates(write_tables(Storage(str(tmp_path)), rows).read_tokens(5), 5))
     assert found == dict.fromkeys(range(1, 3000), (0, True))
 
 
 def test_what_is_committed_wins_over_a_retried_row_of_a_smaller_number(tmp_path: Path) -> None:
     first = write_tables(Storage(str(tmp_path / "a")), [{"sha": 1, "status": "timeout"}, {"sha": 2}])
     later = write_tables(Storage(str(tmp_path / "b")), [{"sha": 2}])
-    tokens = [read_tokens(first, None), read_tokens(Shards(later.folder, later.numbers, round=1), None)]
+    tokens = [first.read_tokens(None), ShardsOfRun(later.folder, later.numbers, run=1).read_tokens(None)]
     assert as_dict(find_duplicates(np.concatenate(tokens), None)) == {0: (1, False)}
 
 
@@ -143,14 +143,14 @@ def test_dealing_out_over_files_finds_the_same(tmp_path: Path, monkeypatch: pyte
     def for_each(function: Any, items: Any) -> Any:
         calls.append(len(items))
         # Later ones first: the order must not matter.
-        return [function({"item": item}) for item in reversed(items)]
+        return [function(item) for item in reversed(items)]
 
     whole = DuplicateSearch(Storage(str(tmp_path / "one")), (shards,), len(rows), 4)
     whole.run(for_each)
     assert not calls
-    monkeypatch.setattr(duplicates, "TOKENS_IN_DRIVER", 100)
-    monkeypatch.setattr(duplicates, "TOKENS_A_PART", 800)
-    monkeypatch.setattr(duplicates, "SHARDS_A_TASK", 5)
+    monkeypatch.setattr(duplicate_search, "TOKENS_IN_DRIVER", 100)
+    monkeypatch.setattr(duplicate_search, "TOKENS_PER_PART", 800)
+    monkeypatch.setattr(duplicate_search, "SHARDS_PER_TASK", 5)
     dealt = DuplicateSearch(Storage(str(tmp_path / "many")), (shards,), len(rows), 4)
     dealt.run(for_each)
     assert calls == [3, dealt.parts - 1]

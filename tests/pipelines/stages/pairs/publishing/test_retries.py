@@ -13,11 +13,12 @@ from pipelines.run.plan import Selection, plan
 from pipelines.run.recipe import Recipe
 from pipelines.run.walk import run
 from pipelines.shards.format import read_shard
-from pipelines.stages.pairs.assignment import Schedule
+from pipelines.stages.pairs.assignment import Assignment
+from pipelines.stages.pairs.making.worker import read_rows
 from pipelines.stages.pairs.publishing.retries import failed_rows, replaced_rows
 from pipelines.stages.pairs.rows import Row
 from pipelines.stages.pairs.shard.files import write_table
-from pipelines.stages.pairs.shard.outcome import may_pass
+from pipelines.stages.pairs.shard.outcome import is_transient
 from pipelines.store.ledger import Artifact
 from pipelines.store.storage import Storage
 from tests.pipelines.stages.pairs.web_server import Web, picture
@@ -25,7 +26,7 @@ from tests.tiny import tiny_recipe
 
 
 @pytest.mark.parametrize(
-    ("status", "may"),
+    ("status", "transient"),
     [
         ("timeout", True),
         ("dns_error", True),
@@ -40,11 +41,11 @@ from tests.tiny import tiny_recipe
         ("filtered:similarity", False),
     ],
 )
-def test_only_what_may_pass_is_tried_again(status: str, may: bool) -> None:
-    assert may_pass(status) is may
+def test_only_transient_failures_are_tried_again(status: str, transient: bool) -> None:
+    assert is_transient(status) is transient
 
 
-def test_the_last_round_decides_what_has_failed(tmp_path: Path) -> None:
+def test_the_last_run_of_a_row_decides_what_has_failed(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     tables = [
         [(0, "ok"), (1, "timeout"), (2, "http_404")],
@@ -76,9 +77,9 @@ class Numbers:
 def test_scattered_rows_are_read_in_few_pieces() -> None:
     source: Any = Numbers()
     rows = np.array([3, 5, 90, 100_000, 100_001, 500_000])
-    schedule = Schedule(rows_per_shard=4, total=10**6, first_shard=7, retried=rows)
-    assert (schedule.rows, schedule.shards) == (6, range(7, 9))
-    read = [row.index for shard in schedule.shards for row in schedule.read(source, shard)]
+    assignment = Assignment(rows_per_shard=4, total=10**6, first_shard=7, retried=rows)
+    assert (assignment.rows, assignment.shards) == (6, range(7, 9))
+    read = [row.index for shard in assignment.shards for row in read_rows(source, assignment.rows_of(shard))]
     assert read == rows.tolist()
     assert source.reads == [(3, 91), (100_000, 100_001), (100_001, 100_002), (500_000, 500_001)]
 
@@ -117,7 +118,7 @@ def test_a_retry_adds_shards_and_changes_the_keys_of_later_stages(
     assert (state, first.details["statuses"]) == ("run", {"ok": 14, "http_503": 5, "http_404": 1})
     before = {file.name: file for file in first.manifest.files}
 
-    # Nothing has changed on the web: the round is recorded, and later stages have nothing new to do.
+    # Nothing has changed on the web: the retry is recorded, and later stages have nothing new to do.
     same, state, latents_then = walk(retry="failed")
     assert (state, latents_then, same.details["samples"]) == ("retried", latents, 14)
 
@@ -134,5 +135,5 @@ def test_a_retry_adds_shards_and_changes_the_keys_of_later_stages(
     assert grown.details["statuses"] == {"ok": 16, "http_404": 3, "duplicate": 1}
     keys = [s["__key__"] for r in grown.shards() for s in read_shard(Path(grown.storage.path(r.name)))]
     assert len(set(keys)) == len(keys) == 16
-    # Nothing is left that may pass: the artifact is finished for good.
+    # No transient failure is left: the artifact is finished for good.
     assert walk(retry="failed")[1] == "cached"

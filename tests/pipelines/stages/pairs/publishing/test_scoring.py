@@ -13,8 +13,9 @@ from torch import nn
 from pipelines.errors import UserError
 from pipelines.shards.format import read_shard
 from pipelines.stages.pairs.config import Scoring
-from pipelines.stages.pairs.publishing.scoring import Scorer, digests, load_head
-from pipelines.stages.pairs.shard.staged import keep_made
+from pipelines.stages.pairs.inputs import model_digests
+from pipelines.stages.pairs.publishing.scoring import Scorer, load_head
+from pipelines.stages.pairs.shard.staged import StagedShard
 from pipelines.stages.pairs.stage import STAGE
 from pipelines.store.ledger import FileRecord
 from pipelines.store.storage import Storage
@@ -74,7 +75,7 @@ def test_a_score_is_the_cosine_of_the_embeddings(tmp_path: Path, clip_folder: Pa
     work = Storage(str(tmp_path))
     (tmp_path / "attempt").mkdir()
     write_shard(tmp_path / "attempt" / "000000.tar", samples)
-    keep_made(work, 0, "attempt", [FileRecord(name="000000.tar", rows=2, bytes=1, sha256="0" * 64)], {"ok": 2})
+    StagedShard.record(work, 0, "attempt", [FileRecord(name="000000.tar", rows=2, bytes=1, sha256="0" * 64)], {"ok": 2})
     head = write_head(tmp_path / "head.safetensors")
     scorer = Scorer(
         scoring=Scoring(clip=str(clip_folder), aesthetic_head=str(head)), work=work, device=torch.device("cpu").type
@@ -110,9 +111,9 @@ def test_the_key_follows_the_models(tmp_path: Path, clip_folder: Path) -> None: 
 
 def test_what_is_no_model_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no folder .*: pairs.scoring.clip must be the folder of a CLIP model"):
-        digests(Scoring(clip=str(tmp_path / "absent")))
+        model_digests(Scoring(clip=str(tmp_path / "absent")))
     with pytest.raises(UserError, match=r"absent\.pth is missing"):
-        digests(Scoring(clip=str(tmp_path), aesthetic_head=str(tmp_path / "absent.pth")))
+        model_digests(Scoring(clip=str(tmp_path), aesthetic_head=str(tmp_path / "absent.pth")))
     save_file({"a.weight": torch.zeros(3, 12), "a.bias": torch.zeros(3)}, tmp_path / "wide.safetensors")
     with pytest.raises(UserError, match="linear layers that end in one number"):
         load_head(tmp_path / "wide.safetensors", "cpu")

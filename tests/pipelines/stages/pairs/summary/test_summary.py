@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.compute.tasks import _for_each
+from pipelines.compute.tasks import for_each
 from pipelines.looking.inspect import inspect_path
 from pipelines.stages.pairs.making.progress import RecentRate
 from pipelines.stages.pairs.shard.files import write_table
-from pipelines.stages.pairs.shard.staged import keep_made
+from pipelines.stages.pairs.shard.staged import StagedShard
 from pipelines.stages.pairs.summary import summary
 from pipelines.stages.pairs.summary.hosts import HostCounts
 from pipelines.stages.pairs.summary.summary import EDGES, summarise
@@ -58,11 +58,6 @@ def place(value: float, edges: Sequence[float]) -> int:
     return max(index for index, edge in enumerate(edges) if value >= edge)
 
 
-def backwards(function: Callable[[dict[str, Any]], dict[str, Any]], items: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Results in an order that no cluster promises not to give."""
-    return iter([function({"item": item}) for item in items][::-1])
-
-
 def test_counting_by_columns_gives_what_counting_row_by_row_gives(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     storage.write_bytes("000000.tar", bytes(50_000))
@@ -92,13 +87,13 @@ def test_counting_by_columns_gives_what_counting_row_by_row_gives(tmp_path: Path
     assert len(details["examples"]) == 12
 
 
-def test_parts_counted_elsewhere_in_any_order_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_counted_one_by_one_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = Storage(str(tmp_path))
     for shard in range(7):
         make_table(storage, shard, range(50 * shard, 50 * shard + 50))
     whole = summarise(storage, [range(5), range(5, 7)], image_size=64)
-    monkeypatch.setattr(summary, "SHARDS_A_TASK", 2)
-    assert summarise(storage, [range(5), range(5, 7)], image_size=64, for_each=backwards) == whole
+    monkeypatch.setattr(summary, "SHARDS_PER_TASK", 2)
+    assert summarise(storage, [range(5), range(5, 7)], image_size=64) == whole
 
 
 def test_parts_counted_by_tasks_of_ray_give_the_same(
@@ -108,8 +103,8 @@ def test_parts_counted_by_tasks_of_ray_give_the_same(
     for shard in range(4):
         make_table(storage, shard, range(50 * shard, 50 * shard + 50))
     whole = summarise(storage, [range(3), range(3, 4)], image_size=64)
-    monkeypatch.setattr(summary, "SHARDS_A_TASK", 1)
-    assert summarise(storage, [range(3), range(3, 4)], image_size=64, for_each=_for_each) == whole
+    monkeypatch.setattr(summary, "SHARDS_PER_TASK", 1)
+    assert summarise(storage, [range(3), range(3, 4)], image_size=64, for_each=for_each) == whole
 
 
 def test_a_shard_without_rows_or_pictures_counts_too(tmp_path: Path) -> None:
@@ -168,7 +163,7 @@ def test_an_unfinished_artifact_tells_how_far_it_is(tmp_path: Path) -> None:
     write_plan(work, 950, 100)
     for shard in range(5):
         make_table(work / "attempt", shard, range(100 * shard, 100 * shard + 100))
-        keep_made(work, shard, "attempt", [], {})
+        StagedShard.record(work, shard, "attempt", [], {})
     make_table(work / "attempt", 5, range(500, 600))  # not whole: it has no record
     make_table(storage, 0, range(100))
     storage.write_json("commits/000000.parquet.json", {})

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipelines.stages.pairs.artifact import decode_image
 from pipelines.stages.pairs.config import PairsConfig
-from pipelines.stages.pairs.pictures.decode import make_picture
+from pipelines.stages.pairs.pictures.transcode import make_picture
 from tests.pipelines.stages.pairs.picture_files import encoded, make, status_of
 from tests.pipelines.stages.pairs.web_server import picture
 

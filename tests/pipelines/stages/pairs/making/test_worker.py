@@ -1,0 +1,83 @@
+"""One worker without a cluster: it stages shards with their duplicate tokens, and ends its threads when closed."""
+
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.stages.pairs.assignment import Assignment
+from pipelines.stages.pairs.config import PairsConfig
+from pipelines.stages.pairs.making.progress_board import WorkerCounts
+from pipelines.stages.pairs.making.worker import Processor, ShardMaker
+from pipelines.stages.pairs.publishing.duplicate_search import ShardsOfRun
+from pipelines.stages.pairs.publishing.duplicate_tokens import Tokens, tokens_of_table
+from pipelines.stages.pairs.rows import Row
+from pipelines.stages.pairs.shard.staged import StagedShard, staged_shards
+from pipelines.stages.pairs.sources.open import open_source
+from pipelines.store.storage import Storage
+from tests.pipelines.stages.pairs.picture_files import encoded, scene
+from tests.pipelines.stages.pairs.web_server import Web, picture
+
+
+def ordered(tokens: Tokens) -> list[tuple[int, ...]]:
+    return sorted(tokens.tolist())
+
+
+def stage_two_shards(folder: Path) -> Storage:
+    """Stage shards of seven local pictures, one of which is damaged and one flat; returns the work folder."""
+    files = [encoded(scene(seed, (60, 40)), "JPEG") for seed in range(5)] + [b"damaged", picture(0, mode="L")]
+    for number, data in enumerate(files):
+        (folder / f"{number}.jpg").write_bytes(data)
+    lines = [json.dumps({"file_name": f"{number}.jpg", "text": "a"}) for number in range(len(files))]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    config = PairsConfig(source=str(folder / "metadata.jsonl"), image_size=32, rows_per_shard=4, near_duplicates=2)
+    work = Storage(str(folder / "work"))
+    source = open_source(config)
+    maker = ShardMaker(
+        source=source, config=config, assignment=Assignment(4, source.total), work=work, writer=None, board=None
+    )
+    assert [maker({"shard": number}) for number in range(2)] == [{"ok": 4}, {"not_an_image": 1, "ok": 2}]
+    return work
+
+
+def test_the_tokens_that_a_worker_writes_are_those_of_the_table(tmp_path: Path) -> None:
+    work = stage_two_shards(tmp_path)
+    assert staged_shards(work) == [0, 1]
+    for number in range(2):
+        shard = StagedShard.open(work, number)
+        assert shard.has_tokens
+        assert ordered(shard.tokens) == ordered(tokens_of_table(shard.table, 2))
+        assert len(shard.tokens)
+
+
+def test_shards_that_an_earlier_version_staged_without_tokens_are_searched_too(tmp_path: Path) -> None:
+    work = stage_two_shards(tmp_path)
+    staged = ShardsOfRun(work, range(2), staged=True)
+    tokens = staged.read_tokens(2)
+    record = work.read_json("000000.json")
+    del record["has_tokens"]
+    work.write_json("000000.json", record)
+    (Path(work.path(record["folder"])) / "000000.tokens.npy").unlink()
+    assert ordered(staged.read_tokens(2)) == ordered(tokens)
+    assert np.array_equal(
+        ShardsOfRun(work, range(2), run=1, staged=True).read_tokens(2)["rank"] >> 48, [1] * len(tokens)
+    )
+
+
+def test_a_closed_worker_leaves_no_threads_behind(server: Web) -> None:
+    before = set(threading.enumerate())
+    server.files["a.jpg"] = picture(1)
+    config = PairsConfig.model_validate(
+        {"source": "x", "image_size": 32, "download": {"connect_to": server.connect_to}}
+    )
+    processor = Processor(config, downloads=True, remote=False, counts=WorkerCounts(None, "worker"))
+    with processor.spool() as spool:
+        rows = [Row(index=0, captions=("a",), url=server.url("a.jpg")), Row(index=1, captions=())]
+        assert [outcome.status for outcome in processor.process(rows, spool)] == ["ok", "empty_caption"]
+    started = set(threading.enumerate()) - before
+    assert {thread.name for thread in started} >= {"decode", "downloads"}
+    processor.close()
+    for thread in started:
+        thread.join(10)
+    assert not [thread for thread in started if thread.name in ("decode", "downloads") and thread.is_alive()]
