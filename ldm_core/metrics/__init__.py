@@ -1,22 +1,25 @@
 """How good images are: FID, KID, Inception score, precision and recall, CMMD, CLIP-FD, CLIP score, PSNR, SSIM, LPIPS.
 
-Features and statistics are separate. Networks turn images into features; metrics are functions of features. Read:
+Networks turn images into features, and most metrics are functions of the features of two sets of images.
 
-    images           pictures as a PNG holds them, resized as each network's published code does
-    weights          weights files read without running code, and their digests
-    inception, clip, perceptual    the networks, their weights given by path
-    extractors       which of them there are, and what a metric lacks without one
-    moments          mean and covariance over a stream of features; the Fréchet distance (FID, CLIP-FD)
-    kernels          maximum mean discrepancies (KID, CMMD)
-    neighbours       precision and recall
-    inception_score  the same over a stream of logits
-    pixels           PSNR and SSIM
-    statistics       a set of images summed up, stored once for reference sets
-    feature_set      features gathered over batches and workers
-    catalogue        what each metric is measured from
-    measurement      what one worker has seen; parts merge
-    results          from there to values
-    evaluation       the front: names and images in, values and reasons out
+The metrics, as functions on tensors:
+
+    frechet_distance   FID, CLIP-FD, reconstruction FID
+    kernel_distances   KID, CMMD
+    precision_recall   improved precision and recall
+    inception_score    Inception score
+    pixels             PSNR, SSIM
+    networks/          lpips: LPIPS; inception, clip: the features of the others, weights given by path
+
+From images to values, by many workers if need be:
+
+    evaluation         evaluate: names of metrics and images in, values and reasons out; the place to start
+    catalogue          what each metric is measured from (CLIP score: networks/clip, measurement)
+    preprocessing      images as a PNG holds them, resized as each network's published code does
+    measurement        what one worker has seen; parts merge
+    feature_set        features gathered over batches and workers
+    statistics         a set of images summed up; reference sets are stored so
+    results            from measurements to values
 
     >>> from ldm_core.metrics import Extractors, evaluate
     >>> extractors = Extractors(inception="weights-inception-2015-12-05-6726825d.pth")

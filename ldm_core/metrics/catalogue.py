@@ -9,15 +9,15 @@ from ldm_core.metrics.precision_recall import NEIGHBOURS
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """What a metric is measured from, besides the generated images.
+    """What a metric needs besides the generated images.
 
     Args:
-        network: "inception", "clip" or "lpips"; None where the pixels are enough.
-        reference: a set of real images, or its stored statistics.
-        paired: for each generated image the one that it should equal.
-        captions: a caption for each generated image.
-        features: the features of every image, not only their mean and covariance.
-        minimum: images a set needs for the value to be defined.
+        network: "inception", "clip" or "lpips"; None if the pixels are enough.
+        reference: needs a set of real images, or its stored statistics.
+        paired: needs, for each generated image, the one that it should equal.
+        captions: needs a caption for each generated image.
+        features: needs the features of every image, not only their mean and covariance.
+        minimum: smallest number of images a set must have for the value to be defined.
     """
 
     network: str | None = None
@@ -45,10 +45,10 @@ METRICS = {
 
 
 def check_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Names of metrics, each once, in the order given.
+    """Return the names of metrics, each once, in the order given.
 
     Raises:
-        ValueError: when a name is unknown; names the nearest.
+        ValueError: for an unknown name; the message suggests the nearest.
     """
     unique = tuple(dict.fromkeys(names))
     for name in unique:

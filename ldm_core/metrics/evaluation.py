@@ -1,4 +1,4 @@
-"""The front: metrics by name over generated images, each a value or the reason why there is none."""
+"""Metrics by name over generated images: each gives a value, or the reason why there is none. The place to start."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
@@ -27,22 +27,22 @@ def evaluate(
     """Measure generated images.
 
     Args:
-        names: of the metrics, see `METRICS`.
-        generated: batches (B, 3, H, W) in [-1, 1], or one; read once, one batch in memory.
-        reference: batches of real images; for metrics of pairs (psnr, ssim, lpips, reconstruction_fid) in the order and
-            batches of `generated`.
-        captions: one a generated image, for the CLIP score.
-        statistics: of reference sets, stored or from `summarize`, at most one a network; used instead of the reference
-            images for metrics of distributions.
-        extractors: where the networks' weights lie; None for the metrics that need no network.
-        seed: of KID's subsets.
+        names: names of metrics, see `METRICS`.
+        generated: one batch (B, 3, H, W) in [-1, 1], or several; read once, one batch in memory at a time.
+        reference: one or several batches of real images; for metrics of pairs (psnr, ssim, lpips, reconstruction_fid)
+            in the order and batches of `generated`.
+        captions: one caption for each generated image, for the CLIP score.
+        statistics: statistics of reference sets, stored or from `summarize`, at most one a network; used instead of
+            the reference images by the metrics that compare distributions.
+        extractors: paths of the networks' weights; None for metrics that need no network.
+        seed: seed of KID's subsets.
 
     Returns:
-        A result or a reason for each name; a metric that lacks its weights stops no other.
+        A result or a reason for each name; a metric that lacks its weights does not stop the others.
 
     Raises:
-        ValueError: when a name is unknown, images, pairs and captions do not fit together, a weights file does not hold
-            what it should, or the stored statistics are of another network or resize mode than these images.
+        ValueError: for an unknown name; if images, pairs and captions do not fit together, a weights file does not
+            hold what it should, or the stored statistics are of another network or resize mode than these images.
     """
     names, extractors = check_names(names), extractors or Extractors()
     generated, reference = _as_batches(generated), None if reference is None else _as_batches(reference)
@@ -50,7 +50,7 @@ def evaluate(
     available = [name for name in names if name not in unavailable]
     measurement = Measurement(available, stored={stored.provenance.extractor for stored in statistics})
     for stored in statistics:
-        # Before the hours of sampling that `generated` may stand for.
+        # Checked now, since `generated` may be a generator that takes hours to sample.
         network = getattr(networks, stored.provenance.extractor, None)
         if network is not None:
             provenance_of(stored.provenance.extractor, network).check_same(
@@ -84,16 +84,17 @@ def summarize(
     """Sum up a reference set, to be stored with `ImageStatistics.save` and given to `evaluate`.
 
     Args:
-        images: batches (B, 3, H, W) in [-1, 1], or one.
-        network: whose features.
-        extractors: where its weights lie.
+        images: one batch (B, 3, H, W) in [-1, 1], or several.
+        network: network whose features sum up the images.
+        extractors: paths of the networks' weights.
         keep_features: keep each image's features, which kid, precision, recall and cmmd need: 8 KB an image for
-            Inception, 3 KB for CLIP ViT-L. The Fréchet distances do without.
+            Inception, 3 KB for CLIP ViT-L. The Fréchet distances (fid, clip_fd) do without.
 
     Raises:
-        MetricUnavailableError: when the network's weights are missing.
-        ValueError: when there are no images, or they are not of that shape and range.
+        MetricUnavailableError: if the network's weights are missing.
+        ValueError: if there are no images, or they have another shape or range.
     """
+    # A measurement keeps what its metric needs, so the metric stands for what is to be kept.
     names = {"inception": ("fid", "kid"), "clip": ("clip_fd", "cmmd")}[network]
     name = names[1] if keep_features else names[0]
     networks, unavailable = extractors.load([name])
@@ -112,7 +113,7 @@ def _as_batches(images: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
 
 
 def _batches(generated: Iterable[Tensor], reference: Iterable[Tensor] | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Batches of generated images, each with those of the reference where pairs are wanted."""
+    """Yield batches of generated images, each with the batch of its references, or None without a reference."""
     if reference is None:
         yield from ((images, None) for images in generated)
         return

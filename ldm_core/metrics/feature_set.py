@@ -1,4 +1,4 @@
-"""Features of a set of images, gathered batch by batch and worker by worker.
+"""Gather the features of a set of images, batch by batch and worker by worker.
 
 Shapes: index: (B,) numbers of the images in the whole set; features: (B, D).
 """
@@ -11,14 +11,14 @@ from ldm_core.metrics.statistics import ImageStatistics, Provenance
 
 
 class IndexedRows:
-    """Rows by the number of their image, so that they come out in one order whoever measured them."""
+    """Rows by the number of their image, so that their order does not depend on who measured them."""
 
     def __init__(self) -> None:
         self._index: list[Tensor] = []
         self._rows: list[Tensor] = []
 
     def update(self, index: Tensor, rows: Tensor) -> None:
-        """Add rows (B, ...) of the images numbered by index (B,)."""
+        """Add rows (B, ...) for the images numbered by index (B,)."""
         self._index.append(index)
         self._rows.append(rows.detach().to("cpu", torch.float32, copy=True))
 
@@ -31,10 +31,10 @@ class IndexedRows:
         return sum(len(index) for index in self._index)
 
     def rows(self) -> Tensor:
-        """All rows in the order of their numbers, float32.
+        """Return all rows in the order of their numbers, float32.
 
         Raises:
-            ValueError: when there are none or an image was measured twice.
+            ValueError: if there are none or an image was measured twice.
         """
         if not self._index:
             raise ValueError("metrics need at least one image, got none")
@@ -48,11 +48,11 @@ class IndexedRows:
 
 
 class FeatureSet:
-    """Features of one network over one set of images: their sums always, each of them where a metric needs it.
+    """Features of one network over one set of images: always their sums, and each image's if a metric needs them.
 
     Args:
-        label: of the features, for errors.
-        keep_features: whether to keep each image's.
+        label: name of the features, for errors.
+        keep_features: whether to keep the features of each image.
     """
 
     def __init__(self, label: str, *, keep_features: bool) -> None:
@@ -63,10 +63,10 @@ class FeatureSet:
         self._resolutions: set[str] = set()
 
     def update(self, index: Tensor, features: Tensor, resolution: tuple[int, int]) -> None:
-        """Add features (B, D) of images of a resolution (H, W), numbered by index (B,).
+        """Add the features (B, D) of images of one resolution (H, W), numbered by index (B,).
 
         Raises:
-            ValueError: when a feature is not finite.
+            ValueError: if a feature is not finite.
         """
         finite = features.isfinite().all(dim=1).cpu()
         if not finite.all():
@@ -76,7 +76,7 @@ class FeatureSet:
             )
         self._resolutions.add("{}x{}".format(*resolution))
         self._sums.update(features)
-        # The numbers are kept even where the features are not: they tell when an image was measured twice.
+        # The numbers are kept even if the features are not: they tell if an image was measured twice.
         self._rows.update(index, features if self.keep_features else torch.empty(len(features), 0))
 
     def merge(self, other: "FeatureSet") -> None:
@@ -89,13 +89,13 @@ class FeatureSet:
         return len(self._rows)
 
     def statistics(self, provenance: Provenance) -> ImageStatistics:
-        """What was added, summed up.
+        """Sum up what was added.
 
         Args:
-            provenance: of the features.
+            provenance: provenance of the features.
 
         Raises:
-            ValueError: when nothing was added or an image was added twice.
+            ValueError: if nothing was added or an image was added twice.
         """
         rows = self._rows.rows()
         return ImageStatistics(

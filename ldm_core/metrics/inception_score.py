@@ -1,4 +1,4 @@
-"""The Inception score over a stream of logits (Salimans et al. 2016, Sec. 4).
+"""The Inception score, over a stream of logits (Salimans et al. 2016, Sec. 4).
 
 Shapes: logits: (B, K) of K classes; index: (B,) numbers of the images.
 """
@@ -8,11 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# As in the published code.
 SPLITS = 10
 
 
 class InceptionScore(NamedTuple):
-    """mean and std over the splits that hold images; how many those are, and the images of the smallest."""
+    """Mean and standard deviation over the splits that hold images, their number, and the smallest one's images."""
 
     mean: float
     std: float
@@ -21,9 +22,10 @@ class InceptionScore(NamedTuple):
 
 
 class InceptionScoreSums:
-    """Sums from which the score of each split follows; image i belongs to split i mod 10, whoever measures it.
+    """Running sums from which the score of each split follows; image i is in split i mod 10, whoever measures it.
 
-    The published code cuts the images into ten runs instead; for images in no particular order both are random splits.
+    The published code cuts the images into ten runs instead, which would need their number beforehand. For images in
+    no particular order both are random splits.
     """
 
     def __init__(self) -> None:
@@ -42,7 +44,7 @@ class InceptionScoreSums:
         self._probabilities.index_add_(0, split, p)
 
     def merge(self, other: "InceptionScoreSums") -> None:
-        """Add what another worker has summed."""
+        """Add another worker's sums."""
         if other._probabilities is None:
             return
         if self._probabilities is None:
@@ -52,17 +54,17 @@ class InceptionScoreSums:
         self._probabilities += other._probabilities
 
     def score(self) -> InceptionScore:
-        """exp(mean KL(p(y|x) || p(y))) of each split that holds images, their mean and std.
+        """Return mean and std of exp(mean KL(p(y|x) || p(y))) over the splits that hold images.
 
         Raises:
-            ValueError: when nothing was added.
+            ValueError: if nothing was added.
         """
         if self._probabilities is None:
             raise ValueError("the Inception score needs at least one image, got none")
         held = self.counts > 0
         counts = self.counts[held]
         marginal = self._probabilities[held] / counts[:, None]
-        # The mean KL is the mean of p log p less the marginal's; xlogy takes 0 log 0 as 0.
+        # mean KL = mean of sum p(y|x) log p(y|x) - sum p(y) log p(y); xlogy takes 0 log 0 as 0.
         divergence = self._negative_entropy[held] / counts - torch.xlogy(marginal, marginal).sum(dim=1)
         scores = divergence.exp()
         return InceptionScore(

@@ -1,4 +1,4 @@
-"""What one worker has seen of generated and reference images; parts of several workers merge into the whole.
+"""Measure images batch by batch; the measurements of several workers merge into one.
 
 Shapes: images: (B, 3, H, W) in [-1, 1]; index: (B,) numbers of the images in the whole set.
 """
@@ -26,15 +26,15 @@ SCORES = ("clip_score", "psnr", "ssim", "lpips")
 
 
 class Measurement:
-    """Accumulates what metrics need. Holds no network, so that it travels between workers.
+    """Accumulates what metrics need from images. Holds no network, so that it can be sent between workers.
 
     Args:
-        names: of metrics whose networks are at hand.
-        stored: the networks ("inception", "clip") whose reference statistics are stored already: reference images are
-            not measured again by these, except for reconstruction_fid.
+        names: names of metrics whose networks are loaded.
+        stored: networks ("inception", "clip") whose reference statistics are stored already: reference images are not
+            measured again by these, except for reconstruction_fid.
 
     Raises:
-        ValueError: when a name is unknown.
+        ValueError: for an unknown name.
     """
 
     def __init__(self, names: Iterable[str], *, stored: Iterable[str] = ()) -> None:
@@ -45,6 +45,7 @@ class Measurement:
         self.reference = _feature_sets("reference", fresh)
         self.inception_score = InceptionScoreSums()
         self.scores = {name: IndexedRows() for name in SCORES if name in self.names}
+        # Rows of no width: the numbers of the generated images, which tell if one was measured twice.
         self.counted = IndexedRows()
         self.paired_count = 0
         self.provenance: dict[str, Provenance] = {}
@@ -61,15 +62,15 @@ class Measurement:
         """Measure a batch of generated images.
 
         Args:
-            networks: for all of the names.
+            networks: networks of all the metrics.
             generated: (B, 3, H, W) in [-1, 1].
             start: number of the first image in the whole set; the others follow it.
-            reference: (B, 3, H, W), the images that the generated ones should equal, for metrics of pairs.
+            reference: (B, 3, H, W) images that the generated ones should equal, for metrics of pairs.
             captions: B captions, for the CLIP score.
 
         Raises:
-            ValueError: when images, pairs or captions do not fit together, a feature is not finite, or a network is
-                another than before.
+            ValueError: if images, pairs or captions do not fit together, a feature is not finite, or a network is not
+                the one that measured earlier batches.
         """
         x, index = to_unit_range(quantize(generated)), torch.arange(start, start + len(generated))
         if reference is not None and reference.shape != generated.shape:
@@ -86,32 +87,32 @@ class Measurement:
             self.inception_score.update(index, logits)
         if "clip_score" in self.names and embeddings is not None and captions is not None:
             clip = _present(networks.clip, "clip")
-            # Hessel et al. 2021, Sec. 3, with the weight of 100 that has become the custom.
+            # CLIP score: Hessel et al. 2021, Sec. 3, with the customary weight of 100 instead of their 2.5.
             cosine = F.cosine_similarity(embeddings, clip.text(captions))
             self.scores["clip_score"].update(index, 100 * cosine.clamp(min=0))
         if reference is not None:
             self._add_pairs(networks, x, to_unit_range(quantize(reference)), index)
 
     def add_reference(self, networks: Networks, images: Tensor, *, start: int) -> None:
-        """Measure a batch of reference images that belong to no generated image in particular.
+        """Measure a batch of reference images that are not paired with generated ones.
 
         Args:
-            networks: for all of the names.
+            networks: networks of all the metrics.
             images: (B, 3, H, W) in [-1, 1].
             start: number of the first image in the whole reference set.
 
         Raises:
-            ValueError: when the images are not of that shape or range, a feature is not finite, or a network is
-                another than before.
+            ValueError: if the images have another shape or range, a feature is not finite, or a network is not the
+                one that measured earlier batches.
         """
         index = torch.arange(start, start + len(images))
         self._measure(networks, to_unit_range(quantize(images)), index, self.reference, self.reference)
 
     def merge(self, other: "Measurement") -> None:
-        """Take in another worker's part.
+        """Add another worker's measurement.
 
         Raises:
-            ValueError: when the parts are of different metrics, networks or resize modes.
+            ValueError: if it is of other metrics, networks or resize modes.
         """
         if (self.names, self.stored) != (other.names, other.stored):
             raise ValueError(f"parts to merge must be of the same metrics, got {self.names} and {other.names}")
@@ -127,13 +128,13 @@ class Measurement:
         self.paired_count += other.paired_count
 
     def reference_statistics(self, network: str) -> ImageStatistics:
-        """The reference images summed up, to be stored.
+        """Sum up the reference images, to be stored.
 
         Args:
-            network: "inception" or "clip", one that the names use.
+            network: "inception" or "clip"; one of the metrics must use it.
 
         Raises:
-            ValueError: when no reference images were measured by that network, or one was measured twice.
+            ValueError: if no reference images were measured by that network, or one was measured twice.
         """
         if network not in self.provenance or network not in self.reference:
             raise ValueError(f"there must be reference images measured by {network}, got none: call add_reference")
@@ -147,7 +148,7 @@ class Measurement:
         sets: dict[str, FeatureSet],
         used: Iterable[str | None],
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Run the networks that are used and fill their sets; the logits and CLIP embeddings of x."""
+        """Run the networks that are used and add to their sets; return the logits and CLIP embeddings of x."""
         logits = embeddings = None
         used, resolution = set(used), (x.shape[-2], x.shape[-1])
         if "inception" in used:
@@ -177,17 +178,18 @@ class Measurement:
                 self.scores["lpips"].update(index, lpips(x, y))
 
     def _note(self, provenance: Provenance) -> None:
+        """Record a network's provenance, or raise ValueError if another one was recorded before."""
         known = self.provenance.setdefault(provenance.extractor, provenance)
         known.check_same(provenance, what="every part of a measurement")
 
 
 def provenance_of(kind: str, network: FeatureExtractor) -> Provenance:
-    """Where the features of a network come from."""
+    """Return the provenance of a network's features."""
     return Provenance(extractor=kind, digest=network.digest, resize=network.resize)
 
 
 def _feature_sets(side: str, names: Iterable[str]) -> dict[str, FeatureSet]:
-    """A set for each network by whose features one of the metrics compares distributions."""
+    """Return an empty set for each network in whose features a metric compares two sets of images."""
     compared = [METRICS[name] for name in names if METRICS[name].reference or METRICS[name].paired]
     return {
         kind: FeatureSet(
@@ -200,7 +202,7 @@ def _feature_sets(side: str, names: Iterable[str]) -> dict[str, FeatureSet]:
 
 
 def _present(network: AnyNetwork | None, kind: str) -> AnyNetwork:
-    """The network; a metric whose network is missing should not have been asked for."""
+    """Return the network, or raise ValueError: metrics without their network must be left out beforehand."""
     if network is None:
         raise ValueError(
             f"the metrics asked for need the {kind} network, got none: leave out those that Extractors.load lists"

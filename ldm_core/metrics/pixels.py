@@ -1,4 +1,4 @@
-"""How close a reconstruction is to its image, pixel by pixel: PSNR and SSIM (Table 8 of the paper).
+"""PSNR and SSIM: how close a reconstruction is to its image, pixel by pixel (paper, Table 8).
 
 Shapes: x, y: (B, C, H, W) images in [-1, 1]; results: (B,).
 """
@@ -13,7 +13,7 @@ WINDOW_STD = 1.5
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image in dB; infinite for equal images.
+    """Return the peak signal-to-noise ratio of each image in dB; infinite for equal images.
 
     Args:
         x, y: (B, C, H, W) in [-1, 1].
@@ -22,7 +22,7 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
         (B,) float32.
 
     Raises:
-        ValueError: when the shapes differ.
+        ValueError: if the shapes differ.
     """
     _check_images(x, y)
     mean_squared_error = (x.float() - y.float()).square().flatten(1).mean(dim=1)
@@ -30,9 +30,9 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
-    """Structural similarity of each image (Wang et al. 2004, Eq. 13), the mean over channels and windows.
+    """Return the structural similarity of each image (Wang et al. 2004, Eq. 13), the mean over channels and windows.
 
-    The window is their 11x11 Gaussian of std 1.5, placed only where it fits into the image.
+    The window is their 11x11 Gaussian of standard deviation 1.5, placed only where it lies inside the image.
 
     Args:
         x, y: (B, C, H, W) in [-1, 1], H and W at least 11.
@@ -41,17 +41,18 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
         (B,) float32 in [-1, 1]; 1 for equal images.
 
     Raises:
-        ValueError: when the shapes differ or an image is smaller than the window.
+        ValueError: if the shapes differ or an image is smaller than the window.
     """
     _check_images(x, y)
     if min(x.shape[-2:]) < WINDOW_SIZE:
         raise ValueError(f"SSIM needs images of at least {WINDOW_SIZE} pixels a side, got {tuple(x.shape[-2:])}")
-    # As pixels from 0 to 1: the luminance term is not invariant to a shift, and zero must mean black.
+    # Pixels from 0 to 1: the luminance term is not invariant to a shift, and zero must mean black.
     x, y = (x.float() + 1) / 2, (y.float() + 1) / 2
     mean_x, mean_y = _windowed_mean(x), _windowed_mean(y)
     variance_x = _windowed_mean(x * x) - mean_x.square()
     variance_y = _windowed_mean(y * y) - mean_y.square()
     covariance = _windowed_mean(x * y) - mean_x * mean_y
+    # Their K_1 and K_2 for pixels up to L = 1 keep both quotients finite where the image is black or flat.
     c1, c2 = 0.01**2, 0.03**2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
     structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
@@ -59,7 +60,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _windowed_mean(images: Tensor) -> Tensor:
-    """Gaussian-weighted means over all windows inside each channel, one axis at a time."""
+    """Return Gaussian-weighted means over all windows of each channel: the window is separable, one axis at a time."""
     offsets = torch.arange(WINDOW_SIZE, dtype=torch.float32, device=images.device) - WINDOW_SIZE // 2
     window = torch.exp(-offsets.square() / (2 * WINDOW_STD**2))
     window = window / window.sum()

@@ -1,4 +1,6 @@
-"""Improved precision and recall by nearest neighbours (Kynkäänniemi et al. 2019).
+"""Improved precision and recall (Kynkäänniemi et al. 2019).
+
+A set's manifold is estimated by balls around its images, each as large as the distance to the third nearest neighbour.
 
 Shapes: generated: (N, D), reference: (M, D) features.
 """
@@ -9,29 +11,29 @@ import torch
 from torch import Tensor
 
 NEIGHBOURS = 3
-# Rows of distances at a time: 0.4 GB against 50,000 images.
+# Rows of the distance matrix in memory at a time: 0.4 GB against 50,000 images.
 BLOCK = 1024
 
 
 class PrecisionRecall(NamedTuple):
-    """precision: the share of generated images that look real; recall: the share of real ones that are reached."""
+    """precision: share of generated images that look real; recall: share of real images that can be generated."""
 
     precision: float
     recall: float
 
 
 def precision_recall(generated: Tensor, reference: Tensor) -> PrecisionRecall:
-    """Shares of each set that lie in the other's manifold: the balls to the third neighbour, Eq. (1) and (2).
+    """Return the share of each set that lies in the other's manifold, Eq. (1) and (2).
 
     Args:
-        generated: (N, D), N at least 4.
-        reference: (M, D), M at least 4.
+        generated: (N, D) features of generated images, N at least 4.
+        reference: (M, D) features of real images, M at least 4.
 
     Returns:
         Precision and recall from 0 to 1.
 
     Raises:
-        ValueError: when the widths differ or a set has no third neighbour.
+        ValueError: if the widths differ or a set is too small for a third neighbour.
     """
     if generated.dim() != 2 or reference.dim() != 2 or generated.shape[1] != reference.shape[1]:
         raise ValueError(
@@ -41,7 +43,7 @@ def precision_recall(generated: Tensor, reference: Tensor) -> PrecisionRecall:
         raise ValueError(
             f"precision and recall need more than {NEIGHBOURS} images a set, got {len(generated)} and {len(reference)}"
         )
-    # float64: radii and distances are compared, and the difference of squares loses half the digits.
+    # float64: |x|^2 + |y|^2 - 2 x.y loses half the digits, and what is left decides whether an image is inside.
     generated, reference = generated.double(), reference.double()
     return PrecisionRecall(
         precision=_share_inside(generated, reference, _radii(reference)),
@@ -50,7 +52,7 @@ def precision_recall(generated: Tensor, reference: Tensor) -> PrecisionRecall:
 
 
 def _radii(features: Tensor) -> Tensor:
-    """(N,) squared distance of each image to its third neighbour, itself not counted."""
+    """Return the (N,) squared distances of each image to its third neighbour, itself not counted."""
     radii = []
     for start in range(0, len(features), BLOCK):
         distances = _squared_distances(features[start : start + BLOCK], features)
@@ -61,6 +63,7 @@ def _radii(features: Tensor) -> Tensor:
 
 
 def _share_inside(queries: Tensor, centres: Tensor, radii: Tensor) -> float:
+    """Return the share of queries that lie in at least one ball; radii are squared."""
     inside = [(_squared_distances(block, centres) <= radii).any(dim=1) for block in queries.split(BLOCK)]
     return torch.cat(inside).double().mean().item()
 

@@ -1,4 +1,4 @@
-"""From what was measured to values: each metric a value, or one line that says what it lacks."""
+"""From measurements to results: each metric has a value, or one line that says what it lacks."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -9,13 +9,14 @@ from torch import Tensor
 
 from ldm_core.metrics.catalogue import METRICS
 from ldm_core.metrics.frechet_distance import frechet_distance
-from ldm_core.metrics.kernel_distances import SUBSET_SIZE, cmmd, kernel_inception_distance
+from ldm_core.metrics.kernel_distances import SUBSET_SIZE, cmmd, kid
 from ldm_core.metrics.measurement import Measurement
 from ldm_core.metrics.networks.weights import MetricUnavailableError
 from ldm_core.metrics.precision_recall import NEIGHBOURS, PrecisionRecall, precision_recall
 from ldm_core.metrics.statistics import ImageStatistics
 
-# The Inception score cannot exceed the images of a split; with fewer than its classes that bound is what one sees.
+# The Inception score of a split is at most its number of images, and at most the number of classes. With fewer images
+# than classes the first bound is what one sees.
 INCEPTION_CLASSES = 1000
 
 
@@ -24,10 +25,11 @@ class Result:
     """A metric's value and what it depends on.
 
     Args:
-        value: of the metric.
-        std: over subsets (kid), splits (inception_score) or images (clip_score, psnr, ssim, lpips); None elsewhere.
+        value: the metric's value.
+        std: standard deviation over subsets (kid), splits (inception_score) or images (clip_score, psnr, ssim, lpips);
+            None for the other metrics.
         settings: numbers of images, resize mode, sha256 of the network's weights and the metric's own constants.
-        warnings: why the value may not be comparable.
+        warnings: reasons why the value may not be comparable.
     """
 
     value: float
@@ -38,7 +40,12 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """results: by the metric's name; unavailable: for each metric without a value, one line that says what it lacks."""
+    """Results of several metrics.
+
+    Args:
+        results: result by the metric's name.
+        unavailable: for each metric without a value, one line that says what it lacks.
+    """
 
     results: dict[str, Result]
     unavailable: dict[str, str]
@@ -51,19 +58,20 @@ def results(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Evaluation:
-    """The metrics' values over all that was measured.
+    """Compute the metrics from all that was measured.
 
     Args:
-        measurement: of all images, its parts merged.
-        statistics: of reference sets, at most one a network; preferred to reference images that were measured.
-        seed: of KID's subsets.
-        device: for the comparisons of every image with every other (kid, cmmd, precision, recall).
+        measurement: measurement of all images, the workers' parts merged.
+        statistics: stored statistics of reference sets, at most one a network; they take precedence over reference
+            images that were measured.
+        seed: seed of KID's subsets.
+        device: device for the metrics that compare every image with every other (kid, cmmd, precision, recall).
 
     Returns:
         A result or a reason for each of the measurement's names.
 
     Raises:
-        ValueError: when nothing was measured, an image was measured twice or lacks a score that others have, or the
+        ValueError: if nothing was measured, an image was measured twice or lacks a score that others have, or the
             stored statistics are of another network or resize mode than the images.
     """
     computation = _Computation(measurement, statistics, seed, device)
@@ -78,7 +86,7 @@ def results(
 
 
 class _Computation:
-    """The measured sets, each summed up once however many metrics want it."""
+    """The measured sets, each summed up once however many metrics use it."""
 
     def __init__(
         self, measurement: Measurement, statistics: Iterable[ImageStatistics], seed: int, device: torch.device | str
@@ -103,7 +111,7 @@ class _Computation:
             self.stored[kind] = reference
 
     def result(self, name: str) -> Result:
-        """The metric's value; MetricUnavailableError where something is lacking for it."""
+        """Compute one metric, or raise MetricUnavailableError with what it lacks."""
         if name in self.measurement.scores:
             return self._mean_score(name)
         if name == "inception_score":
@@ -121,17 +129,21 @@ class _Computation:
         x, y = self._features(generated), self._features(reference)
         if name == "cmmd":
             return Result(value=cmmd(x, y), settings=settings, warnings=warnings)
-        kid = kernel_inception_distance(x, y, seed=self.seed)
-        settings |= {"subsets": kid.subsets, "subset_size": kid.subset_size, "seed": self.seed}
-        if kid.subset_size < SUBSET_SIZE:
-            warnings += (f"subsets of {kid.subset_size} images instead of {SUBSET_SIZE}, all that the smaller set has",)
-        return Result(value=kid.mean, std=kid.std, settings=settings, warnings=warnings)
+        return self._kid(x, y, settings, warnings)
 
     @cached_property
     def precision_recall(self) -> PrecisionRecall:
-        """Both at once: they share the distances that cost the time."""
+        """Both at once, as both need all distances within each set and between the sets."""
         generated, reference = self._sides("precision")
         return precision_recall(self._features(generated), self._features(reference))
+
+    def _kid(self, x: Tensor, y: Tensor, settings: dict[str, str | int], warnings: tuple[str, ...]) -> Result:
+        distance = kid(x, y, seed=self.seed)
+        size = distance.subset_size
+        settings |= {"subsets": distance.subsets, "subset_size": size, "seed": self.seed}
+        if size < SUBSET_SIZE:
+            warnings += (f"subsets of {size} images instead of {SUBSET_SIZE}, all that the smaller set has",)
+        return Result(value=distance.mean, std=distance.std, settings=settings, warnings=warnings)
 
     def _mean_score(self, name: str) -> Result:
         rows = self.measurement.scores[name]
@@ -141,7 +153,7 @@ class _Computation:
         if len(rows) != self.count:
             raise ValueError(f"{name} must be measured for all {self.count} images or none, got {len(rows)}")
         scores = rows.rows().double()
-        # Equal images have an infinite PSNR, and infinite values no spread.
+        # The PSNR of equal images is infinite, and infinite values have no standard deviation.
         std = scores.std(correction=0).item() if scores.isfinite().all() else None
         return Result(value=scores.mean().item(), std=std, settings=self._settings(name))
 
@@ -156,7 +168,7 @@ class _Computation:
         return Result(value=score.mean, std=score.std, settings=settings, warnings=warnings)
 
     def _sides(self, name: str) -> tuple[ImageStatistics, ImageStatistics]:
-        """Generated and reference set, fit for the metric."""
+        """Return the generated and the reference set of a metric, or raise MetricUnavailableError."""
         metric, kind = METRICS[name], METRICS[name].network or ""
         reference = self.measured.get(kind)
         if metric.paired:

@@ -1,4 +1,4 @@
-"""A set of images summed up in the features of one network; for reference sets computed once and stored."""
+"""A set of images summed up in the features of one network, so that reference sets are computed once and stored."""
 
 import json
 import math
@@ -18,12 +18,12 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Where features come from; features of different provenance are never compared.
+    """Origin of features; features of different provenance are never compared.
 
     Args:
-        extractor: "inception" or "clip".
+        extractor: "inception", "clip" or "lpips".
         digest: sha256 in hex of the extractor's weights.
-        resize: how images reached the network: "clean" or "tensorflow" for Inception, "clip" for CLIP.
+        resize: how images were resized for the network: "clean" or "tensorflow" for Inception, "clip" for CLIP.
     """
 
     extractor: str
@@ -31,7 +31,7 @@ class Provenance:
     resize: str
 
     def check_same(self, other: "Provenance", *, what: str) -> None:
-        """Raise ValueError unless both are the same; `what` names the other side's features."""
+        """Raise ValueError unless both are the same; `what` names the other features in the message."""
         for field, mine in asdict(self).items():
             if mine != (theirs := getattr(other, field)):
                 raise ValueError(
@@ -42,13 +42,13 @@ class Provenance:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageStatistics:
-    """What the metrics know of a set of images.
+    """A set of images as the metrics see it.
 
     Args:
-        provenance: of the features.
-        resolution: of the images before resizing, "256x256" (height, width), or "various".
+        provenance: provenance of the features.
+        resolution: height and width of the images before resizing, e.g. "256x256", or "various".
         moments: count, mean (D,) and covariance (D, D), float64.
-        features: (N, D) float32 in the order of the images; None where only the moments were kept.
+        features: (N, D) float32 in the order of the images; None if only the moments were kept.
     """
 
     provenance: Provenance
@@ -75,8 +75,8 @@ class ImageStatistics:
         """Read what `save` wrote.
 
         Raises:
-            FileNotFoundError: when there is no such file.
-            ValueError: when the file is damaged, of another format, or its parts do not fit together.
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is damaged, has another format, or its parts do not fit together.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"there must be image statistics at {path}: make them with `summarize`")
@@ -99,6 +99,7 @@ class ImageStatistics:
         return statistics
 
     def _check_shapes(self, path: str | Path) -> None:
+        """Raise ValueError unless what was read from `path` is finite and of one width and count."""
         count, mean, covariance = self.moments.count, self.moments.mean, self.moments.covariance
         width = len(mean)
         whole = covariance.shape == (width, width) and mean.dtype == covariance.dtype == torch.float64

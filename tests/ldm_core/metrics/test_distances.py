@@ -13,7 +13,7 @@ from ldm_core.metrics import kernel_distances as kernels
 from ldm_core.metrics import precision_recall as neighbours
 from ldm_core.metrics.frechet_distance import Moments, MomentSums, frechet_distance
 from ldm_core.metrics.inception_score import InceptionScoreSums
-from ldm_core.metrics.kernel_distances import cmmd, kernel_inception_distance
+from ldm_core.metrics.kernel_distances import cmmd, kid
 from ldm_core.metrics.precision_recall import precision_recall
 
 
@@ -91,7 +91,7 @@ def test_kid_of_the_whole_sets_is_that_of_torchmetrics() -> None:
     from torchmetrics.image.kid import poly_mmd
 
     x, y = features(60, 16, seed=0), features(60, 16, seed=1, offset=0.4)
-    distance = kernel_inception_distance(x, y)
+    distance = kid(x, y)
     assert distance.mean == pytest.approx(poly_mmd(x.double(), y.double()).item(), rel=1e-9)
     assert (distance.subsets, distance.subset_size, distance.std) == (1, 60, 0.0)
 
@@ -99,12 +99,12 @@ def test_kid_of_the_whole_sets_is_that_of_torchmetrics() -> None:
 def test_kid_is_the_mean_over_subsets_that_the_seed_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "SUBSET_SIZE", 20)
     x, y = features(60, 8, seed=0), features(50, 8, seed=1)
-    distance = kernel_inception_distance(x, y, seed=3)
+    distance = kid(x, y, seed=3)
     assert (distance.subsets, distance.subset_size) == (100, 20)
-    assert distance == kernel_inception_distance(x, y, seed=3)
-    assert distance.mean != kernel_inception_distance(x, y, seed=4).mean
+    assert distance == kid(x, y, seed=3)
+    assert distance.mean != kid(x, y, seed=4).mean
     # Each subset is an unbiased estimate of what all images say.
-    whole = kernel_inception_distance(x[:50], y).mean
+    whole = kid(x[:50], y).mean
     assert abs(distance.mean - whole) < 4 * distance.std / math.sqrt(100) + abs(whole)
     assert distance.std > 0
 
@@ -181,7 +181,7 @@ def test_sets_that_are_too_small_or_of_two_widths_are_refused() -> None:
     with pytest.raises(ValueError, match=r"must be \(N, D\) and \(M, D\), got \(9, 4\) and \(9, 3\)"):
         cmmd(x, x[:, :3])
     with pytest.raises(ValueError, match="at least 2 images a set, got 1 and 9"):
-        kernel_inception_distance(x[:1], x)
+        kid(x[:1], x)
     with pytest.raises(ValueError, match="more than 3 images a set, got 9 and 3"):
         precision_recall(x, x[:3])
     with pytest.raises(ValueError, match=r"must be \(N, D\) and \(M, D\), got \(9, 4\) and \(9, 3\)"):
