@@ -1,17 +1,32 @@
 """The examples of docs/api.md run, each headline from the start, as a reader would type them."""
 
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.tiny_artifacts import first_stage_artifact, latents_artifact, pairs_artifact
+
 PAGE = (Path(__file__).parents[1] / "docs/api.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, flags=re.M | re.S))
 
 
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The working folder of a reader who has finished the run that the page names."""
+    folder, before = tmp_path_factory.mktemp("reader"), Path.cwd()
+    root, key = folder / "runs/demo", "0123456789abcdef"
+    latents_artifact(root, pairs_artifact(root, name=key), first_stage_artifact(root), name=key)
+    os.chdir(folder)
+    yield
+    os.chdir(before)
+
+
 @pytest.mark.parametrize("title", SECTIONS)
-def test_the_examples_of_the_api_page_run(title: str) -> None:
+def test_the_examples_of_the_api_page_run(title: str, finished_run: None) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", SECTIONS[title], flags=re.M | re.S)
     assert blocks, f"{title} shows no code"
     with torch.enable_grad():  # and as it was before, whatever the example does

@@ -67,6 +67,26 @@ def first_stage_artifact(root: Path, *, preset: str = "tiny-kl-f8", name: str = 
     return finish(writer, {"encoder_sha256": weights.sha256})
 
 
+def latents_artifact(root: Path, pairs: Artifact, first_stage: Artifact, *, name: str = "latents") -> Artifact:
+    """The pairs as the stage encodes them, in this process instead of Ray's."""
+    import torch
+
+    from pipelines.stages.latents.artifact import LATENTS_FORMAT
+    from pipelines.stages.latents.config import LatentsConfig, TokenizerConfig
+    from pipelines.stages.latents.encode import EncodeShard
+    from pipelines.stages.latents.vocabulary import commit_vocabulary
+
+    writer = ArtifactWriter("latents", name, Storage(str(root)) / "latents" / name)
+    config = LatentsConfig(tokenizer=TokenizerConfig(size=64, max_length=8), batch_size=2)
+    commit_vocabulary(config.tokenizer, pairs, writer)
+    threads = torch.get_num_threads()
+    encode = EncodeShard(pairs=pairs, first_stage=first_stage, writer=writer, config=config, device="cpu")
+    for record in pairs.shards():
+        encode({"shard": record.name, "rows": record.rows, "bytes": record.bytes, "encoded": False})
+    torch.set_num_threads(threads)
+    return finish(writer, {"samples": pairs.manifest.rows}, LATENTS_FORMAT)
+
+
 def diffusion_artifact(root: Path, *, max_length: int = 77, name: str = "diffusion") -> Artifact:
     """A text-to-image model for 32-pixel pictures with random weights, none of them zero."""
     import torch

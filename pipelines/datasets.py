@@ -1,0 +1,173 @@
+"""Finished pairs and latents as `webdataset` pipelines of decoded samples, for your own training loop or notebook.
+
+The shards are plain WebDataset tars, which every tool reads; these two calls add what a tar alone does not tell: which
+shards belong to the artifact, how its arrays are laid out, and that a damaged shard is an error, not a shorter epoch.
+"""
+
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import webdataset
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipelines.errors import UserError
+from pipelines.shards.format import decode_npy, read_shard
+from pipelines.stages.latents.artifact import LATENTS_FORMAT
+from pipelines.stages.pairs.artifact import PAIRS_FORMAT, image_of
+from pipelines.store.ledger import MANIFEST, Artifact, read_manifest
+from pipelines.store.storage import Storage
+
+Sample = dict[str, Any]
+
+# An artifact may come from somebody else: a few bytes can claim a picture of any size.
+MOST_PIXELS = 100_000_000
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP")
+
+
+class Samples(webdataset.DataPipeline, webdataset.FluidInterface):
+    """Decoded samples; has `.map`, `.select`, `.to_tuple`, `.batched`, `.repeat`, `.with_epoch` … as `WebDataset` does.
+
+    It is a torch `IterableDataset`, so that a `DataLoader` takes it.
+    """
+
+
+def open_pairs(
+    url: str | Path,
+    *,
+    shuffle: int = 0,
+    seed: int | None = None,
+    nodesplitter: Callable[..., Any] = webdataset.split_by_node,
+) -> Samples:
+    """Open the image-text pairs of a finished `pairs` artifact.
+
+    Args:
+        url: the artifact's folder, `ROOT/pairs/KEY`, local or at any fsspec URL (`s3://…`).
+        shuffle: samples held back to be drawn from at random, and shards are read in random order; 0 keeps the stored
+            order.
+        seed: makes the shuffle repeatable: the order then depends on it and on how often this process has gone through
+            the samples. None for another order each time.
+        nodesplitter: which shards this node reads, as for `webdataset.WebDataset`: by default each node of a
+            `torch.distributed` job its own share, and each `DataLoader` worker its part of that.
+
+    Returns:
+        Samples with `__key__`, `__url__` (the shard), `image` ((H, W, 3) uint8 RGB), `captions` (list of str, at
+        least one) and `metadata` (what else is known: `width`, `height`, `url`, similarity scores, …).
+
+    Raises:
+        UserError: there is no such artifact; or, while it is read, a shard or a sample of it is damaged.
+    """
+    return _open(url, "pairs", PAIRS_FORMAT, _decode_pair, shuffle, seed, nodesplitter)
+
+
+def open_latents(
+    url: str | Path,
+    *,
+    shuffle: int = 0,
+    seed: int | None = None,
+    nodesplitter: Callable[..., Any] = webdataset.split_by_node,
+) -> Samples:
+    """Open the encoded pairs of a finished `latents` artifact.
+
+    Args:
+        url: the artifact's folder, `ROOT/latents/KEY`, local or at any fsspec URL (`s3://…`).
+        shuffle: as for `open_pairs`.
+        seed: as for `open_pairs`.
+        nodesplitter: as for `open_pairs`.
+
+    Returns:
+        Samples with `__key__` and `__url__`; of a KL first stage the posterior's `mean` and `logvar`, of a VQ one
+        `latent`, which is not quantized yet, each (C, h, w) float16 and not scaled (the manifest's `scale_factor` is
+        1/std); `tokens`, (captions, L) uint16 ids; `captions` and `metadata` as for `open_pairs`.
+
+    Raises:
+        UserError: there is no such artifact; or, while it is read, a shard or a sample of it is damaged.
+    """
+    return _open(url, "latents", LATENTS_FORMAT, _decode_latents, shuffle, seed, nodesplitter)
+
+
+def _open(
+    url: str | Path,
+    stage: str,
+    format_version: int,
+    decode: Callable[[Sample], Sample],
+    shuffle: int,
+    seed: int | None,
+    nodesplitter: Callable[..., Any],
+) -> Samples:
+    storage = Storage(str(url))
+    if not storage.exists(MANIFEST):
+        raise UserError(
+            f"{storage.url} is no finished artifact ({MANIFEST} is missing): give the folder ROOT/{stage}/KEY; "
+            "`ldm inspect ROOT` lists them"
+        )
+    # The key as the manifest has it: a data set that was copied to a folder of another name is as good.
+    artifact = Artifact(stage, read_manifest(storage).key, storage).require(stage, format_version)
+    shards = [record.name for record in artifact.shards() if record.rows]
+    if not shards:
+        raise UserError(f"{storage.url} holds no samples")
+    steps = [webdataset.SimpleShardList(shards), nodesplitter, webdataset.split_by_worker]
+    if shuffle:
+        steps.append(_shuffled(len(shards), seed))
+    steps.append(partial(_read, storage))
+    if shuffle:
+        # Before they are decoded: a picture is many times larger than its file.
+        steps.append(_shuffled(shuffle, seed))
+    return Samples(*steps, webdataset.map(partial(_decode, decode)))
+
+
+def _shuffled(buffer: int, seed: int | None) -> Any:
+    # The buffer is filled before the first sample is drawn; webdataset would begin with a hundred.
+    if seed is None:
+        return webdataset.shuffle(buffer, initial=buffer)
+    return webdataset.detshuffle(buffer, initial=buffer, seed=seed)
+
+
+def _read(storage: Storage, shards: Iterable[dict[str, str]]) -> Iterator[Sample]:
+    """The samples of the shards, each a dict of encoded files. webdataset's own reader takes a cut tar for its end."""
+    for shard in shards:
+        with storage.open(shard["url"]) as file:
+            for sample in read_shard(file):
+                yield {**sample, "__url__": f"{storage.url}/{shard['url']}"}
+
+
+def _decode(decode: Callable[[Sample], Sample], sample: Sample) -> Sample:
+    try:
+        return {"__key__": sample["__key__"], "__url__": sample["__url__"], **decode(sample)}
+    # Whatever decoders answer to bytes that are not what they should be.
+    except Exception as error:
+        raise UserError(
+            f"{sample['__url__']}: sample {sample['__key__']} cannot be decoded ({error}): `ldm verify` of its folder "
+            "tells what is damaged"
+        ) from error
+
+
+def _decode_pair(sample: Sample) -> Sample:
+    return {"image": _decode_picture(image_of(sample)), **_decode_facts(sample)}
+
+
+def _decode_latents(sample: Sample) -> Sample:
+    moments = decode_npy(sample["latent.npy"])
+    names = ("mean", "logvar") if len(moments) == 2 else ("latent",)
+    return {
+        **dict(zip(names, moments, strict=True)),
+        "tokens": decode_npy(sample["tokens.npy"]),
+        **_decode_facts(sample),
+    }
+
+
+def _decode_facts(sample: Sample) -> Sample:
+    metadata = json.loads(sample["json"])
+    return {"captions": [str(caption) for caption in metadata.pop("captions")], "metadata": metadata}
+
+
+def _decode_picture(data: bytes) -> NDArray[np.uint8]:
+    with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS:,}")
+        return np.array(image.convert("RGB"))
