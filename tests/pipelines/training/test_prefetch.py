@@ -18,7 +18,7 @@ def test_results_come_in_order_and_are_made_ahead() -> None:
         return index * index
 
     prefetcher = Prefetcher(make, 5, 9, depth=2)
-    assert ahead.wait(5), "two results must be made before any is asked for, and a third begun"
+    assert ahead.wait(60), "two results must be made before any is asked for, and a third begun"
     assert [prefetcher.next() for _ in range(4)] == [25, 36, 49, 64]
     assert made == [5, 6, 7, 8]
     prefetcher.close()
