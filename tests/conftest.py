@@ -1,8 +1,9 @@
-"""What tests share: one Ray for the whole session, and the shared data where it is there."""
+"""What tests share: one Ray for the whole session, the shared data where it is there, and no state of PyTorch."""
 
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import pytest
 
 from pipelines.compute.cluster import connect
 from pipelines.compute.config import ClusterConfig
+from tests.torch_state import SEED, torch_state
 
 if TYPE_CHECKING:
     from tests.pipelines.store.s3 import S3
@@ -21,6 +23,36 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
+
+
+@pytest.fixture(autouse=True)
+def no_torch_state_is_shared() -> Iterator[None]:
+    """Give every test the same random numbers, and fail a test that leaves a global setting of PyTorch changed.
+
+    Otherwise a test's numbers, and at worst its result, would depend on which tests ran before it. A process that has
+    not imported PyTorch, for tests that have no use for it, is spared the import.
+    """
+    if "torch" not in sys.modules:
+        yield
+        return
+    import torch
+
+    torch.manual_seed(SEED)
+    before = torch_state()
+    yield
+    after = torch_state()
+    left = {name: f"{before[name]} -> {value}" for name, value in after.items() if value != before[name]}
+    assert not left, f"the test must put back the global state of PyTorch that it changed: {left}"
+
+
+@pytest.fixture
+def own_threads() -> Iterator[None]:
+    """Let a test change PyTorch's number of threads, as a worker does when it starts; put it back afterwards."""
+    import torch
+
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

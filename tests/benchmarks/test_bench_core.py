@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -12,14 +11,8 @@ from tests.benchmarks.bench_core import RATIOS, main
 from tests.benchmarks.shapes import OURS, THEIRS, Shape
 from tests.benchmarks.timing import Timing, ratio
 
+pytestmark = pytest.mark.usefixtures("own_threads")
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _own_number_of_threads() -> Any:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_candidates_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:

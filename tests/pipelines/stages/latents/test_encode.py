@@ -17,14 +17,8 @@ from pipelines.store.ledger import Artifact, ArtifactWriter
 from pipelines.store.storage import Storage
 from tests.tiny_artifacts import first_stage_artifact, pair_sample, pairs_artifact
 
+pytestmark = pytest.mark.usefixtures("own_threads")
 CONFIG = LatentsConfig(tokenizer=TokenizerConfig(size=64, max_length=8), batch_size=3)
-
-
-@pytest.fixture(autouse=True)
-def threads_of_the_test_process_stay() -> object:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def encoder(

@@ -111,17 +111,17 @@ def encode_in_this_process(root: Path, upstream: dict[str, Artifact]) -> dict[st
     """sha256 of every file that an uninterrupted run writes."""
     writer = ArtifactWriter("latents", "whole", Storage(str(root / "latents" / "whole")))
     commit_vocabulary(CONFIG.tokenizer, upstream["pairs"], writer)
-    threads = torch.get_num_threads()
     encode = EncodeShard(
         pairs=upstream["pairs"], first_stage=upstream["autoencoder"], writer=writer, config=CONFIG, device="cpu"
     )
     for record in upstream["pairs"].shards():
         encode({"shard": record.name, "rows": record.rows, "bytes": record.bytes, "encoded": False})
-    torch.set_num_threads(threads)
     return {name: record.sha256 for name, record in writer.committed().items()}
 
 
-def test_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(ray_cluster: None, tmp_path: Path) -> None:
+def test_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(
+    ray_cluster: None, own_threads: None, tmp_path: Path
+) -> None:
     """Kill -9 of the whole process tree after the first shard, and what else a kill can leave behind."""
     upstream = {"pairs": pairs_artifact(tmp_path, rows=(40,) * 6), "autoencoder": first_stage_artifact(tmp_path)}
     uninterrupted = encode_in_this_process(tmp_path, upstream)

@@ -67,7 +67,11 @@ def test_scores_are_kept_and_what_scores_low_is_left_out(
     assert kept == [sample["__key__"] for sample, score in zip(samples, scores) if score >= least]
 
 
-def test_a_score_is_the_cosine_of_the_embeddings(tmp_path: Path, clip_folder: Path) -> None:  # noqa: F811
+def test_a_score_is_the_cosine_of_the_embeddings(
+    own_threads: None,
+    tmp_path: Path,
+    clip_folder: Path,  # noqa: F811
+) -> None:
     from ldm_core.metrics.networks.clip import load_clip
     from pipelines.shards.format import write_shard
 
