@@ -1,1 +1,7 @@
-"""Pictures and text for people: charts (SVG), grids (PNG), the parts of report sections, and formatted numbers."""
+"""Pictures and text for people.
+
+charts                  loss curves and histograms as SVG, by matplotlib
+grids                   pictures in rows, with captions
+sections                what the stages' sections of the report have in common
+formatting, printable   numbers as people read them; text from the web made harmless
+"""

@@ -7,7 +7,7 @@ import io
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -25,7 +25,7 @@ Floats = NDArray[np.float64]
 
 WIDE, NARROW = (880, 260), (420, 230)  # width and height in pixels
 PIXELS_PER_INCH = 72  # one unit of matplotlib's SVG is one point
-MOST_POINTS = 1000
+MOST_POINTS = 1000  # of a line; more than one per pixel cannot be seen
 MOST_BIN_LABELS = 9
 ROUND = [1, 2, 5, 10]  # times a power of ten: steps from tick to tick
 LEAST_LOG_RATIO = 4  # below it, a logarithmic axis has hardly a round value to show
@@ -38,7 +38,7 @@ VARIABLES = {ACCENT: "--accent", FAINT: "--faint", SOFT: "--soft", LINE: "--line
 
 PARTS = ("raw", "smooth", "bar")  # classes of the parts of a chart
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": LINE,
     "axes.grid": True,
@@ -148,7 +148,7 @@ def running_mean(values: ArrayLike, reach: int) -> Floats:
 
 
 def _thinned(xs: Floats, ys: Floats) -> tuple[Floats, Floats]:
-    """Both ends and, of each short stretch between them, the lowest and the highest value."""
+    """Keep both ends and, of each short stretch between them, the lowest and the highest value."""
     if len(xs) <= MOST_POINTS:
         return xs, ys
     stretches = np.array_split(np.arange(len(ys)), MOST_POINTS // 2 - 1)
@@ -176,7 +176,7 @@ def _figure(size: tuple[int, int]) -> Figure:
 
 
 def _svg(figure: Figure, title: str, tooltips: Sequence[str] = ()) -> Markup:
-    """The figure as an `<svg>` element for an HTML page; `tooltips` of its bars, from left to right."""
+    """Return the figure as an `<svg>` element for an HTML page; `tooltips` are its bars', from left to right."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = ElementTree.fromstring(file.getvalue())
@@ -185,22 +185,26 @@ def _svg(figure: Figure, title: str, tooltips: Sequence[str] = ()) -> Markup:
     # In HTML, the style sheet of one drawing would hold for the whole page.
     svg[:] = [child for child in svg if child.tag != "metadata" and child.find("style") is None]
     svg.attrib = {"class": "chart", "role": "img", "viewBox": svg.attrib["viewBox"], "stroke-linejoin": "round"}
-    for text, parent in [(title, svg), *zip(tooltips, svg.iterfind(".//g[@class='bar']"))]:
-        # SVG takes the first child alone for a title.
-        parent.insert(0, ElementTree.Element("title"))
-        parent[0].text = text
-    # Escaped by ElementTree.
-    return Markup(ElementTree.tostring(svg, encoding="unicode"))
+    _add_title(svg, title)
+    for bar, tooltip in zip(svg.iterfind(".//g[@class='bar']"), tooltips):
+        _add_title(bar, tooltip)
+    return Markup(ElementTree.tostring(svg, encoding="unicode"))  # which escapes all text
+
+
+def _add_title(element: ElementTree.Element, text: str) -> None:
+    # A browser reads it out, or shows it as a tooltip, only if it is the first child.
+    element.insert(0, ElementTree.Element("title"))
+    element[0].text = text
 
 
 def _make_html(element: ElementTree.Element) -> None:
     """Rewrite an element of matplotlib's SVG as one of an HTML page that may hold several charts."""
-    # HTML knows SVG without namespaces; `xlink:href` is `href` today.
+    # HTML knows SVG without namespaces, and `xlink:href` is plain `href` there.
     element.tag = element.tag.partition("}")[2]
     attributes = {name.rpartition("}")[2]: value for name, value in element.attrib.items()}
     if element.tag == "g" and (name := attributes.pop("id", "")) in PARTS:
-        # As a class: an id may occur once on a page. (The ids of markers and clip paths are digests of what they
-        # name, so that two charts share one only if it means the same in both.)
+        # Every chart has these groups, but an id may occur only once on a page. The ids of tick marks and clip paths
+        # stay: they are digests of what they name, so that two charts share one only if it means the same in both.
         attributes["class"] = name
     if "style" in attributes:
         style = re.sub(r"font-family:[^;]*;? ?", "", attributes["style"])

@@ -1,6 +1,6 @@
-"""Grids of pictures, with or without captions: what a person looks at to see whether a model has learned.
+"""Grids of pictures, with or without captions: previews, contact sheets and samples for people to look at.
 
-Pictures are uint8 arrays, (H, W, 3) RGB.
+A picture is a (H, W, 3) uint8 array, RGB.
 """
 
 import importlib.util
@@ -19,6 +19,7 @@ Image8 = NDArray[np.uint8]
 
 GAP = 4
 CAPTION_LINES = 3
+MAX_CAPTION_CHARACTERS = 400  # more never fit, and measuring a web page's worth of text takes long
 MIN_FONT_PIXELS = 10
 MAX_FONT_PIXELS = 18
 LINE_HEIGHT = 1.25
@@ -38,17 +39,18 @@ def grid(
 
     Args:
         images: (N, H, W, 3) uint8 RGB, N >= 1.
-        columns: pictures a row; a grid of fewer pictures is only as wide as it needs to be.
-        captions: N of them; wrapped to at most `caption_lines` lines, cut with an ellipsis. They may hold anything:
-            control characters are made visible, characters that DejaVu Sans lacks are shown as boxes.
-        scale: each pixel becomes scale x scale pixels, for small pictures.
-        font_pixels: size of the captions; None for one that suits the pictures.
+        columns: pictures per row; fewer pictures than that make a narrower grid.
+        captions: one per picture. They may hold anything: control characters are made visible, and characters that
+            DejaVu Sans lacks are shown as boxes.
+        scale: factor by which small pictures are enlarged; each pixel becomes a square of scale x scale.
+        font_pixels: font size of the captions; None for one that suits the pictures.
+        caption_lines: lines to which a caption is wrapped; a longer one ends in an ellipsis.
 
     Returns:
         (height, width, 3) uint8. The same arguments give the same bytes.
 
     Raises:
-        ValueError: for another shape or dtype of images, no pictures, or another number of captions.
+        ValueError: images of another shape or dtype, no picture at all, or another number of captions.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
         raise ValueError(f"images must be (N, H, W, 3) uint8 with N >= 1; got {images.shape} {images.dtype}")
@@ -79,17 +81,17 @@ def grid(
 
 
 def encode_png(image: Image8) -> bytes:
-    """A picture (H, W, 3) uint8 as a PNG file."""
+    """Encode a (H, W, 3) uint8 picture as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", optimize=False, compress_level=6)
     return buffer.getvalue()
 
 
 def _wrap(caption: str, width: int, font_pixels: int, most: int) -> list[str]:
-    """A caption as lines no wider than `width` pixels; single words that are too long are cut."""
+    """Break a caption into at most `most` lines no wider than `width` pixels; a word that is too wide is cut."""
     font = _font(font_pixels)
     lines: list[str] = []
-    for word in printable(caption[:400]).split():
+    for word in printable(caption[:MAX_CAPTION_CHARACTERS]).split():
         joined = f"{lines[-1]} {word}" if lines else word
         if lines and font.getlength(joined) <= width:
             lines[-1] = joined
@@ -112,7 +114,8 @@ def _cut(line: str, width: int, font: ImageFont.FreeTypeFont) -> str:
 
 @lru_cache
 def _font(pixels: int) -> ImageFont.FreeTypeFont:
-    # The font that comes with matplotlib: the same on every machine, and Pillow's own one knows no accents.
+    # The font that comes with matplotlib: the same on every machine, while Pillow's own one knows no accents. Found
+    # without importing matplotlib, which would cost each Ray worker half a second and a folder for its settings.
     package = importlib.util.find_spec("matplotlib")
     assert package is not None, "matplotlib is one of our dependencies"
     assert package.origin is not None

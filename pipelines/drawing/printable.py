@@ -1,19 +1,17 @@
-"""Text from the web, made harmless to show: nothing in it moves a cursor, turns the writing direction or hides."""
+"""Text from the web made harmless to show: nothing in it moves the cursor, reverses the text or hides."""
 
-from __future__ import annotations
-
-# They join the parts of an emoji and the letters of Persian and Indic words.
-_JOINERS = "\u200c\u200d"
+# Invisible but needed: they join the parts of an emoji and separate letters in Persian and Indic words.
+JOINERS = "\u200c\u200d"
 
 
 def printable(text: str) -> str:
-    """The text on one line: white space of any kind is a blank, other characters that cannot be seen are U+FFFD."""
+    """Return the text on one line, with a blank for any white space and U+FFFD for other invisible characters."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(_shown(character) for character in text)
 
 
 def _shown(character: str) -> str:
-    if character.isprintable() or character in _JOINERS:
+    if character.isprintable() or character in JOINERS:
         return character
     return " " if character.isspace() else "\ufffd"

@@ -1,4 +1,4 @@
-"""Grids of pictures."""
+"""Grids of pictures, measured pixel by pixel."""
 
 import io
 
