@@ -18,7 +18,7 @@ from PIL import Image
 
 from pipelines.errors import UserError
 from pipelines.shards.format import decode_npy, read_shard
-from pipelines.stages.latents.artifact import LATENTS_FORMAT
+from pipelines.stages.latents.artifact import FORMAT_VERSION
 from pipelines.stages.pairs.artifact import PAIRS_FORMAT, image_of
 from pipelines.store.ledger import MANIFEST, Artifact, read_manifest
 from pipelines.store.storage import Storage
@@ -88,7 +88,7 @@ def open_latents(
     Raises:
         UserError: there is no such artifact; or, while it is read, a shard or a sample of it is damaged.
     """
-    return _open(url, "latents", LATENTS_FORMAT, _decode_latents, shuffle, seed, nodesplitter)
+    return _open(url, "latents", FORMAT_VERSION, _decode_latents, shuffle, seed, nodesplitter)
 
 
 def _open(
