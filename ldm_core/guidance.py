@@ -71,8 +71,8 @@ def classifier_free(
             x, t, context=_for_batch(context, x, "context"), concat=_for_batch(concat, x, "concat")
         )
 
-    def guided(x: Tensor, t: Tensor) -> Tensor | Prediction:
-        halves = denoise_with_context(
+    def halves(x: Tensor, t: Tensor) -> tuple[Tensor | Prediction, Tensor | Prediction]:
+        both = denoise_with_context(
             torch.cat([x, x]),
             torch.cat([t, t]),
             context=_both(
@@ -80,17 +80,37 @@ def classifier_free(
             ),
             concat=_both(_for_batch(other_concat, x, "unconditional_concat"), _for_batch(concat, x, "concat")),
         )
-        unconditional, conditioned = (_map(lambda half, i=i: half.chunk(2)[i], halves) for i in (0, 1))
-        return combine(unconditional, conditioned, guidance_scale, rescale=rescale)
+        return _map(lambda half: half.chunk(2)[0], both), _map(lambda half: half.chunk(2)[1], both)
 
-    def guided_inside(x: Tensor, t: Tensor) -> Tensor | Prediction:
-        assert interval is not None
+    return guide(conditional, halves, guidance_scale, interval=interval, rescale=rescale)
+
+
+def guide(
+    conditional: Denoise,
+    halves: Callable[[Tensor, Tensor], tuple[Tensor | Prediction, Tensor | Prediction]],
+    guidance_scale: float,
+    *,
+    interval: tuple[int, int] | None = None,
+    rescale: float = 0.0,
+) -> Denoise:
+    """Apply the rule of classifier-free guidance to predictions, whatever computes them.
+
+    `classifier_free` computes them with any conditional denoiser, `LatentDiffusion.guided_denoiser` with a UNet whose
+    two halves share what they can.
+
+    Args:
+        conditional: predicts with the condition, where nothing is guided.
+        halves: predicts without and with the condition, in this order.
+        guidance_scale, interval, rescale: as for `classifier_free`; see `check_settings`.
+    """
+
+    def guided(x: Tensor, t: Tensor) -> Tensor | Prediction:
         # Samplers give one timestep to the whole batch.
-        return guided(x, t) if interval[0] <= int(t[0]) <= interval[1] else conditional(x, t)
+        if interval is not None and not interval[0] <= int(t[0]) <= interval[1]:
+            return conditional(x, t)
+        return combine(*halves(x, t), guidance_scale, rescale=rescale)
 
-    if guidance_scale == 1.0:
-        return conditional
-    return guided if interval is None else guided_inside
+    return conditional if guidance_scale == 1.0 else guided
 
 
 def check_settings(guidance_scale: float, interval: tuple[int, int] | None, rescale: float) -> None:

@@ -1,12 +1,12 @@
 """The whole model: a first stage, and a denoising UNet with its conditioner in that stage's latent space.
 
-Shapes: x: (B, 3, H, W) images in [-1, 1]; z: (B, C, h, w) scaled latents; t: (B,) integer timesteps;
-inputs: what the conditioner takes, e.g. token ids (B, L).
+Shapes: x: (B, 3, H, W) images in [-1, 1]; z: (B, C, h, w) scaled latents; t: (B,) integer timesteps; context: (B, L, D)
+for cross-attention; inputs: what the conditioner takes, e.g. token ids (B, L).
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,10 +43,10 @@ class DiffusionNetwork(nn.Module):
         self.conditioner = conditioner
 
     def forward(self, z_t: Tensor, t: Tensor, inputs: Any = None) -> Tensor:
-        """The UNet's raw prediction at z_t (B, C, h, w), t (B,), conditioned on the conditioner's inputs.
+        """Return the UNet's raw prediction at z_t (B, C, h, w), t (B,), conditioned on the conditioner's inputs.
 
         Raises:
-            ValueError: when inputs are given to an unconditional network or missing from a conditional one.
+            ValueError: inputs are given to an unconditional network or missing from a conditional one.
         """
         conditioning = _condition(self.conditioner, inputs)
         return self.unet(z_t, t, context=conditioning.context, concat=conditioning.concat)
@@ -57,9 +57,9 @@ class LatentDiffusion(nn.Module):
 
     Attributes:
         first_stage, unet, conditioner: the parts; conditioner is None for an unconditional model.
-        schedule: forward process.
-        scale_factor: what latents are multiplied by after `first_stage.encode`; the first stage knows nothing
-            of it.
+        schedule: the forward process.
+        scale_factor: factor between the first stage's latents and those that the UNet sees; the first stage does not
+            apply it, `encode` and `decode` do.
     """
 
     def __init__(self, config: LatentDiffusionConfig) -> None:
@@ -74,38 +74,39 @@ class LatentDiffusion(nn.Module):
         self.scale_factor = config.scale_factor
 
     def network(self) -> DiffusionNetwork:
-        """UNet and conditioner as one module that shares this model's weights."""
+        """Return UNet and conditioner as one module that shares this model's weights."""
         return DiffusionNetwork(self.unet, self.conditioner)
 
     def encode(self, x: Tensor, *, noise: Tensor | None = None) -> Tensor:
-        """Images to scaled latents: the posterior's draw with `noise` (B, C, h, w), without it its mode."""
+        """Encode images to scaled latents: a sample of the posterior with `noise` (B, C, h, w), else its mode."""
         posterior = self.first_stage.encode(x)
         latent = posterior.mode() if noise is None else posterior.sample(noise=noise)
         return self.scale_factor * latent
 
     def _encode_mode(self, x: Tensor) -> Tensor:
-        # Not scaled: a latent that is conditioned on enters the published networks as the first stage gives it.
+        # Not scaled: the published networks take a latent that they are conditioned on as the first stage gives it.
         return self.first_stage.encode(x).mode()
 
     def decode(self, z: Tensor) -> Tensor:
-        """Scaled latents to images, (B, 3, H, W) around [-1, 1] (not clipped)."""
+        """Decode scaled latents to images, (B, 3, H, W) around [-1, 1] (not clipped)."""
         return self.first_stage.decode(z / self.scale_factor)
 
     def denoiser(self) -> guidance.ConditionalDenoise:
-        """The function `(x, t, *, context, concat)` that samplers and guidance are built on.
+        """Return the function `(x, t, *, context, concat)` that samplers and guidance are built on.
 
-        It answers the noise, or for a network of v or x0 noise and clean latent, see `objective.Prediction`.
+        It returns the predicted noise; for a network that predicts v or x0, noise and clean latent, see
+        `objective.Prediction`.
         """
 
         def denoise(
             x: Tensor, t: Tensor, *, context: Tensor | None = None, concat: Tensor | None = None
         ) -> Tensor | objective.Prediction:
-            return self._answer(self.unet(x, t, context=context, concat=concat), x, t)
+            return self._prediction(self.unet(x, t, context=context, concat=concat), x, t)
 
         return denoise
 
-    def _answer(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor | objective.Prediction:
-        """What samplers take, from the network's own output at (x, t)."""
+    def _prediction(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor | objective.Prediction:
+        """Turn the network's own output at (x, t) into what samplers take."""
         if self.config.parameterization == "eps":
             return output
         return objective.to_prediction(self.config.parameterization, self.schedule, output, x, t)
@@ -124,18 +125,18 @@ class LatentDiffusion(nn.Module):
         size: tuple[int, int] | None = None,
         callback: samplers.Callback | None = None,
     ) -> Tensor:
-        """Images with classifier-free guidance; image i depends on its own input and seeds[i] alone.
+        """Sample images with classifier-free guidance; image i depends on its own input and seeds[i] alone.
 
         For image-to-image and masked sampling see `samplers`, on `guided_denoiser()`.
 
         Args:
-            inputs: a batch of what the conditioner takes, e.g. token ids (B, L); None for an unconditional model.
-            seeds: B integers, one an image.
-            unconditional: the input (1, ...) that asks for nothing, e.g. the empty caption's ids; needed where
-                guidance_scale is not 1, unless the conditioner knows it by itself.
-            num_steps: timesteps visited; the last one first where the schedule leaves no signal there.
-            guidance_scale: 1 is the plain conditional model.
-            eta: 0 deterministic ... 1 as random as DDPM; DDIM alone has it.
+            inputs: a batch of the conditioner's inputs, e.g. token ids (B, L); None for an unconditional model.
+            seeds: B integers, one per image.
+            unconditional: the null condition (1, ...), e.g. the empty caption's ids; required if guidance_scale is not
+                1, unless the conditioner has one of its own.
+            num_steps: number of timesteps visited; with zero terminal SNR the last timestep is always among them.
+            guidance_scale: strength of the guidance; 1 is the plain conditional model.
+            eta: from 0, deterministic, to 1, as random as DDPM; for DDIM only.
             sampler: one of `samplers.FEW_STEP_SAMPLERS`.
             size: height and width of the latent; None is the size of training. Larger ones are sampled
                 convolutionally (Sec. 4.3.2), multiples of the UNet's downsampling factor.
@@ -145,24 +146,17 @@ class LatentDiffusion(nn.Module):
             (B, 3, H, W) float32 in [-1, 1].
 
         Raises:
-            ValueError: when inputs and seeds differ in number, guidance lacks the unconditional input, or a number is
-                out of range.
+            ValueError: inputs and seeds differ in number, guidance lacks the null condition, or a number is out of
+                range.
         """
         if isinstance(inputs, Tensor) and len(inputs) != len(seeds):
             raise ValueError(f"sample needs one seed an input, got {len(seeds)} seeds for {len(inputs)} inputs")
-        device = next(self.unet.parameters()).device
-        height, width = size or (self.config.unet.latent_size,) * 2
-        factor = self.config.unet.downsampling_factor
-        if min(height, width) < factor or height % factor or width % factor:
-            raise ValueError(f"size must be positive multiples of {factor}, in latent pixels, got {(height, width)}")
-        noise = samplers.seeded_noise(seeds, (self.config.first_stage.embed_dim, height, width), device)
+        _check_sampler(sampler, eta)
+        shape = self._latent_shape(size)
         denoise = self.guided_denoiser(inputs, unconditional=unconditional, guidance_scale=guidance_scale)
-        if sampler not in samplers.FEW_STEP_SAMPLERS:
-            known = ", ".join(each.__name__ for each in samplers.FEW_STEP_SAMPLERS)
-            raise ValueError(f"sampler must be one of {known}, got {getattr(sampler, '__name__', sampler)}")
-        if eta and sampler is not samplers.ddim:
-            raise ValueError(f"only DDIM has an eta, got eta={eta}: leave it 0")
+        noise = samplers.seeded_noise(seeds, shape, self._device)
         options: dict[str, Any] = {"eta": eta, "noise": noise} if sampler is samplers.ddim else {}
+        # With zero terminal SNR the last timestep must be visited: only there is z pure noise (Lin et al. 2024).
         spacing: samplers.Spacing = "trailing" if self.config.schedule.zero_terminal_snr else "leading"
         with _evaluating(self):
             z = sampler(
@@ -181,10 +175,11 @@ class LatentDiffusion(nn.Module):
         interval: tuple[int, int] | None = None,
         rescale: float = 0.0,
     ) -> samplers.Denoise:
-        """The denoiser with its condition bound and classifier-free guidance applied: what samplers take.
+        """Bind the condition and apply classifier-free guidance: the function that samplers take.
 
-        What does not change from step to step is computed once, and what both halves of guidance share, once a step.
-        The weights must not change between its first call and its last.
+        It computes what `guidance.classifier_free` computes, only faster: keys and values of the context once, and
+        what both halves of guidance share once per step. The weights must not change between its first call and its
+        last.
 
         Args:
             inputs, unconditional, guidance_scale: as for `sample`.
@@ -193,53 +188,57 @@ class LatentDiffusion(nn.Module):
         Raises:
             ValueError: as `sample`.
         """
-        device = next(self.unet.parameters()).device
-        conditioning = _condition(self.conditioner, _to(inputs, device))
-        conditional = _Bound(self.unet, conditioning.context, conditioning.concat)
         guidance.check_settings(guidance_scale, interval, rescale)
-        if guidance_scale == 1.0:
-            return lambda x, t: self._answer(conditional(x, t), x, t)
-        if conditioning.context is None:
-            raise ValueError(f"only a model with a context can be guided: keep guidance_scale 1, got {guidance_scale}")
-        without = self._unconditional_context(unconditional, inputs, guidance_scale)
-        if without.shape[1:] != conditioning.context.shape[1:] or len(without) not in (1, len(conditioning.context)):
-            raise ValueError(
-                "the unconditional input must be one, or one an input, and as long as these, "
-                f"got contexts {tuple(without.shape)} and {tuple(conditioning.context.shape)}: tokenize both alike"
-            )
-        together = torch.cat([without.expand_as(conditioning.context), conditioning.context])
-        both = _Bound(self.unet, together, conditioning.concat, contexts_a_sample=2)
+        conditioning = _condition(self.conditioner, _to(inputs, self._device))
+        predict: samplers.Denoise = _BoundUNet(self.unet, conditioning.context, conditioning.concat)
+        if guidance_scale != 1.0:
+            if conditioning.context is None:
+                raise ValueError(
+                    f"only a model with a context can be guided: keep guidance_scale 1, got {guidance_scale}"
+                )
+            null = self._null_context(unconditional, inputs, guidance_scale)
+            halves = _guidance_halves(self.unet, null, conditioning.context, conditioning.concat)
+            predict = guidance.guide(predict, halves, guidance_scale, interval=interval, rescale=rescale)
 
-        def guided(x: Tensor, t: Tensor) -> Tensor | objective.Prediction:
-            # Samplers give one timestep to the whole batch.
-            if interval is not None and not interval[0] <= int(t[0]) <= interval[1]:
-                return self._answer(conditional(x, t), x, t)
-            unguided, wanted = both(x, t).chunk(2)
-            output = guidance.combine(unguided, wanted, guidance_scale, rescale=rescale)
+        def denoise(x: Tensor, t: Tensor) -> Tensor | objective.Prediction:
+            # Guidance acts on the network's own output, as published for v (Lin et al. 2024), and then is converted.
+            output = predict(x, t)
             assert isinstance(output, Tensor)
-            return self._answer(output, x, t)
+            return self._prediction(output, x, t)
 
-        return guided
+        return denoise
 
-    def _unconditional_context(self, unconditional: Any, inputs: Any, guidance_scale: float) -> Tensor:
-        """The context (1, L, D) that asks for nothing."""
+    @property
+    def _device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    def _latent_shape(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
+        """Return (C, h, w) of the latents to sample. Raises ValueError for a size that the UNet cannot take."""
+        height, width = size or (self.config.unet.latent_size,) * 2
+        factor = self.config.unet.downsampling_factor
+        if min(height, width) < factor or height % factor or width % factor:
+            raise ValueError(f"size must be positive multiples of {factor}, in latent pixels, got {(height, width)}")
+        return self.config.first_stage.embed_dim, height, width
+
+    def _null_context(self, unconditional: Any, inputs: Any, guidance_scale: float) -> Tensor:
+        """Return the null context of classifier-free guidance, (1, L, D) or (B, L, D)."""
         assert self.conditioner is not None
-        nothing = self.conditioner.unconditional() if unconditional is None else unconditional
-        if nothing is None:
+        null = self.conditioner.unconditional() if unconditional is None else unconditional
+        if null is None:
             raise ValueError(
                 f"guidance_scale={guidance_scale} needs `unconditional`, the input that asks for nothing: "
                 "the ids (1, L) of the empty caption"
             )
-        if isinstance(nothing, Tensor) and nothing.ndim < inputs.ndim:
-            nothing = nothing[None]
-        context = self.conditioner(_to(nothing, next(self.unet.parameters()).device)).context
+        if isinstance(null, Tensor) and null.ndim < inputs.ndim:
+            null = null[None]
+        context = self.conditioner(_to(null, self._device)).context
         assert context is not None
         return context
 
 
 @contextlib.contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Within the context dropout is off, so that a seed gives one image; afterwards every part has its mode back."""
+    """Switch dropout off, so that a seed always gives the same image; every module gets its mode back afterwards."""
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:
@@ -249,30 +248,62 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-class _Bound:
-    """A UNet with its conditioning bound; keys and values of the context are computed at the first call."""
+class _BoundUNet:
+    """A UNet with its conditioning bound; keys and values of the context are computed at the first call.
+
+    Args:
+        unet: the network.
+        context: (k * B, L, D), k contexts per latent; None for a UNet without cross-attention.
+        concat: (B, C_concat, h, w), or None.
+        contexts_per_latent: k.
+    """
 
     def __init__(
-        self, unet: UNet, context: Tensor | None, concat: Tensor | None, *, contexts_a_sample: int = 1
+        self, unet: UNet, context: Tensor | None, concat: Tensor | None, *, contexts_per_latent: int = 1
     ) -> None:
-        self.unet, self.context, self.concat, self.contexts_a_sample = unet, context, concat, contexts_a_sample
+        self.unet, self.context, self.concat, self.contexts_per_latent = unet, context, concat, contexts_per_latent
         self._prepared: PreparedContext | None = None
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """(B, C, h, w), (B,) -> (contexts_a_sample * B, C, h, w), the network's own output."""
-        if self.context is not None and len(self.context) != self.contexts_a_sample * len(x):
-            raise ValueError(
-                f"the denoiser is bound to {len(self.context) // self.contexts_a_sample} inputs, got {len(x)} latents: "
-                "bind it anew"
-            )
+        """(B, C, h, w), (B,) -> (k * B, C, h, w), the network's own output."""
+        if self.context is not None and len(self.context) != self.contexts_per_latent * len(x):
+            bound = len(self.context) // self.contexts_per_latent
+            raise ValueError(f"the denoiser is bound to {bound} inputs, got {len(x)} latents: bind it anew")
         if self.context is not None and self._prepared is None:
             self._prepared = self.unet.prepare_context(self.context)
         output: Tensor = self.unet(x, t, context=self._prepared, concat=self.concat)
         return output
 
 
+def _guidance_halves(
+    unet: UNet, null: Tensor, context: Tensor, concat: Tensor | None
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Predict without and with the condition in one pass, in which both share what comes before the first context."""
+    if null.shape[1:] != context.shape[1:] or len(null) not in (1, len(context)):
+        raise ValueError(
+            "the unconditional input must be one, or one an input, and as long as these, "
+            f"got contexts {tuple(null.shape)} and {tuple(context.shape)}: tokenize both alike"
+        )
+    together = torch.cat([null.expand_as(context), context])
+    both = _BoundUNet(unet, together, concat, contexts_per_latent=2)
+
+    def halves(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        without, conditioned = both(x, t).chunk(2)
+        return without, conditioned
+
+    return halves
+
+
+def _check_sampler(sampler: samplers.FewStepSampler, eta: float) -> None:
+    if sampler not in samplers.FEW_STEP_SAMPLERS:
+        known = ", ".join(each.__name__ for each in samplers.FEW_STEP_SAMPLERS)
+        raise ValueError(f"sampler must be one of {known}, got {getattr(sampler, '__name__', sampler)}")
+    if eta and sampler is not samplers.ddim:
+        raise ValueError(f"only DDIM has an eta, got eta={eta}: leave it 0")
+
+
 def _condition(conditioner: Conditioner | None, inputs: Any) -> Conditioning:
-    """The conditioning of inputs, or none for an unconditional model."""
+    """Return the conditioning of a batch of inputs; an unconditional model has none."""
     if (conditioner is None) != (inputs is None):
         raise ValueError(
             "a conditional model needs its conditioner's inputs, such as token ids (B, L), and an unconditional one "
@@ -282,7 +313,7 @@ def _condition(conditioner: Conditioner | None, inputs: Any) -> Conditioning:
 
 
 def _to(inputs: Any, device: torch.device) -> Any:
-    """Inputs on a device: a tensor, or a dataclass of tensors."""
+    """Move a conditioner's inputs, a tensor or a dataclass of tensors, to a device."""
     if isinstance(inputs, Tensor):
         return inputs.to(device)
     if dataclasses.is_dataclass(inputs) and not isinstance(inputs, type):

@@ -22,11 +22,11 @@ from ldm_core.configs.text import ClipTextConfig, FrozenTextConfig, TextTransfor
 
 
 def build_conditioner(config: ConditionerConfig, *, encode: Encode | None = None) -> Conditioner:
-    """The conditioner of a config, with random weights.
+    """Build the conditioner of a configuration, with random weights.
 
     Args:
-        config: one of the kinds above.
-        encode: images to latents that are not scaled; a masked image is conditioned on in latent space.
+        config: configuration of any kind.
+        encode: maps images to unscaled latents; only masked images need it, as they are encoded before use.
     """
     match config:
         case TextTransformerConfig():

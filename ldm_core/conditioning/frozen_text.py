@@ -1,7 +1,7 @@
 """Captions through a pretrained text encoder that is never trained (Imagen and Stable Diffusion; cf. paper, Sec. 3.3).
 
-CLIP's text transformer is ours (`clip_text`); any other encoder of the transformers library is wrapped. The weights
-come with the model's own file, or from `pretrained`.
+CLIP's text transformer is our own (`networks.clip_text`); any other encoder is the transformers library's, wrapped.
+Their weights come from the model's own file, or from `pretrained`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from ldm_core.networks.ids import check_tokens
 
 
 class _Frozen(Conditioner):
-    """A conditioner without gradients that stays in evaluation mode whatever the model's mode."""
+    """A conditioner without gradients that stays in evaluation mode, whatever the model's mode."""
 
     def freeze(self) -> None:
-        """Take gradients away and switch to evaluation."""
+        """Switch gradients off and evaluation mode on."""
         self.requires_grad_(False)
         self.eval()
 
@@ -29,7 +29,7 @@ class _Frozen(Conditioner):
 
 
 class FrozenClipConditioner(_Frozen):
-    """Token ids (B, L) of captions to CLIP's context (B, L, D)."""
+    """Maps token ids (B, L) of captions to CLIP's context (B, L, D)."""
 
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class FrozenClipConditioner(_Frozen):
 
 
 class FrozenTextConditioner(_Frozen):
-    """Token ids (B, L) of captions to the last hidden states (B, L, D) of an encoder of the transformers library.
+    """Maps token ids (B, L) of captions to the last hidden states (B, L, D) of an encoder of the transformers library.
 
     Raises:
         ValueError: the library does not know the architecture, or its hidden size is not the config's width.
@@ -66,12 +66,13 @@ class FrozenTextConditioner(_Frozen):
         config = self.config
         tokens = check_tokens(tokens, max_length=config.max_length)
         attended = torch.ones_like(tokens) if config.pad_id is None else (tokens != config.pad_id).long()
-        # Where a caption is all padding the softmax would be over nothing.
+        # In a caption that is all padding, the softmax would run over nothing.
         attended[:, 0] = 1
         return Conditioning(context=self.encoder(input_ids=tokens, attention_mask=attended).last_hidden_state)
 
 
 def _build_encoder(config: FrozenTextConfig) -> nn.Module:
+    # Imported on call: the library is optional.
     from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
 
     settings = dict(config.architecture)

@@ -1,4 +1,4 @@
-"""What conditioners have in common: what they give, and how samples lose their condition during training.
+"""The interface of conditioners, and dropping the condition of some samples during training.
 
 Shapes: context: (B, L, D) for cross-attention; concat: (B, Cc, h, w) extra channels beside the latent's.
 """
@@ -17,11 +17,11 @@ Encode = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """What a conditioner gives the UNet.
+    """Output of a conditioner, input of the UNet.
 
     Args:
         context: (B, L, D) for cross-attention, or None.
-        concat: (B, Cc, h, w) to concatenate with the latent's channels, or None.
+        concat: (B, Cc, h, w) channels to concatenate with the latent's, or None.
     """
 
     context: Tensor | None = None
@@ -29,37 +29,39 @@ class Conditioning:
 
 
 class Conditioner(nn.Module):
-    """Called with what a batch is conditioned on; each kind says in its `forward` what that is."""
+    """Maps a batch of inputs to a `Conditioning`; the `forward` of each kind says what its inputs are."""
 
     def unconditional(self) -> Tensor | None:
-        """The input (1, ...) that asks for nothing, for classifier-free guidance; None where the kind has none of its
-        own: captions' comes from their tokenizer, concatenated pictures have none."""
+        """Return the null condition (1, ...) of classifier-free guidance, if this kind has one of its own.
+
+        The null condition of captions is the empty caption, which only their tokenizer knows; pictures have none.
+        """
         return None
 
     def __call__(self, inputs: Any) -> Conditioning:
-        """The conditioning of a batch of inputs. Raises ValueError for inputs that are not of this kind."""
+        """Return the conditioning of a batch of inputs. Raises ValueError for inputs that are not of this kind."""
         conditioning: Conditioning = super().__call__(inputs)
         return conditioning
 
 
 def drop(inputs: Tensor, unconditional: Tensor | None, probability: float, uniform: Tensor) -> Tensor:
-    """Replace what some samples are conditioned on by nothing, to train the unconditional half of guidance.
+    """Replace the condition of some samples by the null condition, to train the unconditional half of guidance.
 
     Works on a conditioner's inputs (token ids, class labels) and on cached contexts of a frozen encoder alike. The
     randomness is the caller's, so that training is reproducible from its own seed.
 
     Args:
         inputs: (B, ...) of any dtype.
-        unconditional: (...) or (1, ...): the empty caption's ids or context, the label of no class. Its values must fit
-            inputs' dtype.
-        probability: share of samples to drop (Ho & Salimans 2021 use 0.1 to 0.2).
+        unconditional: the null condition, (...) or (1, ...): the empty caption's ids or context, the label "no class".
+            Its values must fit inputs' dtype.
+        probability: share of samples that lose their condition (Ho & Salimans 2021 use 0.1 to 0.2).
         uniform: (B,) numbers drawn uniformly from [0, 1).
 
     Returns:
-        (B, ...) of inputs' dtype; sample i is dropped where uniform[i] < probability.
+        (B, ...) of inputs' dtype; sample i has lost its condition if uniform[i] < probability.
 
     Raises:
-        ValueError: for a probability outside [0, 1] or shapes that do not agree.
+        ValueError: the probability is outside [0, 1], or shapes do not agree.
     """
     if not 0.0 <= probability <= 1.0:
         raise ValueError(f"the dropout probability must be between 0 and 1, got {probability}")

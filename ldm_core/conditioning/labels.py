@@ -11,7 +11,7 @@ from ldm_core.networks.ids import check_ids
 
 
 class ClassConditioner(Conditioner):
-    """Labels (B,) to a context (B, 1, D)."""
+    """Maps labels (B,) to a context (B, 1, D)."""
 
     def __init__(self, config: ClassConfig) -> None:
         super().__init__()
@@ -19,7 +19,7 @@ class ClassConditioner(Conditioner):
         self.embedding = nn.Embedding(config.classes, config.width)
 
     def unconditional(self) -> Tensor | None:
-        """(1,) the label of no class, where there is one."""
+        """Return the label "no class", (1,), or None if the configuration has no such label."""
         return torch.tensor([self.config.classes - 1], device="cpu") if self.config.unconditional_class else None
 
     def forward(self, labels: Tensor) -> Conditioning:

@@ -1,4 +1,4 @@
-"""Conditions that are pictures themselves: channels beside the latent's (paper, Sec. 3.3, 4.3.2, 4.4 and 4.5).
+"""Conditions that are pictures: extra channels beside the latent's (paper, Sec. 3.3, 4.3.2, 4.4 and 4.5).
 
 Shapes: H, W: size of the image; h, w: of its latent. Images are in [-1, 1].
 """
@@ -17,7 +17,7 @@ from ldm_core.networks.ids import check_ids
 
 
 class SemanticMapConditioner(Conditioner):
-    """Semantic maps to channels at the latent's size."""
+    """Maps semantic maps to channels of the latent's size."""
 
     def __init__(self, config: SemanticMapConfig) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class SemanticMapConditioner(Conditioner):
         self.channel_mapper = nn.Conv2d(config.classes, config.out_channels, 1, bias=False)
 
     def forward(self, semantic_map: Tensor) -> Conditioning:
-        """Bilinear halvings, then the channel mapper.
+        """Halve the map bilinearly, then map its classes to channels.
 
         Args:
             semantic_map: (B, H, W) integer labels, or (B, classes, H, W) float weights of the classes; H and W are
@@ -55,7 +55,7 @@ class SemanticMapConditioner(Conditioner):
 
 
 class LowResolutionConditioner(Conditioner):
-    """Small images (B, 3, h, w), as they are, beside the latent."""
+    """Passes low-resolution images (B, 3, h, w) on as they are."""
 
     def __init__(self, config: LowResolutionConfig) -> None:
         super().__init__()
@@ -72,10 +72,10 @@ class LowResolutionConditioner(Conditioner):
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedImage:
-    """What inpainting is conditioned on.
+    """Inputs of inpainting.
 
     Args:
-        image: (B, 3, H, W) in [-1, 1]; what lies under the mask is not looked at.
+        image: (B, 3, H, W) in [-1, 1]; pixels under the mask are ignored.
         mask: (B, 1, H, W) or (1, 1, H, W); 1 where the image is to be filled in, 0 where it is kept.
     """
 
@@ -84,11 +84,11 @@ class MaskedImage:
 
 
 class MaskedImageConditioner(Conditioner):
-    """Masked images to latents, with the mask as one more channel.
+    """Maps masked images to latents, with the mask as one more channel.
 
     Args:
-        config: nothing to choose.
-        encode: images (B, 3, H, W) to latents (B, C, h, w), not scaled.
+        config: the kind's configuration, which has no settings.
+        encode: maps images (B, 3, H, W) to unscaled latents (B, C, h, w); None builds a conditioner that cannot run.
     """
 
     def __init__(self, config: MaskedImageConfig, *, encode: Encode | None) -> None:
@@ -97,13 +97,14 @@ class MaskedImageConditioner(Conditioner):
         self.encode = encode
 
     def forward(self, inputs: MaskedImage) -> Conditioning:
-        """Black out what is to be filled in, encode, and add the mask.
+        """Black out the masked part of the image, encode it, and append the mask.
 
         Returns:
             concat (B, C + 1, h, w); the mask is 1 where the image is to be filled in and -1 elsewhere.
 
         Raises:
-            ValueError: image and mask do not fit each other, or there is no first stage to encode with.
+            ValueError: image and mask do not fit each other, the mask holds other values than 0 and 1, or there is no
+                first stage to encode with.
         """
         image, mask = inputs.image, inputs.mask
         if (

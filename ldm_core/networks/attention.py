@@ -1,4 +1,4 @@
-"""Attention: over token sequences, over pixels, and of pixels to a context (paper, Sec. 3.3).
+"""Attention over token sequences, over pixels, and from pixels to a context (paper, Sec. 3.3).
 
 Shapes: x: (B, N, D) sequence or (B, C, H, W) feature map; context: (B, L, D_context).
 """
@@ -14,18 +14,19 @@ from torch import Tensor, nn
 
 from ldm_core.networks.blocks import repeat_to_batch, zero_init
 
-LARGEST_EXPLICIT_SCORES = 2**26  # 128 MiB in bf16; beyond, memory costs what the products save
+# 128 MiB in bf16; with larger score matrices the memory costs more time than the products save.
+LARGEST_EXPLICIT_SCORES = 2**26
 
 
 class KeysValues(NamedTuple):
-    """Keys and values of one attention layer, (B, heads, L, d) each: of a context they serve a whole sampling run."""
+    """Keys and values of one attention layer, (B, heads, L, d) each; a context's serve a whole sampling run."""
 
     keys: Tensor
     values: Tensor
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) V, by the fastest kernel that this device has for it.
+    """Return softmax(Q K^T / sqrt(d)) V, computed by this device's fastest kernel.
 
     Args:
         query: (B, heads, N, d).
@@ -49,8 +50,8 @@ class Attention(nn.Module):
 
     Args:
         width: D of x and of the output.
-        context_width: D of the context; the same as `width` for self-attention.
-        num_heads: number of heads.
+        context_width: D of the context; equal to `width` for self-attention.
+        num_heads: number of attention heads.
         head_channels: d, channels of a head; num_heads * d need not equal the width.
     """
 
@@ -73,11 +74,11 @@ class Attention(nn.Module):
         return self.output(attend(query, key, value).transpose(1, 2).flatten(2))
 
     def keys_values(self, context: Tensor) -> KeysValues:
-        """(B, L, D_context) -> keys and values of its tokens."""
+        """Compute keys and values of a context (B, L, D_context)."""
         return KeysValues(self._split_heads(self.key(context)), self._split_heads(self.value(context)))
 
     def _self_projections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of x in one matrix product."""
+        """Compute queries, keys and values of x in one matrix product, which is faster than three."""
         weights = torch.cat([self.query.weight, self.key.weight, self.value.weight])
         query, key, value = F.linear(x, weights).unflatten(-1, (3, self.num_heads, -1)).transpose(1, 3).unbind(2)
         return query, key, value
@@ -88,7 +89,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers, four times as wide between; gated (GEGLU, Shazeer 2020) or plain GELU."""
+    """Two linear layers with a hidden width of four times the input's; gated (GEGLU, Shazeer 2020) or plain GELU."""
 
     def __init__(self, width: int, *, gated: bool) -> None:
         super().__init__()
@@ -133,7 +134,8 @@ class SpatialTransformer(nn.Module):
     Args:
         channels: C of the feature map.
         context_width: D of the context.
-        num_heads, head_channels: num_heads * head_channels must equal the channels.
+        num_heads: number of attention heads.
+        head_channels: channels of a head; num_heads * head_channels must equal the channels.
         depth: number of layers.
     """
 
@@ -157,7 +159,7 @@ class SpatialTransformer(nn.Module):
         return repeat_to_batch(x, h.shape[0]) + self.project_out(h.transpose(1, 2).unflatten(2, size))
 
     def keys_values(self, context: Tensor) -> tuple[KeysValues, ...]:
-        """(B, L, D_context) -> what `forward` takes in its place, computed once."""
+        """Compute keys and values of a context (B, L, D_context) for every layer; `forward` takes them in its place."""
         layers = cast("Iterable[CrossAttentionLayer]", self.layers)
         return tuple(layer.cross_attention.keys_values(context) for layer in layers)
 
@@ -169,10 +171,10 @@ class SelfAttentionBlock(nn.Module):
 
     Args:
         channels: C of the feature map.
-        num_heads: number of heads; C must be divisible by it.
-        eps: of the group norm (1e-5 in the UNet, 1e-6 in the first stage).
-        groups: of the group norm.
-        zero_output: start the output projection at zero (UNet).
+        num_heads: number of attention heads; they divide the channels.
+        eps: epsilon of the group norm (1e-5 in the UNet, 1e-6 in the first stage).
+        groups: number of groups of the group norm.
+        zero_output: start the output projection at zero, as the UNet does.
     """
 
     def __init__(

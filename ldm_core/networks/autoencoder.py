@@ -30,7 +30,7 @@ class MiddleBlocks(nn.Module):
 
 
 class FirstStageLevel(nn.Module):
-    """Residual blocks of one resolution, attention after each where configured, then resampling."""
+    """Residual blocks of one resolution, each followed by attention if configured, then resampling."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """First stage with a Gaussian posterior, slightly regularized towards a standard normal."""
+    """First stage with a Gaussian posterior, slightly regularized towards a standard normal (paper, Sec. 3.1)."""
 
     def __init__(self, config: FirstStageConfig) -> None:
         super().__init__()
@@ -134,8 +134,8 @@ class AutoencoderKL(nn.Module):
             x: (B, 3, H, W) in [-1, 1]; H and W are multiples of the downsampling factor.
 
         Returns:
-            Posterior over (B, embed_dim, h, w); its logvar is clamped to [-30, 20]. Scaling the latents
-            is the model's part.
+            Posterior over (B, embed_dim, h, w), its logvar clamped to [-30, 20]. Latents are not scaled here: that is
+            the model's part.
 
         Raises:
             ValueError: x has another shape.
@@ -151,7 +151,7 @@ class AutoencoderKL(nn.Module):
 
 
 class VQAutoencoder(nn.Module):
-    """First stage whose codebook belongs to the decoder: latents are not yet quantized (paper, Sec. 3.1)."""
+    """First stage whose codebook belongs to the decoder: its latents are not quantized yet (paper, Sec. 3.1)."""
 
     def __init__(self, config: FirstStageConfig) -> None:
         super().__init__()
@@ -198,6 +198,7 @@ def build_first_stage(config: FirstStageConfig) -> FirstStage:
     return AutoencoderKL(config) if config.regularization == "kl" else VQAutoencoder(config)
 
 
+# Unlike the UNet's, blocks of the first stage have norms with eps 1e-6 and start as ordinary random layers.
 def _residual(config: FirstStageConfig, in_channels: int, out_channels: int) -> ResidualBlock:
     return ResidualBlock(in_channels, out_channels, eps=1e-6, groups=config.norm_groups, zero_output=False)
 

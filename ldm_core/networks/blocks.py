@@ -23,17 +23,17 @@ def zero_init(module: nn.Conv2d) -> nn.Conv2d:
 
 
 def activate(normalized: Tensor) -> Tensor:
-    """SiLU of a norm's fresh output; in its place where no gradient will ask for it, which saves a pass over memory."""
+    """Apply SiLU to the output of a norm; in place if no gradients are recorded, which saves a pass over memory."""
     return F.silu(normalized, inplace=not torch.is_grad_enabled())
 
 
 def repeat_to_batch(x: Tensor, batch: int) -> Tensor:
-    """(B, ...) -> (batch, ...): x again and again, where several contexts share it; x itself where they do not."""
+    """Repeat x, (B, ...) -> (batch, ...), for several contexts that share it; return x itself if batch is B."""
     return x if x.shape[0] == batch else x.repeat(batch // x.shape[0], *[1] * (x.ndim - 1))
 
 
 def sinusoidal_embedding(t: Tensor, channels: int, *, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoidal embedding of timesteps, cosines first (Vaswani et al. 2017; Ho et al. 2020).
+    """Embed timesteps by sinusoids, cosines first (Vaswani et al. 2017; Ho et al. 2020).
 
     Args:
         t: (B,) timesteps, integer or floating.
@@ -51,7 +51,7 @@ def sinusoidal_embedding(t: Tensor, channels: int, *, max_period: float = 10_000
 
 
 class TimestepEmbedding(nn.Module):
-    """Sinusoids of t, a two-layer perceptron of four times the width, and the SiLU all blocks begin with."""
+    """Sinusoids of t, a two-layer perceptron of four times the width, and the SiLU that every block starts with."""
 
     def __init__(self, model_channels: int) -> None:
         super().__init__()
@@ -95,17 +95,17 @@ class Upsample(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """GroupNorm-SiLU-conv twice with a shortcut, optionally modulated by a timestep embedding and resampling.
+    """GroupNorm-SiLU-conv twice with a shortcut; optionally modulated by a timestep embedding, optionally resampling.
 
     Args:
-        in_channels, out_channels: channels before and after; a 1x1 shortcut joins them where they differ.
-        embedding_channels: width E of the timestep embedding; None for the first stage, which has no time.
+        in_channels, out_channels: channels before and after; if they differ, the shortcut is a 1x1 convolution.
+        embedding_channels: width E of the timestep embedding; None for the first stage, which has none.
         scale_shift: modulate the second norm by (1 + scale, shift) instead of adding to its input.
         resample: "up" or "down" changes the resolution by two inside the block (nearest / average pooling).
         dropout: probability before the last convolution.
-        eps: of the group norms (1e-5 in the UNet, 1e-6 in the first stage).
-        groups: of the group norms.
-        zero_output: start the last convolution at zero (UNet).
+        eps: epsilon of the group norms (1e-5 in the UNet, 1e-6 in the first stage).
+        groups: number of groups of the group norms.
+        zero_output: start the last convolution at zero, as the UNet does.
     """
 
     def __init__(

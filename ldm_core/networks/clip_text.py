@@ -43,7 +43,7 @@ class ClipTextLayer(nn.Module):
 
 
 class ClipTextTransformer(nn.Module):
-    """Embeds token ids causally; the context is the last layer's output after the last norm, for every token."""
+    """Causal transformer over token ids; the context is the last layer's normalized output at every token."""
 
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()
@@ -59,8 +59,8 @@ class ClipTextTransformer(nn.Module):
         """Embed token ids.
 
         Args:
-            tokens: (B, L) integers in [0, vocabulary_size), L at most `config.max_length`; padding is attended to like
-                any token, as CLIP does.
+            tokens: (B, L) integers in [0, vocabulary_size), L at most `config.max_length`. Padding is attended to like
+                any other token, as in CLIP.
 
         Returns:
             (B, L, width) context.

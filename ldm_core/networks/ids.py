@@ -1,19 +1,19 @@
-"""Ids that are looked up in a table: said plainly where one is not in it."""
+"""Range checks, with a readable error, for ids that index an embedding. Skipped on a GPU, which would synchronise."""
 
 import torch
 from torch import Tensor
 
 
 def check_ids(ids: Tensor, size: int, what: str) -> None:
-    """Refuse integers outside 0 ... size - 1; on a GPU, which would have to be waited for, nothing is looked at.
+    """Raise ValueError for ids outside 0 ... size - 1; on a GPU, where this would synchronise, nothing is checked.
 
     Args:
         ids: integers of any shape.
-        size: of the table.
-        what: they are, for the message.
+        size: number of entries in the table.
+        what: plural name of the ids, for the message.
 
     Raises:
-        ValueError: names the range found.
+        ValueError: an id is out of range; the message names the range found.
     """
     if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
         low, high = int(ids.min()), int(ids.max())
@@ -22,12 +22,12 @@ def check_ids(ids: Tensor, size: int, what: str) -> None:
 
 
 def check_tokens(tokens: Tensor, *, max_length: int, vocabulary_size: int | None = None) -> Tensor:
-    """Token ids (B, L) of any integer type as int64.
+    """Return token ids (B, L) of any integer type as int64, after checking them.
 
     Args:
         tokens: integers in [0, vocabulary_size), L at most max_length.
-        max_length: longest sequence.
-        vocabulary_size: None where it is not known.
+        max_length: longest sequence allowed.
+        vocabulary_size: number of token ids; None if unknown, which skips their range check.
 
     Raises:
         ValueError: tokens are not integers of that shape and range.

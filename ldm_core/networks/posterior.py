@@ -1,6 +1,6 @@
-"""What first stages encode images to: a distribution over latents, or one latent (paper, Sec. 3.1).
+"""Posteriors of first stages: a distribution over latents, or a single latent (paper, Sec. 3.1).
 
-Shapes: mean, logvar, latent: (B, C, h, w); moments: (B, 1 or 2, C, h, w), as latents are cached.
+Shapes: mean, logvar, latent: (B, C, h, w); moments: (B, 1 or 2, C, h, w), the layout of the latent cache.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ class DiagonalGaussian:
 
     @classmethod
     def from_moments(cls, moments: Tensor) -> DiagonalGaussian:
-        """Rebuild from `moments`, (B, 2, C, h, w) as the latent cache stores them; ValueError for another shape."""
+        """Rebuild a posterior from its `moments`, (B, 2, C, h, w). Raises ValueError for another shape."""
         if moments.ndim != 5 or moments.shape[1] != 2:
             raise ValueError(f"moments must be (B, 2, C, h, w), mean and logvar, got shape {tuple(moments.shape)}")
         return cls(*moments.unbind(1))
 
     @property
     def moments(self) -> Tensor:
-        """(B, 2, C, h, w): mean, logvar."""
+        """Mean and logvar, (B, 2, C, h, w)."""
         return torch.stack([self.mean, self.logvar], dim=1)
 
     def mode(self) -> Tensor:
-        """(B, C, h, w) most likely latent."""
+        """Return the most likely latent, (B, C, h, w)."""
         return self.mean
 
     def sample(self, *, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
-        """(B, C, h, w) mean + std * noise; noise of that shape is drawn from the generator unless given.
+        """Return mean + std * noise, (B, C, h, w); the noise is drawn from the generator unless it is given.
 
         Raises:
-            ValueError: noise of another shape.
+            ValueError: the noise has another shape than the latent.
         """
         if noise is not None and noise.shape != self.mean.shape:
             raise ValueError(f"noise must have the latent's shape {tuple(self.mean.shape)}, got {tuple(noise.shape)}")
@@ -48,27 +48,27 @@ class DiagonalGaussian:
         return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean)
 
     def kl(self) -> Tensor:
-        """(B,) Kullback-Leibler divergence from a standard normal in nats, summed over C, h, w."""
+        """Return the Kullback-Leibler divergence from a standard normal, (B,) nats, summed over C, h, w."""
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).flatten(1).sum(1)
 
 
 @dataclass(frozen=True)
 class PointPosterior:
-    """What a VQ first stage encodes to: one latent (B, C, h, w), before quantization."""
+    """Posterior of a VQ first stage: a single latent (B, C, h, w), before quantization."""
 
     latent: Tensor
 
     @property
     def moments(self) -> Tensor:
-        """(B, 1, C, h, w)."""
+        """The latent, (B, 1, C, h, w)."""
         return self.latent[:, None]
 
     def mode(self) -> Tensor:
-        """(B, C, h, w)."""
+        """Return the latent, (B, C, h, w)."""
         return self.latent
 
     def sample(self, *, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
-        """(B, C, h, w), the mode: nothing is random here."""
+        """Return the latent, (B, C, h, w): nothing is random here."""
         return self.latent
 
 

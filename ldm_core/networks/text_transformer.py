@@ -1,6 +1,6 @@
 """The text transformer that is trained jointly with the UNet (paper, Sec. 3.3 and Appendix E.2.1: tau_theta).
 
-Shapes: tokens: (B, L) token ids; context: (B, L, D) one vector a token.
+Shapes: tokens: (B, L) token ids; context: (B, L, D), one vector per token.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class TextTransformerLayer(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """Embeds token ids by an unmasked transformer encoder; padding is attended to, as published.
+    """Unmasked transformer encoder over token ids; padding is attended to, as published.
 
-    `output_head` takes no part in `forward`. The published checkpoints carry it and the paper's "1.45B"
-    counts it, so it is kept for exact import and export; without gradients, since DDP would wait for them.
+    `output_head` takes no part in `forward`. The published checkpoints carry it and the paper's "1.45B" counts it, so
+    it is kept for exact import and export; without gradients, since DDP would wait for them.
     """
 
     def __init__(self, config: TextTransformerConfig) -> None:

@@ -30,11 +30,11 @@ from ldm_core.networks.blocks import (
 class PreparedContext:
     """Keys and values of a context in every cross-attention layer of one UNet; made by `UNet.prepare_context`.
 
-    They do not depend on z or t: a sampling run computes them once. They are stale as soon as weights change.
+    They do not depend on z or t, so a sampling run computes them once. They are stale as soon as the weights change.
 
     Attributes:
         batch: B of the context.
-        input_blocks, middle_blocks, output_blocks: one entry a block, empty where it has no cross-attention.
+        input_blocks, middle_blocks, output_blocks: one entry per block, empty for one without cross-attention.
     """
 
     batch: int
@@ -79,9 +79,8 @@ class UNetBlock(nn.Module):
 class UNet(nn.Module):
     """Predicts eps, v or x0 from a noisy latent; which of them is the objective's business.
 
-    `input_blocks` holds one entry a skip connection (after `conv_in`, which is the first), `output_blocks`
-    consumes them in reverse. Set `activation_checkpointing` to recompute blocks in the backward pass instead
-    of storing their activations.
+    Every input block, and `conv_in` before them, gives a skip connection; `output_blocks` consume these in reverse. Set
+    `activation_checkpointing` to recompute blocks in the backward pass instead of storing their activations.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -164,13 +163,13 @@ class UNet(nn.Module):
         )
 
     def prepare_context(self, context: Tensor) -> PreparedContext:
-        """Compute what every step of a sampling run would compute again from its context.
+        """Compute the keys and values that every step of a sampling run would compute again from the same context.
 
         Args:
             context: (B, L, D) with D = `config.context_dim`.
 
         Returns:
-            What `forward` takes as `context` in its place.
+            A replacement for `context` in `forward`.
 
         Raises:
             ValueError: the context has another shape, or the UNet takes none.
@@ -204,14 +203,14 @@ class UNet(nn.Module):
     ) -> Tensor:
         """Run the network once.
 
-        Several contexts may share a latent: with k * B of them, context i goes with latent i modulo B. What comes
-        before the first cross-attention is then computed once for all k, as classifier-free guidance (k = 2) wants.
+        Several contexts may share a latent: of k * B contexts, number i goes with latent i modulo B. Everything before
+        the first cross-attention is then computed once for all k; classifier-free guidance uses k = 2.
 
         Args:
             z: (B, C, h, w) noisy latent; h and w are multiples of `config.downsampling_factor`.
             t: (B,) timesteps in [0, T).
-            context: (k * B, L, D) with D = `config.context_dim`, or what `prepare_context` made of it; required
-                exactly where that is set.
+            context: (k * B, L, D) with D = `config.context_dim`, or the result of `prepare_context`; None if
+                `config.context_dim` is None.
             concat: (B, C_concat, h, w) with C + C_concat = `config.in_channels`.
 
         Returns:
@@ -220,7 +219,8 @@ class UNet(nn.Module):
         Raises:
             ValueError: a shape does not fit the configuration.
         """
-        self._check(z, t, context, concat)
+        self._check_latent(z, t, concat)
+        self._check_context(z.shape[0], context)
         h = self.conv_in((z if concat is None else torch.cat([z, concat], dim=1)).to(self.conv_in.weight.dtype))
         embedding = self.time_embedding(t)
         prepared = context if isinstance(context, PreparedContext) else None
@@ -241,7 +241,7 @@ class UNet(nn.Module):
             return checkpoint(block, h, embedding, context, use_reentrant=False)
         return block(h, embedding, context)
 
-    def _check(self, z: Tensor, t: Tensor, context: Tensor | PreparedContext | None, concat: Tensor | None) -> None:
+    def _check_latent(self, z: Tensor, t: Tensor, concat: Tensor | None) -> None:
         config = self.config
         if z.ndim != 4 or z.shape[0] == 0:
             raise ValueError(f"z must be (B, C, h, w), got shape {tuple(z.shape)}")
@@ -258,25 +258,25 @@ class UNet(nn.Module):
             raise ValueError(f"z and concat must have {config.in_channels} channels together, got {channels}")
         if t.shape != z.shape[:1]:
             raise ValueError(f"t must be (B,) = ({z.shape[0]},), got shape {tuple(t.shape)}")
+
+    def _check_context(self, batch: int, context: Tensor | PreparedContext | None) -> None:
+        width = self.config.context_dim
         if isinstance(context, PreparedContext):
-            if context.batch % z.shape[0] or config.context_dim is None:
+            if context.batch % batch or width is None:
                 raise ValueError(
-                    f"a prepared context must be for {z.shape[0]} samples or a multiple, got one for {context.batch}: "
+                    f"a prepared context must be for {batch} samples or a multiple, got one for {context.batch}: "
                     "prepare it anew"
                 )
             return
-        if (context is None) != (config.context_dim is None):
+        if (context is None) != (width is None):
             raise ValueError(
-                f"context must be given exactly where context_dim is set (here {config.context_dim}), "
+                f"context must be given exactly where context_dim is set (here {width}), "
                 f"got {'none' if context is None else tuple(context.shape)}"
             )
         if context is not None and (
-            context.ndim != 3
-            or context.numel() == 0
-            or context.shape[0] % z.shape[0]
-            or context.shape[2] != config.context_dim
+            context.ndim != 3 or context.numel() == 0 or context.shape[0] % batch or context.shape[2] != width
         ):
             raise ValueError(
-                f"context must be (B, L, D) with B = {z.shape[0]} or a multiple, here "
-                f"({z.shape[0]}, L, {config.context_dim}), got {tuple(context.shape)}"
+                f"context must be (B, L, D) with B = {batch} or a multiple, here ({batch}, L, {width}), "
+                f"got {tuple(context.shape)}"
             )

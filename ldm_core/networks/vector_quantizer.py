@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Quantization:
-    """Result of `VectorQuantizer`: what the decoder takes, and how the codebook did.
+    """Result of `VectorQuantizer`: the quantized latent, and statistics of the codebook.
 
     Attributes:
         latent: (B, C, h, w) nearest codebook entries; gradients pass straight through to the input.
-        indices: (B, h, w) int64 entries chosen.
+        indices: (B, h, w) int64 indices of these entries.
         loss: () codebook plus commitment loss.
-        perplexity: () exp of the entropy of the entries chosen in this batch; codebook_size at even use.
+        perplexity: () exp of the entropy of the indices in this batch; codebook_size if all are used equally.
     """
 
     latent: Tensor
@@ -36,8 +36,8 @@ class VectorQuantizer(nn.Module):
     Args:
         codebook_size: number of entries.
         embed_dim: channels of an entry.
-        beta: weight of the commitment term, or of the codebook term where `legacy_loss`.
-        legacy_loss: the convention of the published models, in which beta weighs the other term.
+        beta: weight of the commitment term or, with `legacy_loss`, of the codebook term.
+        legacy_loss: let beta weigh the codebook term, as in the published models.
     """
 
     def __init__(self, codebook_size: int, embed_dim: int, *, beta: float = 0.25, legacy_loss: bool = True) -> None:
@@ -59,26 +59,27 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _nearest(self, z: Tensor) -> Tensor:
-        """(B, h, w) index of the entry nearest to each latent vector."""
+        """Return the index, (B, h, w), of the entry nearest to each latent vector."""
         batch, channels, height, width = z.shape
         with _full_precision(z.device):  # bf16 distances would pick wrong entries
             vectors = z.permute(0, 2, 3, 1).reshape(-1, channels).float()
             codebook = self.codebook.weight.float()
             squared_norms = codebook.square().sum(1)
+            # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every entry e.
             # In slices: all distances of a large batch at once would take gigabytes.
             nearest = [(squared_norms - 2 * part @ codebook.T).argmin(1) for part in vectors.split(16_384)]
         return torch.cat(nearest).view(batch, height, width)
 
 
 class CodebookUsage:
-    """How often each entry was chosen, over as many batches as `update` saw: dead entries show only then.
+    """Counts of how often each entry is used over many batches, which shows dead entries; one batch cannot.
 
     Args:
         codebook_size: number of entries.
-        device: where the counts are kept; that of the indices saves a copy a batch.
+        device: where the counts are kept; the device of the indices saves a copy per batch.
 
     Attributes:
-        counts: (codebook_size,) int64; workers' counts add up.
+        counts: (codebook_size,) int64; those of several workers may be added.
     """
 
     def __init__(self, codebook_size: int, *, device: torch.device | str | None = None) -> None:
@@ -95,7 +96,7 @@ class CodebookUsage:
         self.counts += _counts(indices.to(self.counts.device), len(self.counts))
 
     def perplexity(self) -> float:
-        """exp of the entropy of the entries chosen: 1 where one entry does all, codebook_size at even use.
+        """Return exp of the entropy of the indices: 1 if one entry is used always, codebook_size if all equally.
 
         Raises:
             ValueError: nothing was counted yet.
@@ -104,7 +105,7 @@ class CodebookUsage:
         return float(_perplexity(self.counts))
 
     def used_fraction(self) -> float:
-        """Share of entries chosen at least once, in (0, 1].
+        """Return the share of entries used at least once, in (0, 1].
 
         Raises:
             ValueError: nothing was counted yet.
@@ -118,7 +119,8 @@ class CodebookUsage:
 
 
 def _counts(indices: Tensor, codebook_size: int) -> Tensor:
-    """(codebook_size,) int64; index_add of integers is deterministic on every device, bincount is not."""
+    """Count indices, (codebook_size,) int64."""
+    # index_add of integers is deterministic on every device, bincount is not.
     flat = indices.flatten()
     return torch.zeros(codebook_size, dtype=torch.int64, device=flat.device).index_add(
         0, flat, torch.ones_like(flat, dtype=torch.int64)
@@ -131,6 +133,7 @@ def _perplexity(counts: Tensor) -> Tensor:
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast switched off; the meta device has none to switch."""
+    """Switch autocast off."""
+    # The meta device has no autocast.
     available = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if available else nullcontext()

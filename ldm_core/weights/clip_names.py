@@ -1,4 +1,4 @@
-"""Names of CLIP's text weights, old and current."""
+"""Names of CLIP's text weights in files of the transformers library."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 from ldm_core.networks.clip_text import ClipTextLayer, ClipTextTransformer
 from ldm_core.weights.name_mapping import Children
 
-# As the transformers library wrote them into files before its version 5, and still reads them.
+# As the library wrote them before its version 5; it reads both.
 CLIP_TEXT_TABLE: dict[type[nn.Module], Children] = {
     ClipTextTransformer: {
         "token_embedding": "embeddings.token_embedding",
@@ -29,6 +29,6 @@ CLIP_TEXT_TABLE: dict[type[nn.Module], Children] = {
 
 
 def current_clip_name(name: str) -> str | None:
-    """A weight's name in CLIP's text model, whichever version of transformers wrote it; None for what is no weight."""
+    """Return a text weight's name before version 5, whichever version wrote it; None for the one buffer."""
     inner = name.removeprefix("text_model.")
     return None if inner == "embeddings.position_ids" else f"text_model.{inner}"

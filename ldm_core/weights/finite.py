@@ -1,4 +1,4 @@
-"""Weights that hold NaN or infinity: found by name before they spoil a run."""
+"""Find weights that hold NaN or infinity, by name, before they spoil a run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ NAMED_AT_MOST = 5
 
 
 def check_finite(module: nn.Module) -> None:
-    """Refuse a module with a weight or buffer that is not finite; tensors on the meta device are passed over.
+    """Raise ValueError for a module with a weight or buffer that is not finite; meta tensors are skipped.
 
     Args:
         module: any module; its floating-point parameters and buffers are read once.
 
     Raises:
-        ValueError: names the tensors that hold NaN or infinity, the first few of them.
+        ValueError: a tensor holds NaN or infinity; names the first few of these.
     """
     tensors = {
         name: tensor
@@ -23,7 +23,7 @@ def check_finite(module: nn.Module) -> None:
         if tensor.is_floating_point() and not tensor.is_meta
     }
     with torch.no_grad():
-        # One scalar a tensor, read together: a GPU is waited for once.
+        # One scalar per tensor, all read together, so that a GPU synchronises once.
         finite = [tensor.isfinite().all() for tensor in tensors.values()]
     wrong = (
         [name for name, each in zip(tensors, torch.stack(finite).tolist(), strict=True) if not each] if finite else []

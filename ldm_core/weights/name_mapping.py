@@ -1,7 +1,7 @@
-"""One table a format: what another program calls our weights, used to read and to write.
+"""Map our names of weights to another program's: one table per format, used to read and to write.
 
-A table gives, for a kind of module, their path of each child. `entries` walks a model by it, down to single tensors,
-and fails where a weight of ours has no name in it: a table is complete or it is a bug.
+For every type of module a table gives their path of each child. `entries` walks a model by it, down to single tensors,
+and fails if a weight of ours has no name: an incomplete table is a bug.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ldm_core.weights.named_tensors import NamedTensors, Shape, differences
 
 @dataclass(frozen=True)
 class Transform:
-    """How one tensor of ours becomes one or several of theirs, and back, bit for bit.
+    """Conversion of one tensor of ours to one or several of theirs, and back, bit for bit.
 
     Args:
-        split: ours to theirs.
-        join: theirs to ours.
+        split: turns ours into theirs.
+        join: turns theirs into ours.
     """
 
     split: Callable[[Tensor], Sequence[Tensor]]
@@ -34,7 +34,7 @@ SAME = Transform(lambda ours: (ours,), lambda theirs: theirs[0])
 
 
 def pointwise(trailing: int) -> Transform:
-    """Weights of a 1x1 convolution (O, I, 1, 1) as (O, I) and so many trailing ones; biases as they are."""
+    """Reshape weights of a 1x1 convolution, (O, I, 1, 1), to (O, I) and this many trailing ones; keep biases."""
 
     def split(ours: Tensor) -> Sequence[Tensor]:
         return (ours if ours.ndim == 1 else ours.reshape(*ours.shape[:2], *(1,) * trailing),)
@@ -47,7 +47,7 @@ def pointwise(trailing: int) -> Transform:
 
 
 def fused_heads(num_heads: int, trailing: int) -> Transform:
-    """Our fused projection, channels (head, [query, key, value], d), as three tensors with channels (head, d)."""
+    """Split our fused projection, channels (head, [query, key, value], d), into three with channels (head, d)."""
     shape = pointwise(trailing)
 
     def split(ours: Tensor) -> Sequence[Tensor]:
@@ -63,7 +63,7 @@ def fused_heads(num_heads: int, trailing: int) -> Transform:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a child's weights are to be found: their paths (several for a fused layer) and the transform."""
+    """Place of a child's weights in their model: its paths (several for a fused layer) and the conversion."""
 
     paths: tuple[str, ...]
     transform: Transform = SAME
@@ -76,7 +76,7 @@ Table = Mapping[type[nn.Module], Row]
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of ours and what it is called and how it is held there."""
+    """One tensor of ours: its name here, its names there, and the conversion between the two."""
 
     ours: str
     theirs: tuple[str, ...]
@@ -84,11 +84,11 @@ class Entry:
 
 
 def entries(module: nn.Module, table: Table, *, ours: str = "", theirs: str = "") -> list[Entry]:
-    """Every weight of a module with its names in both worlds.
+    """List every weight of a module with its name here and its names there.
 
     Args:
-        module: ours, on any device ("meta" will do).
-        table: for each type of module with children, their paths by our child's path (both may be dotted).
+        module: a module of ours, on any device ("meta" will do).
+        table: for each type of module with children, their path of each child by our path of it (both may be dotted).
         ours, theirs: prefixes of the names, such as "unet." and "model.diffusion_model.".
     """
     listed = list(_walk(module, table, ours.removesuffix("."), Place((theirs.removesuffix("."),))))
@@ -132,7 +132,7 @@ def _join(prefix: str, name: str) -> str:
 
 
 def fused_attention(paths: tuple[str, str, str], output: str, norm: str, *, trailing: int) -> Callable[[Any], Children]:
-    """The row of a table for `SelfAttentionBlock` where queries, keys and values are layers of their own."""
+    """Return the row of a table for `SelfAttentionBlock` if their queries, keys and values are separate layers."""
 
     def children(block: SelfAttentionBlock) -> Children:
         return {
@@ -145,7 +145,7 @@ def fused_attention(paths: tuple[str, str, str], output: str, norm: str, *, trai
 
 
 def their_shapes(listed: Iterable[Entry], ours: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Shapes of their tensors for our shapes."""
+    """Return the shapes of their tensors, given ours."""
     shapes: dict[str, Shape] = {}
     for entry in listed:
         parts = entry.transform.split(torch.empty(ours[entry.ours], device="meta"))
@@ -154,7 +154,7 @@ def their_shapes(listed: Iterable[Entry], ours: Mapping[str, Shape]) -> dict[str
 
 
 def to_theirs(listed: Iterable[Entry], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors under their names, views wherever the values lie alike in memory."""
+    """Return our tensors under their names, as views wherever the memory layout allows it."""
     theirs: dict[str, Tensor] = {}
     for entry in listed:
         theirs |= zip(entry.theirs, entry.transform.split(ours[entry.ours].detach()), strict=True)
@@ -162,16 +162,16 @@ def to_theirs(listed: Iterable[Entry], ours: Mapping[str, Tensor]) -> dict[str, 
 
 
 def to_ours(listed: Sequence[Entry], ours: Mapping[str, Shape], theirs: NamedTensors, subject: str) -> NamedTensors:
-    """Their tensors under our names, still read one by one.
+    """Return their tensors under our names, still read one by one.
 
     Args:
-        listed: every weight of ours.
-        ours: our shapes.
-        theirs: what their file holds, no more and no less than the weights.
-        subject: what the weights must be those of, for the message.
+        listed: every weight of ours with its names, see `entries`.
+        ours: our shapes, by our names.
+        theirs: the tensors in their file: the weights and nothing else.
+        subject: what the weights should belong to, for the message.
 
     Raises:
-        ValueError: their names or shapes are not the expected ones; they are listed.
+        ValueError: names or shapes are not the expected ones; they are listed.
     """
     if wrong := differences(their_shapes(listed, ours), theirs.shapes):
         raise ValueError(f"the weights in {theirs.source} must be those of {subject}, {wrong}")

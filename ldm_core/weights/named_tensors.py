@@ -1,4 +1,4 @@
-"""Tensors by name, read only when asked for; and what is wrong with names and shapes, said on one line."""
+"""Tensors by name, read only when asked for; differences in names and shapes, described on one line."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class NamedTensors(Mapping[str, Tensor]):
     """A mapping of names to tensors that knows every shape and reads a tensor when it is looked up.
 
     Args:
-        source: where they come from, for messages.
+        source: file or folder that they come from, for error messages.
         shapes: shape of every tensor by name.
-        read: the tensor of a name.
+        read: reads the tensor of a name.
     """
 
     def __init__(self, source: str, shapes: Mapping[str, Shape], read: Callable[[str], Tensor]) -> None:
@@ -25,12 +25,12 @@ class NamedTensors(Mapping[str, Tensor]):
 
     @classmethod
     def of_state(cls, state: Mapping[str, Tensor]) -> NamedTensors:
-        """A state dict, or such under other names."""
+        """Wrap a state dict, under its own names or others."""
         return cls("the model", {name: tuple(tensor.shape) for name, tensor in state.items()}, state.__getitem__)
 
     @classmethod
     def of_module(cls, module: nn.Module) -> NamedTensors:
-        """A module's state dict."""
+        """Wrap a module's state dict."""
         return cls.of_state(module.state_dict())
 
     def __getitem__(self, name: str) -> Tensor:
@@ -45,21 +45,21 @@ class NamedTensors(Mapping[str, Tensor]):
         return len(self.shapes)
 
     def renamed(self, rename: Callable[[str], str | None]) -> NamedTensors:
-        """The same tensors under other names; those renamed to None are left out."""
+        """Return the same tensors under other names, without those renamed to None."""
         origin = {new: name for name in self.shapes if (new := rename(name)) is not None}
         shapes = {new: self.shapes[name] for new, name in origin.items()}
         return NamedTensors(self.source, shapes, lambda name: self._read(origin[name]))
 
     def under(self, prefix: str) -> NamedTensors:
-        """The tensors whose names begin with the prefix, without it."""
+        """Return the tensors whose names begin with the prefix, under names without it."""
         return self.renamed(lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None)
 
 
 def merged(source: str, parts: Iterable[NamedTensors]) -> NamedTensors:
-    """Several files' tensors as one mapping.
+    """Merge the tensors of several files into one mapping.
 
     Raises:
-        ValueError: two of them hold a tensor of the same name.
+        ValueError: two files hold a tensor of the same name.
     """
     owner: dict[str, NamedTensors] = {}
     for part in parts:
@@ -71,7 +71,7 @@ def merged(source: str, parts: Iterable[NamedTensors]) -> NamedTensors:
 
 
 def differences(expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> str:
-    """What is wrong with the names and shapes found, on one line; empty where they are the expected ones."""
+    """Describe on one line how the names and shapes found differ from the expected ones; empty if they do not."""
     misshapen = [
         f"{name} {found[name]} instead of {expected[name]}"
         for name in sorted(expected.keys() & found.keys())
@@ -86,6 +86,6 @@ def differences(expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> st
 
 
 def some(names: list[str], limit: int = 8) -> str:
-    """The first few names, and how many more there are."""
+    """List the first few names, and say how many more there are."""
     shown = ", ".join(name[:200] for name in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -1,7 +1,9 @@
-"""PyTorch's pickled checkpoints (.ckpt, .pt, .bin) read as data: tensors, containers, numbers and strings.
+"""Read PyTorch's pickled checkpoints (.ckpt, .pt, .bin) as data: tensors, containers, numbers and strings.
 
-A pickle is a program that names functions and calls them. Here no name is ever imported: those that build
-tensors resolve to inert descriptions below, all others to placeholders that take any arguments and do nothing.
+A pickle is a program that names functions and calls them. Here no name is ever imported: those that build tensors
+resolve to the inert descriptions below, all others to placeholders that take any arguments and do nothing.
+`torch.load(weights_only=True)` would be shorter, but it refuses files that name any other class, as those of Lightning
+do, with which the paper's models were trained.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ DTYPES = {
 
 
 class Foreign:
-    """What stands for an object of a foreign class: it takes whatever the pickle does to it and keeps nothing."""
+    """Placeholder for an object of a foreign class: it accepts whatever the pickle does to it and keeps nothing."""
 
     def __new__(cls, *_: Any, **__: Any) -> Foreign:
         return super().__new__(cls)
@@ -68,11 +70,11 @@ class StoredTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class PickledFile:
-    """What a checkpoint holds; tensors are read when asked for.
+    """Content of a checkpoint; tensors are read when asked for.
 
     Attributes:
         root: the pickled object, with `StoredTensor` for tensors and `Foreign` for everything that is not data.
-        read: the tensor of a StoredTensor, a view of the file's pages (private: writing to it changes no file).
+        read: reads a StoredTensor as a view of the file's pages (private: writing to it does not change the file).
     """
 
     root: Any
@@ -80,7 +82,7 @@ class PickledFile:
 
 
 def is_pickled(head: bytes) -> bool:
-    """Whether a file that begins with these bytes (at least 16) is one that torch.save wrote."""
+    """Return whether a file that begins with these bytes (at least 16) was written by torch.save."""
     return head.startswith((ZIP_MAGIC, LEGACY_MAGIC))
 
 
@@ -94,7 +96,7 @@ def open_pickled(path: str | Path) -> PickledFile:
         Its content; no tensor is read yet.
 
     Raises:
-        ValueError: it is neither layout, damaged, or does what no checkpoint of tensors does.
+        ValueError: the file is of neither layout or damaged, or does what no checkpoint of tensors does.
     """
     path = Path(path)
     try:
@@ -112,7 +114,7 @@ def open_pickled(path: str | Path) -> PickledFile:
         raise ValueError(f"{path} must be a checkpoint that torch.save wrote, it cannot be read: {reason}") from error
 
 
-# What a pickle can reach has no attributes (`__slots__`) that it could set for later.
+# Everything that a pickle can reach has empty `__slots__`: there is no attribute that it could set to be called later.
 
 
 class _Mapping(dict[Any, Any]):
@@ -180,7 +182,7 @@ class _DataUnpickler(pickle.Unpickler):
 
 
 def _unpickle(file: IO[bytes]) -> tuple[Any, dict[str, torch.dtype]]:
-    """The next pickled object of a file, and the type of every storage that it names."""
+    """Read the next pickled object of a file, and the type of every storage that it names."""
     start = file.tell()
     largest = max((arg for opcode, arg, _ in pickletools.genops(file) if "PUT" in opcode.name and arg), default=0)
     # The unpickler allocates its memo for the largest index named, however short the pickle.

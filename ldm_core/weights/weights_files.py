@@ -1,4 +1,4 @@
-"""Weights files: .safetensors, one or in shards, and what torch.save wrote; read lazily, written in shards."""
+"""Read weights files, .safetensors or torch.save's, one tensor at a time; write .safetensors, whole or in shards."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ GIB = 2**30
 
 
 def open_tensors(path: str | Path) -> NamedTensors:
-    """The tensors of a .safetensors file or of what torch.save wrote; the content decides which, not the name.
+    """Open a .safetensors file or one of torch.save; its content decides which, not its name.
 
     Args:
         path: the file. A pickled one may hold the weights under "state_dict" or be the state dict itself.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is neither, is damaged, or holds something else than named tensors.
+        ValueError: it is neither, is damaged, or holds anything but named tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -44,11 +44,11 @@ def open_tensors(path: str | Path) -> NamedTensors:
 
 
 def open_safetensors(path: str | Path, *, device: str = "cpu") -> NamedTensors:
-    """The tensors of one .safetensors file, read to the device. Raises as `open_tensors`."""
+    """Open one .safetensors file, to be read to the device. Raises as `open_tensors`."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no weights file at {path}")
     try:
-        # Left open for as long as the mapping is used; it holds no more than a mapping of the file's pages.
+        # Never closed, as the tensors are read later; an open file costs no more than a mapping of its pages.
         file = ExitStack().enter_context(safe_open(path, framework="pt", device=device))
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
@@ -57,11 +57,11 @@ def open_safetensors(path: str | Path, *, device: str = "cpu") -> NamedTensors:
 
 
 def open_sharded(index: str | Path, *, open_shard: Callable[[Path], NamedTensors]) -> NamedTensors:
-    """The tensors that an index.json beside its shards lists.
+    """Open the shards that an index.json beside them lists, as one mapping.
 
     Args:
-        index: JSON with a `weight_map` of tensor names to file names in the same folder.
-        open_shard: how one of these is opened.
+        index: JSON with a `weight_map` from tensor names to names of files in the same folder.
+        open_shard: opens one of these files.
 
     Raises:
         FileNotFoundError: a shard is missing.
@@ -72,7 +72,7 @@ def open_sharded(index: str | Path, *, open_shard: Callable[[Path], NamedTensors
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{index} must map tensor names to files under weight_map")
     files = sorted(set(weight_map.values()))
-    # An index is anybody's: it may name no file outside its folder.
+    # An index may come from anybody: it must not reach files outside its folder.
     if outside := [name for name in files if Path(name).name != name or name in ("", ".", "..")]:
         raise ValueError(f"{index} must name files beside it, got {some(outside)}")
     tensors = merged(str(index), [open_shard(index.parent / name) for name in files])
@@ -82,7 +82,7 @@ def open_sharded(index: str | Path, *, open_shard: Callable[[Path], NamedTensors
 
 
 def open_stem(folder: Path, stem: str, *, device: str = "cpu") -> NamedTensors | None:
-    """STEM.safetensors of a folder, or the shards that STEM.safetensors.index.json lists; None where neither is there.
+    """Open STEM.safetensors of a folder, or the shards of STEM.safetensors.index.json; None if there is neither.
 
     Raises as `open_tensors` and `open_sharded`.
     """
@@ -94,7 +94,7 @@ def open_stem(folder: Path, stem: str, *, device: str = "cpu") -> NamedTensors |
 
 
 def open_foreign_weights(folder: Path, *stems: str) -> NamedTensors | None:
-    """The weights of another program's folder under the first of these stems that is there: safetensors or else .bin.
+    """Open the weights in another program's folder under the first stem found, .safetensors before .bin.
 
     Raises as `open_tensors` and `open_sharded`.
     """
@@ -110,15 +110,15 @@ def open_foreign_weights(folder: Path, *stems: str) -> NamedTensors | None:
 
 
 def write_weights(tensors: NamedTensors, folder: Path, stem: str, *, max_shard_gib: float | None = None) -> None:
-    """Write STEM.safetensors in float32, or shards with their index where it would be larger.
+    """Write STEM.safetensors in float32, or shards and their index if that file would be too large.
 
     No more than one shard is in memory at a time.
 
     Args:
         tensors: float32, float16 or bfloat16 of any memory format on any device; integers are kept as they are.
-        folder: where to; weights of the same stem that lie there are removed first.
-        stem: the file's name without its ending.
-        max_shard_gib: size of the largest file, in GiB of 2**30 bytes; None is one file whatever its size.
+        folder: where to write; weights of the same stem are removed first.
+        stem: the file's name without its extension.
+        max_shard_gib: size of the largest file in GiB (2**30 bytes); None is one file whatever its size.
 
     Raises:
         ValueError: a tensor holds NaN or infinity, or float64 (which float32 cannot hold exactly); all are named.
@@ -145,7 +145,7 @@ def write_weights(tensors: NamedTensors, folder: Path, stem: str, *, max_shard_g
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises FileNotFoundError, or ValueError where it is not one."""
+    """Read a JSON object from a file. Raises FileNotFoundError, or ValueError if the file holds anything else."""
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}")
     try:
@@ -158,13 +158,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """A JSON object as a file of sorted keys, its folder made where needed."""
+    """Write a JSON object with sorted keys to a file; its folder is created if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _shards(tensors: NamedTensors, limit: float) -> list[list[str]]:
-    """Names in order, packed into files of at most `limit` bytes; a larger tensor has a file of its own."""
+    """Pack names, in order, into files of at most `limit` bytes; a larger tensor gets a file of its own."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, shape in tensors.shapes.items():
@@ -182,7 +182,7 @@ def _float32_bytes(shape: tuple[int, ...]) -> int:
 
 
 def _plain(tensor: Tensor, name: str) -> Tensor:
-    """Float32, contiguous, on the CPU: the same bytes whatever the memory format or device of training."""
+    """Return the tensor as contiguous float32 on the CPU: the same bytes, whatever it was trained on and in."""
     if tensor.dtype == torch.float64:
         raise ValueError(f"weights must be float32, float16 or bfloat16, {name} is float64: round it first")
     tensor = tensor.detach().to("cpu")

@@ -1,4 +1,4 @@
-"""A model as a folder: what is saved is loaded, and damage is named."""
+"""A model as a folder: what was saved is loaded again, and damage is named."""
 
 import dataclasses
 import json
@@ -97,7 +97,7 @@ def test_truncated_weights_are_refused(folder: Path) -> None:
         load(folder)
 
 
-def test_what_is_missing_is_named(folder: Path, tmp_path: Path) -> None:
+def test_a_missing_file_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no model folder at .*absent"):
         load(tmp_path / "absent")
     (folder / "vocab.txt").unlink()
@@ -111,7 +111,7 @@ def test_what_is_missing_is_named(folder: Path, tmp_path: Path) -> None:
         load(folder)
 
 
-def test_a_config_that_is_none_is_refused(folder: Path) -> None:
+def test_a_damaged_config_is_refused(folder: Path) -> None:
     path = folder / "config.json"
     path.write_text("{broken")
     with pytest.raises(ValueError, match="must be JSON"):
@@ -176,7 +176,7 @@ def test_a_tokenizer_of_another_kind_is_saved_as_its_own_file(folder: Path, tmp_
 
 
 def test_an_encoder_of_the_transformers_library_is_saved_and_loaded_whole(tmp_path: Path) -> None:
-    """It keeps tables of positions outside of its state dict, which loading must not leave without values."""
+    """Its tables of positions are not in its state dict, and must have values after loading all the same."""
     pytest.importorskip("transformers")
     architecture = {"model_type": "bert", "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1}
     architecture |= {"num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 16}

@@ -1,4 +1,4 @@
-"""The whole model on a tiny preset: its parts fit, scaling is its own, and images depend on caption and seed alone."""
+"""The whole model on a tiny preset: its parts fit, it scales latents, and images depend on caption and seed alone."""
 
 import copy
 import dataclasses
@@ -23,7 +23,7 @@ EMPTY = torch.tensor([2, 3] + [0] * (LENGTH - 2))
 
 
 def with_random_outputs(config: LatentDiffusionConfig) -> LatentDiffusion:
-    """A model whose zero-initialized layers are random too, so that its prediction depends on its inputs."""
+    """Build a model whose zero-initialized layers are random too, so that its prediction depends on its inputs."""
     torch.manual_seed(0)
     model = config.build().eval()
     with torch.no_grad():
@@ -158,19 +158,19 @@ def test_a_model_of_v_samples_from_pure_noise_under_zero_terminal_snr(model: Lat
     assert z.isfinite().all()
 
 
-def test_one_seed_a_caption(model: LatentDiffusion) -> None:
+def test_every_caption_needs_its_own_seed(model: LatentDiffusion) -> None:
     with pytest.raises(ValueError, match="got 1 seeds for 2 inputs"):
         model.sample(captions(1, 2), seeds=[1])
 
 
-def test_a_config_passes_through_json_unchanged() -> None:
+def test_a_config_survives_a_round_trip_through_json() -> None:
     config = dataclasses.replace(CONFIG, scale_factor=0.7, parameterization="v", loss="l1")
     again = LatentDiffusionConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again == config
     assert hash(again) == hash(config)
 
 
-def test_every_preset_passes_through_json_and_builds_without_memory() -> None:
+def test_every_preset_survives_a_round_trip_through_json_and_builds_without_memory() -> None:
     for name in presets.names():
         config = presets.get(name)
         assert LatentDiffusionConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -237,7 +237,7 @@ def test_every_few_step_sampler_samples_and_only_ddim_takes_an_eta(
         model.sample(captions(1), seeds=[0], num_steps=3, sampler=sampler, eta=0.5)
 
 
-def test_what_cannot_be_sampled_is_refused(model: LatentDiffusion) -> None:
+def test_sampling_refuses_settings_that_cannot_work(model: LatentDiffusion) -> None:
     with pytest.raises(ValueError, match="sampler must be one of ddim, plms, dpm_solver_pp_2m, unipc, got ddpm"):
         model.sample(captions(1), seeds=[0], sampler=samplers.ddpm)
     with pytest.raises(ValueError, match=r"size must be positive multiples of 2, in latent pixels, got \(0, 16\)"):

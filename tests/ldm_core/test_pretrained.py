@@ -50,7 +50,7 @@ def test_the_digest_is_that_of_the_weights(tmp_path: Path) -> None:
 
 
 def clip_folder(folder: Path, **changes: Any) -> Path:
-    """A tiny CLIP as transformers saves it, with CLIP's own tokenizer."""
+    """Save a tiny CLIP as transformers does, with CLIP's own tokenizer."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from ldm_core.tokenizers.clip import open_clip_tokenizer

@@ -1,4 +1,4 @@
-"""Conditioners of every kind: what they give the UNet, what they refuse, and dropping for classifier-free guidance."""
+"""Conditioners of every kind: their outputs, their refusals, and dropping conditions for classifier-free guidance."""
 
 import dataclasses
 from typing import Any
@@ -76,8 +76,8 @@ def test_a_class_is_one_vector_of_context() -> None:
         conditioner(torch.zeros(2))
 
 
-def test_a_layout_is_three_tokens_an_object_and_two_for_the_crop() -> None:
-    """Worked by hand: 8192 tokens make a grid of 90 cells a side; token = 90 row + column."""
+def test_a_layout_has_three_tokens_per_object_and_two_for_the_crop() -> None:
+    """Worked out by hand: 8192 tokens make a grid of 90 cells per side; token = 90 row + column."""
     config = LayoutConfig(width=8, layers=1)
     assert config.max_length == 92
     tokens = config.encode(
@@ -147,7 +147,7 @@ def test_a_masked_image_without_a_first_stage_is_refused() -> None:
 
 
 def inputs_of(name: str) -> Any:
-    """A batch of two for a tiny model of each kind."""
+    """Return a batch of two inputs for a tiny model of each kind."""
     config = presets.get(name).conditioner
     return {
         "tiny-txt2img": lambda: torch.randint(0, 1024, (2, 77)),
@@ -215,14 +215,14 @@ def test_encoders_that_transformers_does_not_know_or_of_another_width_are_refuse
         ("tiny-semantic", torch.full((1, 64, 64), 255), r"labels of a semantic map must be in 0 \.\.\. 11"),
     ],
 )
-def test_ids_that_are_in_no_table_are_named(name: str, inputs: torch.Tensor, message: str) -> None:
+def test_ids_outside_the_table_are_named(name: str, inputs: torch.Tensor, message: str) -> None:
     conditioner = presets.get(name).build().conditioner
     assert conditioner is not None
     with pytest.raises(ValueError, match=message):
         conditioner(inputs)
 
 
-def test_there_is_nothing_to_drop_to_without_an_unconditional_input() -> None:
+def test_dropping_needs_an_unconditional_input() -> None:
     with pytest.raises(ValueError, match="for captions give the ids of the empty one"):
         drop(TOKENS, None, 0.5, torch.zeros(3))
     with pytest.raises(ValueError, match="one unconditional sample of the inputs' shape"):

@@ -1,4 +1,4 @@
-"""The text transformer: one vector a token, in order, attending to all tokens."""
+"""The text transformer: one vector per token, in order, attending to all tokens."""
 
 import pytest
 import torch

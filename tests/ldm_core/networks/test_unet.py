@@ -1,4 +1,4 @@
-"""The UNet: what it takes, what it gives, what it refuses."""
+"""The UNet: its inputs, its prediction, and the shapes that it refuses."""
 
 import copy
 import dataclasses
@@ -79,7 +79,7 @@ def test_several_contexts_may_share_a_latent(changes: dict[str, Any], prepared: 
     torch.testing.assert_close(shared, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_comes_before_the_first_context_is_computed_once_for_all() -> None:
+def test_layers_before_the_first_context_are_computed_once_for_all() -> None:
     unet = randomized(UNet(config(context_dim=6)))
     batches: list[int] = []
     for block in (unet.input_blocks[0], unet.output_blocks[-1]):

@@ -1,4 +1,4 @@
-"""The presets are the published models: their parameters are counted to the last one, on the meta device."""
+"""The presets are the published models, to the last parameter, counted on the meta device."""
 
 import json
 
@@ -85,7 +85,7 @@ def test_every_published_model_is_a_preset_and_has_a_tiny_sibling_of_its_kind() 
 
 
 @pytest.mark.parametrize("name", presets.names())
-def test_every_model_preset_passes_through_json_unchanged(name: str) -> None:
+def test_every_model_preset_survives_a_round_trip_through_json(name: str) -> None:
     config = presets.get(name)
     assert LatentDiffusionConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 

@@ -1,4 +1,4 @@
-"""Every fact of the published models that the presets repeat, held against the list of them."""
+"""The presets agree with a list of every published fact about the models."""
 
 from pathlib import Path
 from typing import Any

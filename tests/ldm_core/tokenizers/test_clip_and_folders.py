@@ -1,4 +1,4 @@
-"""Tokenizers that come as files give the ids of the libraries that they were published with."""
+"""Tokenizers read from files give the same ids as the libraries that they were published with."""
 
 import json
 from importlib.resources import files
@@ -23,14 +23,14 @@ CAPTIONS = [
 ]
 
 
-def test_clips_ids_are_those_of_open_clip() -> None:
+def test_clip_ids_are_those_of_open_clip() -> None:
     from open_clip.tokenizer import SimpleTokenizer
 
     expected = SimpleTokenizer()(CAPTIONS).numpy()
     np.testing.assert_array_equal(open_clip_tokenizer().encode(CAPTIONS), expected)
 
 
-def test_a_folder_with_vocabulary_and_merges_is_read_as_clips(tmp_path: Path) -> None:
+def test_a_folder_with_vocabulary_and_merges_holds_a_clip_tokenizer(tmp_path: Path) -> None:
     vocabulary = {"<|startoftext|>": 3, "<|endoftext|>": 4, "a": 0, "b</w>": 1, "ab</w>": 2}
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b</w>\n")
@@ -40,7 +40,7 @@ def test_a_folder_with_vocabulary_and_merges_is_read_as_clips(tmp_path: Path) ->
     assert tokenizer_from_folder(tmp_path, max_length=4).encode([""]).tolist() == [[3, 4, 0, 0]]
 
 
-def test_berts_tokenizer_json_gives_the_ids_of_its_vocabulary() -> None:
+def test_bert_tokenizer_json_gives_the_ids_of_its_vocabulary() -> None:
     from_json = tokenizer_from_folder(MINILM, max_length=16)
     from_vocabulary = Tokenizer.from_vocabulary_file(MINILM / "vocab.txt", max_length=16)
     np.testing.assert_array_equal(from_json.encode(CAPTIONS), from_vocabulary.encode(CAPTIONS))
@@ -65,7 +65,7 @@ def test_padding_with_another_token_leaves_the_original_alone() -> None:
     assert theirs.digest == before != openai.digest
 
 
-def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_files_that_hold_no_tokenizer_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"it needs tokenizer\.json, or vocab\.json and merges\.txt"):
         tokenizer_from_folder(tmp_path)
     with pytest.raises(FileNotFoundError, match="no tokenizer at"):

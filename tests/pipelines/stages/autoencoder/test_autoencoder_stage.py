@@ -171,7 +171,7 @@ def test_the_loss_falls_and_every_weight_gets_a_gradient(preset: str, loss_kind:
 
 
 def test_the_kl_term_is_a_mean_over_elements() -> None:
-    """Golden value: the posterior N(1, e^2) has KL (1 + e^2 - 1 - 2) / 2 nats an element."""
+    """Golden value: the posterior N(1, e^2) has a KL of (1 + e^2 - 1 - 2) / 2 nats per element."""
     model = presets.first_stage("tiny-kl-f8")
     first_stage = build_first_stage(model)
     torch.nn.init.zeros_(first_stage.quant_conv.weight)
