@@ -1,6 +1,6 @@
 """Exponential moving average of a network's weights, kept in float32 outside the graph.
 
-The paper samples from such averages; decay and warm-up follow its code release.
+The paper samples from averaged weights; decay and warm-up follow its code release.
 """
 
 from collections.abc import Iterator
@@ -15,17 +15,17 @@ class EMA:
     """The average of every floating-point parameter and buffer of a module.
 
     Args:
-        module: the network being trained (unwrapped, on its final device); it is read on `update` and written on
-            `swapped`, always through the tensors it holds now.
+        module: the network being trained, unwrapped and on its final device; `update` reads and `swapped` writes
+            the tensors that it holds now.
         decay: share of the old average that an update keeps.
-        warmup: keep less in the beginning, min(decay, (1 + n) / (10 + n)) at the n-th update.
+        warmup: keep less at the beginning, min(decay, (1 + n) / (10 + n)) at the n-th update.
 
     Attributes:
-        shadow: averages by name in the module's state dict, float32 on the module's device.
-        num_updates: updates so far.
+        shadow: averages by the names of the module's state dict, float32 on the module's device.
+        num_updates: number of updates so far.
 
     Raises:
-        ValueError: unless 0 <= decay < 1, or the module has nothing to average.
+        ValueError: unless 0 <= decay < 1, or if the module has nothing to average.
     """
 
     def __init__(self, module: nn.Module, *, decay: float = 0.9999, warmup: bool = True) -> None:
@@ -41,7 +41,7 @@ class EMA:
         self.shadow: dict[str, Tensor] = {
             name: tensor.detach().to(torch.float32, copy=True) for name, tensor in self._source.items()
         }
-        # The fused update wants one dtype: what is not float32 is widened here first, in one fused copy as well.
+        # The fused update needs one dtype. Other weights are widened into these buffers first, by one fused copy.
         self._widened = {
             name: torch.empty_like(self.shadow[name])
             for name, tensor in self._source.items()
@@ -50,10 +50,10 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average towards the module's present weights; call after each optimizer step.
+        """Move the average towards the module's current weights; call after each optimizer step.
 
         Raises:
-            ValueError: the module's weights have become other tensors (`load_state_dict(..., assign=True)`).
+            ValueError: if the module's weights were replaced by other tensors (`load_state_dict(..., assign=True)`).
         """
         self._check_source()
         self.num_updates += 1
@@ -67,7 +67,7 @@ class EMA:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Within the context the module computes with the average; afterwards its own weights are back."""
+        """Let the module compute with the average inside the context; afterwards its own weights are back."""
         self._check_source()
         own = {name: tensor.detach().clone() for name, tensor in self._source.items()}
         self._write(self.shadow)
@@ -77,14 +77,14 @@ class EMA:
             self._write(own)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on: {"num_updates": int, "shadow": {name: float32 tensor}}."""
+        """Return what `load_state_dict` continues from: {"num_updates": int, "shadow": {name: float32 tensor}}."""
         return {"num_updates": self.num_updates, "shadow": dict(self.shadow)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`'s result.
+        """Continue from what `state_dict()` returned.
 
         Raises:
-            ValueError: when names or shapes are not this module's.
+            ValueError: if names or shapes are not this module's.
         """
         saved: dict[str, Tensor] = state["shadow"]
         wrong = sorted(saved.keys() ^ self.shadow.keys())
@@ -99,7 +99,7 @@ class EMA:
             average.copy_(saved[name])
 
     def _check_source(self) -> None:
-        # One lookup stands for all: weights are assigned anew together or not at all.
+        # One tensor stands for all, because weights are replaced together or not at all.
         name, tensor = next(iter(self._source.items()))
         path, _, last = name.rpartition(".")
         if getattr(self._module.get_submodule(path), last) is not tensor:
@@ -109,11 +109,11 @@ class EMA:
 
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:
-        # Copied into the module's own storage, so that compiled graphs and DDP keep seeing the same tensors.
+        # Copied into the module's own storage: compiled graphs, optimizers and DDP hold on to these tensors.
         torch._foreach_copy_(list(self._source.values()), [values[name] for name in self._source])
 
 
 def _floating_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The module's floating-point parameters and buffers themselves, so that a later change of layout is followed."""
+    """Return the module's floating-point parameters and buffers themselves, so that a change of layout is seen."""
     state = module.state_dict(keep_vars=True)
     return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}

@@ -1,7 +1,7 @@
-"""Guidance: denoisers that pull samples towards a condition, by wrapping a plain one; works with every sampler.
+"""Guidance: wrap a denoiser so that samples are pulled towards a condition, with any sampler.
 
 Classifier-free guidance (Ho & Salimans 2021; Sec. 4.3.1 of the paper) and the paper's post-hoc image guidance
-(Appendix C). Both take denoisers that answer with a tensor or with a `Prediction`, and answer alike.
+(Appendix C). A denoiser may return the noise or a `Prediction`; the wrapped one returns the same kind.
 
 Shapes: x: (B, C, h, w); t: (B,) integers; context: (B, L, D); concat: (B, Cc, h, w).
 """
@@ -37,30 +37,30 @@ def classifier_free(
     interval: tuple[int, int] | None = None,
     rescale: float = 0.0,
 ) -> Denoise:
-    """A `denoise(x, t)` that answers eps_u + guidance_scale * (eps_c - eps_u).
+    """Return a `denoise(x, t)` for classifier-free guidance: eps_u + guidance_scale * (eps_c - eps_u).
 
-    Both halves are computed in one batched call; a scale of 1 is the plain conditional model and skips the
-    unconditional half. The formula is linear: a network's own output (eps, v or x0) may be guided as well and turned
-    into a prediction afterwards by `objective.to_prediction`.
+    eps_c is conditional and eps_u unconditional (Ho & Salimans 2021, Eq. 6, where w = guidance_scale - 1). Both are
+    computed in one batched call; a scale of 1 is the plain conditional model and skips the unconditional half. The
+    formula is linear, so that a network's own output (eps, v or x0) may be guided as well and converted afterwards by
+    `objective.to_prediction`.
 
     Args:
-        denoise_with_context: conditional noise prediction.
+        denoise_with_context: conditional denoiser.
         context: (B, L, D) or (1, L, D) conditioning; None for a model without cross-attention.
-        unconditional_context: (B, L, D) or (1, L, D) conditioning of the empty caption; None without context.
-        guidance_scale: strength; 0 is unconditional, 1 conditional, more is guided.
+        unconditional_context: (B, L, D) or (1, L, D) null context, e.g. of the empty caption; None without context.
+        guidance_scale: 0 is unconditional, 1 conditional, more is guided.
         concat: (B, Cc, h, w) or (1, Cc, h, w) channels given to both halves.
         unconditional_concat: channels of concat's shape given to the unconditional half instead.
-        interval: (t_low, t_high), both inclusive, the timesteps that are guided; outside of it the plain conditional
-            model answers at half the cost (Kynkaanniemi et al. 2024; reading t costs one device synchronisation a
-            step). None guides everywhere.
-        rescale: 0 ... 1, share of the guided prediction that is brought back to the conditional one's standard
-            deviation, against over-exposure (Lin et al. 2024, Sec. 3.4, there 0.7). It acts on the answer as it is,
-            in their work the network's own output.
+        interval: (t_low, t_high), both inclusive, the timesteps to guide; at others the plain conditional model
+            answers at half the cost (Kynkaanniemi et al. 2024). Reading t costs one device synchronisation a step.
+            None guides everywhere.
+        rescale: 0 to 1, share of the guided answer that is scaled back to the conditional one's standard deviation,
+            against over-exposure (Lin et al. 2024, Sec. 3.4, who take 0.7 and rescale the network's own output).
 
     Raises:
-        ValueError: for a scale that is not finite, contexts that differ in length or width, guidance without
-            anything to tell its halves apart, an interval upside down, a rescale outside 0 ... 1; on call for
-            conditioning whose batch is neither 1 nor x's, or a rescale of a `Prediction`.
+        ValueError: for a scale that is not finite, contexts that differ in length or width, halves that cannot
+            differ, t_low above t_high, or a rescale outside 0 to 1; when called, for conditioning whose batch is
+            neither 1 nor x's, or a rescale of a `Prediction`.
     """
     check_settings(guidance_scale, interval, rescale)
     _check_halves(context, unconditional_context, concat, unconditional_concat, guided=guidance_scale != 1.0)
@@ -129,10 +129,11 @@ def combine(
     """Guide one answer by the other: u + guidance_scale * (c - u), then `rescale` as for `classifier_free`.
 
     Args:
-        unconditional, conditional: answers (B, ...) of a network or a denoiser, both of one kind.
+        unconditional, conditional: answers (B, ...) of a network or a denoiser, both of the same kind.
+        guidance_scale, rescale: as for `classifier_free`.
 
     Raises:
-        ValueError: a rescale of a `Prediction`.
+        ValueError: for a rescale of a `Prediction`.
     """
     answer = _map(lambda u, c: u + guidance_scale * (c - u), unconditional, conditional)
     return _rescaled(answer, conditional, rescale) if rescale else answer
@@ -145,23 +146,23 @@ def image_guidance(
     loss: Callable[[Tensor], Tensor],
     scale: float,
 ) -> Denoise:
-    """Post-hoc image guidance (Appendix C): steer any model by a loss on the images it is about to make.
+    """Return a `denoise(x, t)` for post-hoc image guidance (Appendix C): any model, steered by a loss on its images.
 
         eps + scale * sqrt(1 - abar) * gradient of loss(decode(x0(x))) with respect to x
 
-    with -loss for log p(y | T(D(z_0(z_t)))): for a picture y known in low resolution, half of the summed squared
-    distance of the downsampled image to it. The gradient passes through decoder and network, and costs their
-    backward pass. Where x is all noise (zero terminal SNR) nothing can be steered yet.
+    Here -loss is log p(y | T(D(z_0(z_t)))). For a picture y known in low resolution it is half of the summed squared
+    distance of the downsampled image to y. The gradient passes through decoder and network, which costs their
+    backward pass. While x is all noise (zero terminal SNR) there is nothing to steer yet.
 
     Args:
         denoise: predicts the noise, or noise and clean latent; differentiable.
         schedule: forward process the network was trained on.
-        decode: (B, C, h, w) clean latents to images, differentiable; `LatentDiffusion.decode`.
-        loss: images to (B,) losses, one for each image on its own.
-        scale: strength; 1 is the paper's, for a guider of variance 1.
+        decode: differentiable map from (B, C, h, w) clean latents to images, e.g. `LatentDiffusion.decode`.
+        loss: map from images to (B,) losses, each of its own image alone.
+        scale: strength of the guidance; 1 is the paper's, for a guider of variance 1.
 
     Raises:
-        ValueError: for a scale that is not finite; on call for a loss of another shape or without a gradient.
+        ValueError: for a scale that is not finite; when called, for a loss of another shape or without a gradient.
     """
     if not math.isfinite(scale):
         raise ValueError(f"the scale of image guidance must be a finite number, got {scale}")
@@ -183,12 +184,13 @@ def image_guidance(
                     "the loss of image guidance must have a gradient, got one without: decode and predict without "
                     "torch.no_grad or detach"
                 )
+            # Each loss depends on its own image alone, so the gradient of the sum holds those of all.
             (gradient,) = torch.autograd.grad(losses.sum(), z_t)
         answer = _map(torch.Tensor.detach, answer)
         shift = scale * sigma * gradient
         if not isinstance(answer, Prediction):
             return answer + shift
-        # The same correction seen from the clean latent; without signal it says nothing about it.
+        # The clean latent moves along, so that signal x0 + sigma eps is still x; without signal it cannot be told.
         moves = signal > 0
         return Prediction(
             answer.eps + torch.where(moves, shift, 0.0),
@@ -199,14 +201,14 @@ def image_guidance(
 
 
 def _rescaled(answer: Tensor | Prediction, conditional: Tensor | Prediction, share: float) -> Tensor:
-    """The guided answer with part of its standard deviation taken back (Lin et al. 2024, Sec. 3.4)."""
+    """Scale a share of the guided answer to the conditional one's standard deviation (Lin et al. 2024, Sec. 3.4)."""
     if isinstance(answer, Prediction) or isinstance(conditional, Prediction):
         raise ValueError(
             "guidance rescale needs the network's own output, got a Prediction: guide the output, then apply "
             "objective.to_prediction"
         )
     dims = list(range(1, answer.dim()))
-    # A network that answers a constant, as one begins, has no deviation to bring back.
+    # An untrained network answers zero everywhere, and 0 / 0 would be NaN.
     tiny = torch.finfo(answer.dtype).tiny
     ratio = conditional.std(dim=dims, keepdim=True) / answer.std(dim=dims, keepdim=True).clamp_min(tiny)
     return share * (answer * ratio) + (1 - share) * answer
@@ -220,7 +222,7 @@ def _check_halves(
     *,
     guided: bool,
 ) -> None:
-    """Raise ValueError unless the conditional and the unconditional half fit each other, and differ."""
+    """Raise ValueError unless the conditional and the unconditional half fit together, and can differ."""
     if context is not None and unconditional_context is not None:
         if context.dim() != 3 or context.shape[1:] != unconditional_context.shape[1:]:
             raise ValueError(
@@ -240,19 +242,19 @@ def _check_halves(
 
 
 def _map(function: Callable[..., Tensor], *answers: Tensor | Prediction) -> Tensor | Prediction:
-    """A function of tensors, applied to plain answers or to both halves of predictions."""
+    """Apply a function of tensors to plain answers, or to both parts of predictions."""
     if isinstance(answers[0], Prediction):
         return Prediction(*(function(*parts) for parts in zip(*answers)))
     return function(*answers)
 
 
 def _both(unconditional: Tensor | None, conditional: Tensor | None) -> Tensor | None:
-    """One batch of both halves."""
+    """Concatenate both halves to one batch."""
     return None if unconditional is None or conditional is None else torch.cat([unconditional, conditional])
 
 
 def _for_batch(conditioning: Tensor | None, x: Tensor, name: str) -> Tensor | None:
-    """Conditioning repeated to x's batch, where it is one for all."""
+    """Repeat conditioning that is one for all to x's batch."""
     if conditioning is None:
         return None
     if conditioning.shape[0] not in (1, x.shape[0]):

@@ -1,4 +1,4 @@
-"""What the network is trained to predict, and the loss on it.
+"""The training objective: what the network predicts, and the loss on it, Eq. (1) to (3) of the paper.
 
 The network is a function (z_t, t) -> prediction of z_t's shape and knows none of this.
 Shapes: z0, z_t, noise, prediction: (B, ...); t: (B,) integers.
@@ -24,7 +24,7 @@ class Prediction(NamedTuple):
 
 
 def target(parameterization: Parameterization, schedule: NoiseSchedule, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """What the network should answer at z_t = schedule.add_noise(z0, noise, t).
+    """Return what the network should answer at z_t = schedule.add_noise(z0, noise, t).
 
     Returns:
         noise for "eps", z0 for "x0", sqrt(abar) noise - sqrt(1 - abar) z0 for "v"; of z0's shape.
@@ -44,20 +44,21 @@ def target(parameterization: Parameterization, schedule: NoiseSchedule, z0: Tens
 def to_eps(
     parameterization: Parameterization, schedule: NoiseSchedule, prediction: Tensor, z_t: Tensor, t: Tensor
 ) -> Tensor:
-    """The noise that a prediction at (z_t, t) implies, of z_t's shape. Raises ValueError as `target`."""
+    """Return the noise that a prediction at (z_t, t) implies, of z_t's shape. Raises ValueError as `target` does."""
     _check_known(parameterization)
     if parameterization == "eps":
         return prediction
     signal, sigma = schedule.levels(t, like=z_t)
     if parameterization == "x0":
         return (z_t - signal * prediction) / sigma
+    # v: put z0 = signal z_t - sigma v into the line above, with signal^2 + sigma^2 = 1.
     return signal * prediction + sigma * z_t
 
 
 def to_x0(
     parameterization: Parameterization, schedule: NoiseSchedule, prediction: Tensor, z_t: Tensor, t: Tensor
 ) -> Tensor:
-    """The clean latent that a prediction at (z_t, t) implies, of z_t's shape. Raises ValueError as `target`."""
+    """Return the clean latent that a prediction at (z_t, t) implies. Raises ValueError as `target` does."""
     _check_known(parameterization)
     if parameterization == "x0":
         return prediction
@@ -70,10 +71,10 @@ def to_x0(
 def to_prediction(
     parameterization: Parameterization, schedule: NoiseSchedule, prediction: Tensor, z_t: Tensor, t: Tensor
 ) -> Prediction:
-    """Noise and clean latent that a prediction at (z_t, t) implies, each of z_t's shape.
+    """Return noise and clean latent that a prediction at (z_t, t) implies, each of z_t's shape.
 
-    What a denoiser gives to samplers where the noise alone is not enough: at the last timestep of a zero-terminal-SNR
-    schedule z_t is all noise, and only v and x0 say something about the clean latent.
+    Denoisers return it to samplers if the noise alone is not enough: at the last timestep of a zero-terminal-SNR
+    schedule z_t is all noise, and only v and x0 tell something about the clean latent.
 
     Raises:
         ValueError: for "eps" with such a schedule.
@@ -85,13 +86,15 @@ def to_prediction(
 
 
 def vlb_weights(parameterization: Parameterization, schedule: NoiseSchedule) -> Tensor:
-    """What the squared error at each timestep weighs in the variational bound, (T,) float32 (appendix B).
+    """Return the weight of the squared error at each timestep in the variational bound, (T,) float32 (appendix B).
 
-    For the posterior's variance, KL(q(z_{t-1} | z_t, z_0) || p(z_{t-1} | z_t)) is half of the squared distance of the
-    means over that variance (Ho et al. 2020, Eq. 8 and 12). For "eps" these are the code release's `lvlb_weights`,
-    beta^2 / (2 posterior_variance alpha (1 - abar)); "x0" and "v" weigh the same error of their own quantity
-    alike (the release's expression for x0 is not that, and no published model uses it). The first timestep's
-    variance is zero; as in the release it takes the second one's weight.
+    If the reverse process has the posterior's variance, KL(q(z_{t-1} | z_t, z_0) || p(z_{t-1} | z_t)) is the squared
+    distance of the means over twice that variance (Ho et al. 2020, Eq. 8 and 12).
+
+    For "eps" the weights are the code release's `lvlb_weights`, beta^2 / (2 posterior_variance alpha (1 - abar)). For
+    "x0" and "v" they give the same bound from the error of that quantity; the release's expression for x0 does not,
+    and no published model uses it. The first timestep's variance is zero, and as in the release it takes the second
+    one's weight.
     """
     abar = torch.tensor([schedule.alpha_bar(t) for t in range(schedule.timesteps)], dtype=torch.float64, device="cpu")
     previous = torch.cat([abar.new_ones(1), abar[:-1]])
@@ -99,7 +102,7 @@ def vlb_weights(parameterization: Parameterization, schedule: NoiseSchedule) -> 
     posterior_variance = beta * (1.0 - previous) / (1.0 - abar)
     # The coefficient of z_0 in the posterior's mean, squared (Ho et al. 2020, Eq. 7).
     of_x0 = previous * beta.square() / (1.0 - abar).square() / (2.0 * posterior_variance)
-    # The squared error of x0 that goes with one of the predicted quantity.
+    # The squared error of x0 that a unit error of the predicted quantity implies: the slopes in `to_x0`, squared.
     x0_error = {"x0": torch.ones_like(abar), "v": 1.0 - abar, "eps": (1.0 - abar) / abar}
     weights = of_x0 * x0_error[parameterization]
     weights[0] = weights[1]
@@ -111,12 +114,11 @@ class DiffusionObjective:
 
     Args:
         schedule: forward process.
-        parameterization: what the network predicts.
+        parameterization: the quantity that the network predicts, "eps", "v" or "x0".
         loss: "l2" (the paper's Eq. 2) or "l1" (several of its released models).
-        min_snr_gamma: clip of the signal-to-noise ratio in the loss weight; None leaves the paper's unit
-            weight.
-        vlb_weight: share of the variational bound added to it, `original_elbo_weight` in the code release, whose
-            models all train with 0; see `vlb_weights`.
+        min_snr_gamma: upper limit of the signal-to-noise ratio in the loss weight; None keeps the paper's unit weight.
+        vlb_weight: factor of the variational bound that is added, `original_elbo_weight` in the code release, whose
+            models are all trained with 0; see `vlb_weights`.
 
     Raises:
         ValueError: for an unknown parameterization or loss, gamma <= 0, a negative or infinite vlb_weight, or eps
@@ -144,10 +146,10 @@ class DiffusionObjective:
         self.vlb_weights = vlb_weight * vlb_weights(parameterization, schedule) if vlb_weight else None
 
     def loss(self, predict: Callable[[Tensor, Tensor], Tensor], z0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Loss of every sample; the mean over the batch is the caller's.
+        """Return the loss of each sample; the caller takes the mean over the batch.
 
         Args:
-            predict: the network, (z_t, t) -> prediction; its conditioning is bound by the caller.
+            predict: the network, (z_t, t) -> prediction, with its conditioning bound by the caller.
             z0: (B, ...) clean latents.
             t: (B,) integer timesteps.
             noise: standard normal noise of z0's shape.
@@ -156,7 +158,7 @@ class DiffusionObjective:
             (B,) float32 losses, each the mean over a sample's elements.
 
         Raises:
-            ValueError: when shapes do not agree.
+            ValueError: if shapes do not agree.
         """
         z_t = self.schedule.add_noise(z0, noise, t)
         prediction = predict(z_t, t)
@@ -171,14 +173,15 @@ class DiffusionObjective:
         return elementwise.flatten(1).mean(dim=1) * self._weight(t)
 
     def _weight(self, t: Tensor) -> Tensor | float:
-        """What a sample's error at its timestep weighs."""
+        """Return the weight of each sample's error, (B,) or one number for all."""
         weight = 1.0 if self.min_snr_gamma is None else self._min_snr_weight(t, self.min_snr_gamma)
         return weight if self.vlb_weights is None else weight + self.vlb_weights.to(t.device)[t]
 
     def _min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
-        """Min-SNR-gamma weights (Hang et al. 2023, Sec. 3.4), expressed on the predicted quantity."""
+        """Return the min-SNR-gamma weights (Hang et al. 2023, Sec. 3.4), converted to the predicted quantity."""
         snr = self.schedule.snr(t)
         clipped = snr.clamp(max=gamma)
+        # They weigh the error of x0. An error of eps is that of x0 times sqrt(snr), one of v times sqrt(snr + 1).
         if self.parameterization == "x0":
             return clipped
         return clipped / snr if self.parameterization == "eps" else clipped / (snr + 1.0)

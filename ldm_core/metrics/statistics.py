@@ -23,7 +23,7 @@ class Provenance:
     Args:
         extractor: "inception", "clip" or "lpips".
         digest: sha256 in hex of the extractor's weights.
-        resize: how images were resized for the network: "clean" or "tensorflow" for Inception, "clip" for CLIP.
+        resize: how images were resized for the network: "clean" or "tensorflow" for Inception, "clip" for CLIP, "none".
     """
 
     extractor: str

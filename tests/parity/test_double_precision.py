@@ -1,4 +1,4 @@
-"""The networks in float64: what float32 would hide in its rounding (a norm's eps, an approximate GELU) shows here."""
+"""Networks against diffusers' in float64, which shows what float32 hides: a norm's eps, an approximate GELU."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def randomized(module: torch.nn.Module) -> torch.nn.Module:
 
 @pytest.mark.parametrize("name", ["tiny-txt2img", "tiny-sd"])
 @torch.no_grad()
-def test_a_unet_is_diffusers_to_the_last_digits(name: str) -> None:
+def test_a_unet_computes_what_diffusers_computes_to_ten_digits(name: str) -> None:
     unet = randomized(UNet(presets.unet(name)))
     theirs = peers.diffusers_unet(unet).double().eval()  # type: ignore[arg-type]
     z, t = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.tensor([3, 981])
@@ -29,7 +29,7 @@ def test_a_unet_is_diffusers_to_the_last_digits(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["tiny-kl-f8", "tiny-vq-f4"])
 @torch.no_grad()
-def test_a_first_stage_is_diffusers_to_the_last_digits(name: str) -> None:
+def test_a_first_stage_computes_what_diffusers_computes_to_ten_digits(name: str) -> None:
     ours = randomized(build_first_stage(presets.first_stage(name)))
     theirs = peers.diffusers_first_stage(ours).double().eval()  # type: ignore[arg-type]
     x = torch.rand(1, 3, 64, 64, dtype=torch.float64) * 2 - 1

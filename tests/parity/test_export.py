@@ -1,4 +1,4 @@
-"""An exported folder, loaded by diffusers, must render what our model renders; its converter must agree with ours."""
+"""Exported folders: diffusers renders from them what our model renders, and its converter agrees with ours."""
 
 import dataclasses
 import inspect
@@ -153,7 +153,7 @@ def test_exported_stable_diffusion_renders_the_same_image_from_the_same_noise(
         guidance_scale=3.0,
     )
     assert_same_picture(ours, theirs)
-    # What the library itself writes (text encoder included) is what we read.
+    # And we read what diffusers writes, text encoder included.
     pipeline.save_pretrained(tmp_path / "saved")
     found = import_folder(tmp_path / "saved")
     assert found.config == model.config
@@ -204,7 +204,7 @@ def test_exported_first_stage_is_the_same_network(tmp_path: Path, name: str) -> 
 def test_diffusers_own_conversion_of_our_compvis_export_is_our_diffusers_export(
     clip_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    """Independent evidence for both tables of names: A -> CompVis -> (their code) -> diffusers is A -> diffusers."""
+    """Both tables of names, by other people's code: A -> CompVis -> (diffusers) -> diffusers is A -> diffusers."""
     from diffusers.loaders import single_file_utils as theirs
     from diffusers.pipelines.stable_diffusion.convert_from_ckpt import convert_ldm_bert_checkpoint
 
@@ -227,7 +227,7 @@ def test_diffusers_own_conversion_of_our_compvis_export_is_our_diffusers_export(
         assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
 
     class Names:
-        """Their conversion of the text transformer walks modules of the release, which are not here: a stand-in."""
+        """Stands in for the release's modules, whose attributes diffusers' conversion of the text transformer reads."""
 
         def __init__(self, tensors: dict[str, torch.Tensor], path: str) -> None:
             self.tensors, self.path = tensors, path
@@ -263,7 +263,7 @@ def test_diffusers_own_conversion_of_our_compvis_export_is_our_diffusers_export(
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_defaults_are_those_of_diffusers(kind: type, known: dict[str, Any]) -> None:
+def test_the_defaults_we_assume_are_those_of_diffusers(kind: type, known: dict[str, Any]) -> None:
     signature = inspect.signature(kind.__init__).parameters
     theirs = {name: p.default for name, p in signature.items() if name != "self"}
     theirs = {name: list(value) if isinstance(value, tuple) else value for name, value in theirs.items()}
@@ -272,7 +272,7 @@ def test_defaults_are_those_of_diffusers(kind: type, known: dict[str, Any]) -> N
         assert known.keys() == theirs.keys()
 
 
-def test_exported_pipeline_tokenizes_alike(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_an_exported_pipeline_tokenizes_as_our_tokenizer_does(tokenizer: Tokenizer, tmp_path: Path) -> None:
     export_folder(build_model(conditioner=text(tokenizer.vocabulary_size)), tmp_path, tokenizer=tokenizer)
     loaded = diffusers.LDMTextToImagePipeline.from_pretrained(tmp_path).tokenizer
     captions = [*CAPTIONS, "", "unseen Words!", "red " * 100]

@@ -1,4 +1,4 @@
-"""Guidance rescale equals diffusers'."""
+"""Guidance rescale against diffusers'."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from ldm_core.guidance import classifier_free
 
 
 @pytest.mark.parametrize("rescale", [0.0, 0.7, 1.0])
-def test_guidance_rescale(rescale: float) -> None:
+def test_guidance_rescale_gives_what_diffusers_gives(rescale: float) -> None:
     x, conditional, unconditional = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def denoise(x: Tensor, t: Tensor, *, context: Tensor | None = None, concat: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Our networks against diffusers' with the same random weights, in float32: the outputs must agree."""
+"""Our networks against diffusers' with the same random weights, in float32."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +19,8 @@ from tests.diffusers_weights import diffusers_weights
 
 diffusers = pytest.importorskip("diffusers")
 
-TOLERANCE = 1e-4  # of the output's scale
+# Share of the largest output.
+TOLERANCE = 1e-4
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,7 @@ def _single_thread_and_seed() -> Iterator[None]:
 
 
 def randomize(module: nn.Module) -> None:
-    """Random weights everywhere: zero-initialized layers would hide what comes before them."""
+    """Draw all weights at random: zero-initialized layers would hide what comes before them."""
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.05 if parameter.ndim > 1 else 0.2)
 

@@ -1,4 +1,4 @@
-"""Trajectories equal those of diffusers' schedulers from the same noise."""
+"""Samplers against diffusers' schedulers: from the same noise they end at the same latent."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +26,7 @@ BETAS: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085
 
 @pytest.fixture
 def denoise() -> samplers.Denoise:
-    """A fixed nonlinear stand-in for a network, bounded like the noise it predicts."""
+    """Return a fixed nonlinear stand-in for a network, bounded like the noise that it predicts."""
     kernel = torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(1)) / 6
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def draws(seeds: list[int]) -> Callable[[], Tensor]:
 
 
 @pytest.mark.parametrize("num_steps", [1, 20, 50, 250])
-def test_ddim(denoise: samplers.Denoise, x: Tensor, num_steps: int) -> None:
+def test_ddim_ends_where_diffusers_ddim_ends(denoise: samplers.Denoise, x: Tensor, num_steps: int) -> None:
     scheduler: Any = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     scheduler.set_timesteps(num_steps)
     ours = samplers.ddim(denoise, x, SCHEDULE, num_steps=num_steps)
@@ -66,7 +66,9 @@ def test_ddim(denoise: samplers.Denoise, x: Tensor, num_steps: int) -> None:
 
 
 @pytest.mark.parametrize("num_steps", [5, 20, 50])
-def test_ddim_with_v_from_pure_noise(denoise: samplers.Denoise, x: Tensor, num_steps: int) -> None:
+def test_ddim_with_v_prediction_from_pure_noise_ends_where_diffusers_does(
+    denoise: samplers.Denoise, x: Tensor, num_steps: int
+) -> None:
     schedule = NoiseSchedule(ScheduleConfig(zero_terminal_snr=True))
     scheduler: Any = DDIMScheduler(
         **BETAS,
@@ -86,7 +88,9 @@ def test_ddim_with_v_from_pure_noise(denoise: samplers.Denoise, x: Tensor, num_s
 
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])
-def test_ddim_with_noise(denoise: samplers.Denoise, x: Tensor, eta: float) -> None:
+def test_ddim_with_eta_ends_where_diffusers_does_with_the_same_draws(
+    denoise: samplers.Denoise, x: Tensor, eta: float
+) -> None:
     scheduler: Any = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     scheduler.set_timesteps(50)
     noise = draws([5, 6])
@@ -98,18 +102,22 @@ def test_ddim_with_noise(denoise: samplers.Denoise, x: Tensor, eta: float) -> No
     assert_same_end(ours, theirs)
 
 
-def test_ddpm(denoise: samplers.Denoise, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ddpm_ends_where_diffusers_ddpm_ends_with_the_same_draws(
+    denoise: samplers.Denoise, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scheduler: Any = DDPMScheduler(**BETAS, clip_sample=False)
     scheduler.set_timesteps(1000)
     noise = draws([5, 6])
-    # The scheduler draws its own noise and takes none: give it ours.
+    # The scheduler draws its own noise and accepts none, so its source is replaced by ours.
     monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *args, **kwargs: noise())
     theirs = run_scheduler(scheduler, denoise, x)
     assert_same_end(samplers.ddpm(denoise, x, SCHEDULE, noise=draws([5, 6])), theirs)
 
 
 @pytest.mark.parametrize("num_steps", [5, 20, 50])
-def test_plms(denoise: samplers.Denoise, x: Tensor, num_steps: int) -> None:
+def test_plms_ends_where_diffusers_pndm_without_runge_kutta_ends(
+    denoise: samplers.Denoise, x: Tensor, num_steps: int
+) -> None:
     scheduler: Any = PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
     scheduler.set_timesteps(num_steps)
     ours = samplers.plms(denoise, x, SCHEDULE, num_steps=num_steps)
@@ -117,9 +125,11 @@ def test_plms(denoise: samplers.Denoise, x: Tensor, num_steps: int) -> None:
 
 
 @pytest.mark.parametrize("num_steps", [8, 20, 50])
-def test_dpm_solver_pp_2m(denoise: samplers.Denoise, x: Tensor, num_steps: int) -> None:
+def test_dpm_solver_pp_2m_ends_where_diffusers_does_on_the_published_grid(
+    denoise: samplers.Denoise, x: Tensor, num_steps: int
+) -> None:
     scheduler: Any = DPMSolverMultistepScheduler(**BETAS, final_sigmas_type="sigma_min")
-    # Their own grids differ from the published one, which is given to them.
+    # None of its own grids is the published one, so that is given to it.
     scheduler.set_timesteps(timesteps=samplers.timestep_grid(SCHEDULE, num_steps))
     ours = samplers.dpm_solver_pp_2m(denoise, x, SCHEDULE, num_steps=num_steps)
     assert_same_end(ours, run_scheduler(scheduler, denoise, x))
@@ -127,7 +137,7 @@ def test_dpm_solver_pp_2m(denoise: samplers.Denoise, x: Tensor, num_steps: int) 
 
 @pytest.mark.parametrize("num_steps", [8, 20])
 @pytest.mark.parametrize("spacing", ["trailing", "linspace"])
-def test_dpm_solver_pp_2m_on_its_own_grids(
+def test_dpm_solver_pp_2m_ends_where_diffusers_does_on_its_own_grids(
     denoise: samplers.Denoise, x: Tensor, num_steps: int, spacing: Spacing
 ) -> None:
     scheduler: Any = DPMSolverMultistepScheduler(**BETAS, final_sigmas_type="sigma_min", timestep_spacing=spacing)
@@ -140,7 +150,9 @@ def test_dpm_solver_pp_2m_on_its_own_grids(
 @pytest.mark.parametrize("num_steps", [1, 3, 8, 20, 50])
 @pytest.mark.parametrize("spacing", ["trailing", "linspace"])
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_unipc(denoise: samplers.Denoise, x: Tensor, order: int, spacing: Spacing, num_steps: int) -> None:
+def test_unipc_ends_where_diffusers_unipc_ends(
+    denoise: samplers.Denoise, x: Tensor, order: int, spacing: Spacing, num_steps: int
+) -> None:
     scheduler: Any = UniPCMultistepScheduler(
         **BETAS, solver_order=order, final_sigmas_type="sigma_min", timestep_spacing=spacing
     )
@@ -151,12 +163,14 @@ def test_unipc(denoise: samplers.Denoise, x: Tensor, order: int, spacing: Spacin
 
 
 @pytest.mark.parametrize("num_steps", [10, 25, 50])
-def test_unipc_on_the_published_grid(denoise: samplers.Denoise, x: Tensor, num_steps: int) -> None:
+def test_unipc_ends_where_diffusers_does_on_the_published_grid(
+    denoise: samplers.Denoise, x: Tensor, num_steps: int
+) -> None:
     scheduler: Any = UniPCMultistepScheduler(
         **BETAS, final_sigmas_type="sigma_min", timestep_spacing="leading", steps_offset=1
     )
     scheduler.set_timesteps(num_steps)
-    # It knows no such grid (its stride is T // (n + 1)), and takes none: it is put in.
+    # It neither has this grid (its stride is T // (n + 1)) nor accepts one, so the grid is set from outside.
     grid = samplers.timestep_grid(SCHEDULE, num_steps)
     scheduler.timesteps = torch.tensor(grid)
     abar = SCHEDULE.alphas_cumprod[[*grid, 0]].double()
@@ -166,7 +180,9 @@ def test_unipc_on_the_published_grid(denoise: samplers.Denoise, x: Tensor, num_s
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.75])
-def test_image_to_image(denoise: samplers.Denoise, x: Tensor, strength: float) -> None:
+def test_image_to_image_ends_where_diffusers_does_on_the_last_steps_of_the_grid(
+    denoise: samplers.Denoise, x: Tensor, strength: float
+) -> None:
     z0 = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     scheduler: Any = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     scheduler.set_timesteps(50)
@@ -178,7 +194,7 @@ def test_image_to_image(denoise: samplers.Denoise, x: Tensor, strength: float) -
 
 @pytest.mark.parametrize("kind", ["scaled_linear", "linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
-def test_schedules(kind: str, zero_terminal_snr: bool) -> None:
+def test_noise_schedules_are_those_of_diffusers(kind: str, zero_terminal_snr: bool) -> None:
     scheduler: Any = DDIMScheduler(
         beta_schedule=kind, beta_start=0.0015, beta_end=0.0195, rescale_betas_zero_snr=zero_terminal_snr
     )

@@ -1,4 +1,4 @@
-"""Networks with random weights, written once a session to files in the layouts that the published weights have."""
+"""Networks with random weights, written once a session to files in the layouts of the published weights."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def randomize(network: nn.Module, seed: int) -> nn.Module:
-    """Weights under which activations keep their size through any depth."""
+    """Draw weights under which activations keep their size through any depth, and return the network."""
     generator = torch.Generator().manual_seed(seed)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
@@ -19,7 +19,7 @@ def randomize(network: nn.Module, seed: int) -> nn.Module:
 
 @pytest.fixture(scope="session")
 def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The FID network's file: torchvision's names, 1008 classes, no auxiliary head, and no batch counters."""
+    """The FID network's file: torchvision's names, 1008 classes, no auxiliary head and no batch counters."""
     from torchvision.models import inception_v3
 
     network = randomize(inception_v3(weights=None, aux_logits=False, num_classes=1008, init_weights=False), seed=0)

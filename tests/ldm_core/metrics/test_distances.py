@@ -1,4 +1,4 @@
-"""The mathematics of the metrics against other people's code, closed forms and definitions written out."""
+"""The mathematics of the metrics against other libraries, closed forms and definitions written out."""
 
 import math
 from itertools import permutations
@@ -9,8 +9,8 @@ import torch
 from scipy.linalg import sqrtm
 from torch import Tensor
 
-from ldm_core.metrics import kernel_distances as kernels
-from ldm_core.metrics import precision_recall as neighbours
+from ldm_core.metrics import kernel_distances
+from ldm_core.metrics import precision_recall as precision_recall_module
 from ldm_core.metrics.frechet_distance import Moments, MomentSums, frechet_distance
 from ldm_core.metrics.inception_score import InceptionScoreSums
 from ldm_core.metrics.kernel_distances import cmmd, kid
@@ -18,7 +18,7 @@ from ldm_core.metrics.precision_recall import precision_recall
 
 
 def features(count: int, width: int, *, seed: int, offset: float = 0.0) -> Tensor:
-    """Correlated features with a mean, float32 as a network gives them."""
+    """Draw correlated features with a mean, float32 as a network returns them."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(width, width, generator=torch.Generator().manual_seed(99))
     return torch.randn(count, width, generator=generator) @ mixing + offset
@@ -36,7 +36,7 @@ def frechet_by_scipy(x: Tensor, y: Tensor) -> float:
     return float(offset @ offset + np.trace(a + b - 2 * sqrtm(a @ b).real))
 
 
-def test_frechet_distance_is_that_of_scipys_matrix_root() -> None:
+def test_frechet_distance_is_that_of_scipys_matrix_square_root() -> None:
     x, y = features(200, 24, seed=0), features(150, 24, seed=1, offset=0.3)
     assert frechet_distance(moments(x), moments(y)) == pytest.approx(frechet_by_scipy(x, y), rel=1e-9)
 
@@ -50,7 +50,7 @@ def test_frechet_distance_of_diagonal_gaussians_is_the_closed_form() -> None:
 
 
 def test_frechet_distance_is_exact_with_fewer_images_than_features() -> None:
-    # In the span of few images the distance has the closed form of the nuclear norm of their cross product.
+    # With centred features as rows, Tr (C_x C_y)^(1/2) is the nuclear norm of their cross product.
     x, y = features(5, 40, seed=0).double(), features(7, 40, seed=1).double()
     centred_x, centred_y = (x - x.mean(0)) / math.sqrt(4), (y - y.mean(0)) / math.sqrt(6)
     nuclear = torch.linalg.matrix_norm(centred_x @ centred_y.T, "nuc")
@@ -87,7 +87,7 @@ def test_moments_that_cannot_be_compared_are_refused() -> None:
         MomentSums().moments()
 
 
-def test_kid_of_the_whole_sets_is_that_of_torchmetrics() -> None:
+def test_kid_of_whole_sets_is_that_of_torchmetrics() -> None:
     from torchmetrics.image.kid import poly_mmd
 
     x, y = features(60, 16, seed=0), features(60, 16, seed=1, offset=0.4)
@@ -96,21 +96,21 @@ def test_kid_of_the_whole_sets_is_that_of_torchmetrics() -> None:
     assert (distance.subsets, distance.subset_size, distance.std) == (1, 60, 0.0)
 
 
-def test_kid_is_the_mean_over_subsets_that_the_seed_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "SUBSET_SIZE", 20)
+def test_kid_is_the_mean_over_subsets_that_the_seed_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_distances, "SUBSET_SIZE", 20)
     x, y = features(60, 8, seed=0), features(50, 8, seed=1)
     distance = kid(x, y, seed=3)
     assert (distance.subsets, distance.subset_size) == (100, 20)
     assert distance == kid(x, y, seed=3)
     assert distance.mean != kid(x, y, seed=4).mean
-    # Each subset is an unbiased estimate of what all images say.
+    # Each subset gives an unbiased estimate of the distance of the whole sets.
     whole = kid(x[:50], y).mean
     assert abs(distance.mean - whole) < 4 * distance.std / math.sqrt(100) + abs(whole)
     assert distance.std > 0
 
 
 def test_cmmd_is_its_definition_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "BLOCK", 3)
+    monkeypatch.setattr(kernel_distances, "BLOCK", 3)
     x, y = features(7, 5, seed=0).double(), features(4, 5, seed=1).double()
 
     def mean_kernel(first: Tensor, second: Tensor) -> float:
@@ -125,7 +125,7 @@ def test_cmmd_is_its_definition_written_out(monkeypatch: pytest.MonkeyPatch) -> 
 def test_precision_and_recall_are_those_of_torch_fidelity(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch_fidelity.metric_prc import calculate_precision_recall_full
 
-    monkeypatch.setattr(neighbours, "BLOCK", 7)
+    monkeypatch.setattr(precision_recall_module, "BLOCK", 7)
     generated, reference = features(50, 3, seed=0) * 0.7, features(40, 3, seed=1, offset=0.8)
     found = precision_recall(generated, reference)
     assert found == pytest.approx(calculate_precision_recall_full(generated.double(), reference.double(), 3))
@@ -134,7 +134,7 @@ def test_precision_and_recall_are_those_of_torch_fidelity(monkeypatch: pytest.Mo
 
 def test_a_collapsed_generator_is_precise_and_recalls_little() -> None:
     reference = torch.arange(12.0)[:, None]
-    # All near the first four images, whose own balls to the third neighbour reach 3 and less.
+    # All lie near the first image; balls to their third neighbour are too small to reach another one.
     generated = torch.tensor([[0.0], [0.1], [0.2], [0.3]])
     assert precision_recall(generated, reference) == (1.0, 1 / 12)
 

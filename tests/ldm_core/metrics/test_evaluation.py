@@ -1,4 +1,4 @@
-"""Images in, values and reasons out: the front, parts of several workers, stored statistics."""
+"""Images in, values and reasons out: `evaluate`, measurements of several workers, stored statistics."""
 
 import math
 import pickle
@@ -37,7 +37,7 @@ def images(count: int, size: int = 32, *, seed: int) -> Tensor:
 
 
 class PixelFeatures:
-    """A stand-in for both Inception and CLIP: a few pixels as features, so that hundreds of images cost nothing."""
+    """Stands in for Inception: a few pixels are the features, so that hundreds of images cost nothing."""
 
     def __init__(self, digest: str = "f00d", resize: str = "clean", spoiled: bool = False) -> None:
         self.digest, self.resize, self.spoiled = digest, resize, spoiled
@@ -50,6 +50,8 @@ class PixelFeatures:
 
 
 class PixelEmbeddings(PixelFeatures):
+    """Stands in for CLIP in the same way; a caption's embedding is its length."""
+
     def __call__(self, images: Tensor) -> Tensor:  # type: ignore[override]
         return images.flatten(1)[:, :6]
 
@@ -62,7 +64,7 @@ WITHOUT_LPIPS = [name for name in METRICS if name != "lpips"]
 
 
 def measure(names: Sequence[str], parts: Sequence[range], networks: Networks = STAND_INS) -> Evaluation:
-    """Images 0 to 39 and their true images, measured in parts."""
+    """Measure images 0 to 39 and their references in parts, each by a worker of its own, and merge them."""
     generated, truth = images(40, 12, seed=0), images(40, 12, seed=1)
     whole = Measurement(names)
     for part in parts:
@@ -100,7 +102,7 @@ def test_every_metric_has_a_value_from_networks_given_by_path(
     )
     assert found.results["kid"].warnings == ("subsets of 6 images instead of 1000, all that the smaller set has",)
     assert "bounds the score" in found.results["inception_score"].warnings[0]
-    # Scores of pairs are those of the pictures as they would be saved.
+    # Metrics of pairs see the pictures as they would be saved.
     saved = [to_unit_range(quantize(x)) for x in (generated, truth)]
     assert found.results["psnr"].value == pytest.approx(psnr(*saved).mean().item(), rel=1e-6)
     assert found.results["ssim"].value == pytest.approx(ssim(*saved).mean().item(), rel=1e-6)
@@ -181,7 +183,7 @@ def test_lpips_says_which_file_is_gone_if_torchmetrics_no_longer_ships_its_weigh
     assert "lpips_models/alex.pth with LPIPS's learned weights, of torchmetrics 1.9" in unavailable["lpips"]
 
 
-def test_a_metric_without_reference_pairs_captions_or_images_enough_is_unavailable() -> None:
+def test_a_metric_without_reference_pairs_captions_or_enough_images_is_unavailable() -> None:
     measurement = Measurement(WITHOUT_LPIPS)
     measurement.add(STAND_INS, images(3, 12, seed=0), start=0)
     alone = results(measurement)
@@ -211,12 +213,12 @@ def test_parts_of_several_workers_merge_to_the_whole_in_any_order() -> None:
         assert other.value == pytest.approx(result.value, rel=1e-10), name
         assert other.settings == result.settings
         assert other.warnings == result.warnings
-    # What depends on single images and not on sums of them is the same to the last bit.
+    # What is computed from each image's own features, not from their sums, is the same to the last bit.
     for name in ("kid", "precision", "recall", "cmmd", "clip_score", "psnr", "ssim"):
         assert parts.results[name].value == whole.results[name].value
 
 
-def test_the_clip_score_is_a_hundred_times_the_cosine_where_that_is_positive() -> None:
+def test_the_clip_score_is_a_hundred_times_the_cosine_or_zero_if_that_is_negative() -> None:
     x = images(20, 12, seed=0)
     measurement = Measurement(["clip_score"])
     measurement.add(STAND_INS, x, start=0, captions=["caption"] * 20)

@@ -1,4 +1,4 @@
-"""PSNR and SSIM against their definitions written out as loops."""
+"""PSNR and SSIM against their definitions, written out as loops."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def pair() -> tuple[Tensor, Tensor]:
 
 
 def ssim_of_one_channel(x: np.ndarray, y: np.ndarray) -> float:
-    """Wang et al. 2004, Eq. (13)-(16), window by window, on values in [0, 255]."""
+    """Compute Wang et al. 2004, Eq. (13) to (16), window by window on values in [0, 255]."""
     axis = np.arange(11) - 5
     window = np.exp(-(axis[:, None] ** 2 + axis[None] ** 2) / (2 * 1.5**2))
     window /= window.sum()
@@ -37,7 +37,7 @@ def ssim_of_one_channel(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.mean(scores))
 
 
-def test_psnr_of_a_known_error() -> None:
+def test_psnr_of_a_constant_error_is_twenty_log10_of_the_range_over_it() -> None:
     x = torch.zeros(2, 3, 4, 4)
     y = x + torch.tensor([0.2, 0.02]).view(2, 1, 1, 1)
     # 20 log10(2 / error)

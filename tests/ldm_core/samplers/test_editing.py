@@ -1,4 +1,4 @@
-"""Image-to-image and masked sampling, with every sampler."""
+"""Image-to-image and masked sampling (inpainting), with every sampler."""
 
 import functools
 import math
@@ -30,7 +30,7 @@ MASK[1, :, :, 4:] = 1
 
 
 def denoise(x: Tensor, t: Tensor) -> Tensor:
-    """A stand-in for a network in which every place depends on its neighbours."""
+    """Stand in for a network: the answer at each place depends on its neighbours."""
     hidden = torch.nn.functional.conv2d(x, KERNEL, padding=1)
     return 2 * torch.tanh(hidden + 0.001 * t.view(-1, 1, 1, 1) + 0.5 * x)
 
@@ -67,15 +67,16 @@ def test_a_strength_that_leaves_no_step_is_refused(strength: float) -> None:
 def test_the_mask_is_filled_and_the_rest_is_kept(sampler: Callable[..., Tensor]) -> None:
     filled = sampler(samplers.masked(denoise, SCHEDULE, KNOWN, MASK), noise(), SCHEDULE, num_steps=20)
     kept = (1 - MASK).bool().expand_as(KNOWN)
-    # What is left of the noise is that of timestep 0.
+    # The error of the known region is the noise of timestep 0, of unit variance once its level is divided out.
     error = (filled - KNOWN)[kept] / math.sqrt(1 - SCHEDULE.alpha_bar(0))
     assert 0.8 < error.std().item() < 1.2
     assert (filled - KNOWN)[~kept].abs().mean() > 0.5
 
 
-def test_masked_ddim_is_the_release_s_replacement_of_the_known_region_at_every_step() -> None:
+def test_masked_ddim_equals_the_releases_replacement_of_the_known_region_at_every_step() -> None:
     x, timesteps = samplers.img2img_start(KNOWN, noise(), SCHEDULE, strength=1.0, num_steps=10)
     ours = samplers.ddim(samplers.masked(denoise, SCHEDULE, KNOWN, MASK), x, SCHEDULE, timesteps=timesteps)
+    # The release pastes the known region, noised anew, over x before each step; here with the noise x began with.
     theirs = x
     for t, following in zip(timesteps, [*timesteps[1:], 0]):
         step = torch.full((2,), t)

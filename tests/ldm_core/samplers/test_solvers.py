@@ -1,4 +1,4 @@
-"""Samplers against a distribution whose perfect denoiser and exact trajectories are known in closed form."""
+"""Samplers on normally distributed data, whose perfect denoiser and exact trajectories have closed forms."""
 
 import functools
 import math
@@ -31,13 +31,13 @@ few_step_samplers = pytest.mark.parametrize("sampler", FEW_STEP_SAMPLERS.values(
 
 
 def perfect_denoise(x: Tensor, t: Tensor) -> Tensor:
-    """E[noise | x_t] where every element of the clean latent is drawn from N(MEAN, STD**2)."""
+    """Return E[noise | x_t] if each element of the clean latent is drawn from N(MEAN, STD**2)."""
     signal, sigma = SCHEDULE.levels(t, like=x)
     return sigma * (x - signal * MEAN) / (signal.square() * STD**2 + sigma.square())
 
 
 def perfect_v(x: Tensor, t: Tensor) -> Prediction:
-    """The same knowledge as v, where there is no signal at the end of the chain."""
+    """Return the same prediction as v, on the schedule that ends without signal."""
     signal, sigma = NO_TERMINAL_SIGNAL.levels(t, like=x)
     deviation = (x - signal * MEAN) / (signal.square() * STD**2 + sigma.square())
     v = signal * sigma * deviation - sigma * (MEAN + signal * STD**2 * deviation)
@@ -45,7 +45,7 @@ def perfect_v(x: Tensor, t: Tensor) -> Prediction:
 
 
 def exact_end(x: Tensor, start: int, schedule: NoiseSchedule = SCHEDULE) -> Tensor:
-    """Where the probability-flow ODE takes x from timestep `start` to timestep 0: its quantile stays."""
+    """Return where the probability-flow ODE takes x from timestep `start` to 0: to the same quantile."""
 
     def moments(t: int) -> tuple[float, float]:
         abar = schedule.alpha_bar(t)
@@ -76,7 +76,7 @@ def test_halving_the_steps_shows_the_order_of_a_sampler() -> None:
     assert 2.8 < gain(samplers.dpm_solver_pp_2m) < 4.5
     assert gain(samplers.unipc) > 3.5
     assert worst_error(samplers.plms, 50) < 0.1 * worst_error(samplers.ddim, 50)
-    # At the same cost the corrector makes each solver better than the one without.
+    # UniPC of order 1 and 2 is DDIM and DPM-Solver++(2M) with a corrector, which costs no evaluation and must help.
     assert worst_error(FEW_STEP_SAMPLERS["unipc-1"], 100) < 0.6 * worst_error(samplers.ddim, 100)
     assert worst_error(samplers.unipc, 100) < 0.6 * worst_error(samplers.dpm_solver_pp_2m, 100)
     assert worst_error(FEW_STEP_SAMPLERS["unipc-3"], 100) < worst_error(samplers.unipc, 100)
@@ -102,7 +102,7 @@ def test_random_samplers_start_from_pure_noise_too(sampler: Callable[..., Tensor
 
 
 def test_a_random_step_from_pure_noise_survives_the_rounding_of_its_variance() -> None:
-    # After 999 comes 959, where float64 makes the share of the old noise -1e-16.
+    # From 999 to 959, float64 rounds the share of the old noise to -1e-16.
     noise = samplers.seeded_noise([0], (1, 4, 4))
     drawn = samplers.ddim(perfect_v, noise(), NO_TERMINAL_SIGNAL, num_steps=25, spacing="trailing", eta=1, noise=noise)
     assert drawn.isfinite().all()
@@ -118,7 +118,7 @@ def test_starting_from_pure_noise_with_the_noise_alone_is_refused(sampler: Calla
 def test_ddpm_draws_from_the_data_distribution() -> None:
     noise = samplers.seeded_noise([0, 1, 2, 3], (1, 32, 32))
     drawn = samplers.ddpm(perfect_denoise, noise(), SCHEDULE, noise=noise)
-    # 4096 draws: standard errors of mean and std are 0.006 and 0.004.
+    # 4096 draws: the standard errors of mean and std are 0.006 and 0.004.
     assert drawn.mean().item() == pytest.approx(MEAN, abs=0.025)
     assert drawn.std().item() == pytest.approx(STD, abs=0.02)
 
@@ -259,7 +259,7 @@ def test_a_step_costs_one_evaluation_and_reports_once(sampler: Callable[..., Ten
     )
     grid = samplers.timestep_grid(SCHEDULE, 5)
     assert reported == list(enumerate(grid))
-    # The first step of PLMS looks ahead.
+    # The first step of PLMS evaluates the next timestep too.
     assert evaluated == ([grid[0], grid[1], *grid[1:]] if sampler is samplers.plms else grid)
 
 

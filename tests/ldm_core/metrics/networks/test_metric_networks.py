@@ -1,4 +1,4 @@
-"""The networks, with random weights in the published layouts, against the libraries that published code uses."""
+"""The metrics' networks, with random weights in the published layouts, against the libraries of published code."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def as_pil(levels: Tensor) -> Image.Image:
     return Image.fromarray(levels.permute(1, 2, 0).numpy())
 
 
-def test_images_become_the_levels_of_their_png_and_come_back() -> None:
+def test_images_are_rounded_to_the_pixels_of_their_png_and_come_back() -> None:
     x = torch.tensor([-1.0, -0.999, 0.0, 0.5, 1.0, 1.003]).expand(1, 3, 1, 6)
     assert quantize(x)[0, 0, 0].tolist() == [0, 0, 128, 191, 255, 255]
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
@@ -59,7 +59,7 @@ def test_clean_resizing_is_pils_unrounded_bicubic(size: tuple[int, int]) -> None
 
 
 @pytest.mark.parametrize("size", [(40, 56), (100, 90)])
-def test_clips_crop_is_pils_to_the_rounding_of_a_level(size: tuple[int, int]) -> None:
+def test_the_crop_for_clip_is_pils_to_one_level(size: tuple[int, int]) -> None:
     levels = quantize(images(1, *size))
     side = min(size)
     left, top = (size[1] - side) // 2, (size[0] - side) // 2
@@ -84,7 +84,7 @@ def test_inception_is_torch_fidelitys_network_by_path(inception_weights: Path, t
     assert found.logits.shape == (2, 1008)
     torch.testing.assert_close(found.features, features, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.logits, logits, rtol=1e-4, atol=1e-5)
-    # The other way to resize is another metric, and the other container of the same weights is the same network.
+    # Resizing otherwise gives another metric; the same weights in another container give the same network.
     save_file(torch.load(inception_weights, weights_only=True), tmp_path / "inception.safetensors")
     clean = Inception(tmp_path / "inception.safetensors", resize="clean")
     assert clean.digest != network.digest
@@ -94,7 +94,7 @@ def test_inception_is_torch_fidelitys_network_by_path(inception_weights: Path, t
 
 
 class Intruder:
-    """Unpickled without care it leaves a file behind."""
+    """Creates a file when it is unpickled without care."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -163,13 +163,15 @@ def test_clip_of_open_clip_embeds_as_its_own_pipeline_does(open_clip_folder: Pat
     torch.testing.assert_close(clip.text(captions), text, rtol=1e-4, atol=1e-6)
 
 
-def test_clip_folders_that_will_not_do_are_named(clip_folder: Path, open_clip_folder: Path, tmp_path: Path) -> None:
+def test_clip_folders_that_cannot_be_used_are_refused_by_what_is_wrong(
+    clip_folder: Path, open_clip_folder: Path, tmp_path: Path
+) -> None:
     with pytest.raises(MetricUnavailableError, match="is not a CLIP folder"):
         load_clip(tmp_path)
     for file in clip_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     assert load_clip(tmp_path).digest == load_clip(clip_folder).digest
-    # What the pixels are normalised by decides the embeddings as the weights do.
+    # The normalisation of pixels changes the embeddings as the weights do, so it belongs to the digest.
     (tmp_path / "preprocessor_config.json").write_text("{}")
     assert load_clip(tmp_path).digest != load_clip(clip_folder).digest
     config = json.loads((tmp_path / "config.json").read_text())
@@ -221,7 +223,7 @@ def test_lpips_can_be_trained_on(alexnet_weights: Path) -> None:
     assert x.grad.isfinite().all()
     assert x.grad.abs().max() > 0
     assert not any(parameter.requires_grad for parameter in lpips.parameters())
-    # Where no feature is left the distance is zero, and so is the gradient.
+    # If no feature is active, the distance is zero, and so is the gradient (not 0 / 0).
     for bias in (parameter for name, parameter in lpips.layers.named_parameters() if name.endswith("bias")):
         bias.fill_(-1e6)
     x.grad = None
