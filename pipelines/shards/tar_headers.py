@@ -57,11 +57,14 @@ class FileBytes:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self.size = file.seek(0, io.SEEK_END)
+        self.size = self._position = file.seek(0, io.SEEK_END)
 
     def read(self, offset: int, count: int) -> bytes:
-        self._file.seek(offset)
-        return require_bytes(self._file.read(count), count)
+        if offset != self._position:
+            self._file.seek(offset)
+        data = self._file.read(count)
+        self._position = offset + len(data)
+        return require_bytes(data, count)
 
 
 def require_bytes(data: bytes, count: int) -> bytes:

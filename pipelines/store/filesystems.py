@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, TypeAlias
 
 import fsspec
 
 from pipelines.errors import UserError
 from pipelines.store.failures import is_transient
 
-FileSystem = fsspec.AbstractFileSystem
+FileSystem: TypeAlias = fsspec.AbstractFileSystem
 
 # s3fs waits 0.1 s * 1.7^n between two requests: 3.3 s in all.
 REQUEST_ATTEMPTS = 6

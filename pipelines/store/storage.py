@@ -161,7 +161,7 @@ class Storage:
 
     @contextlib.contextmanager
     def writer(self, name: str) -> Iterator[Path]:
-        """Yield a local path to write to; its contents appear under `name`, whole, once the block ends without error."""
+        """Yield a local path to write to; what it holds appears under `name`, whole, unless the block fails."""
         if self.is_local:
             with local_disk.replacing(Path(self.path(name))) as temporary:
                 yield temporary

@@ -147,7 +147,7 @@ class PairsConfig(Config):
 
     Args:
         source: a table (.parquet .csv .tsv .jsonl), a folder of pictures with captions or of parquet files,
-            WebDataset tars; a local path, a glob or any fsspec URL. Known by content: it may move.
+            WebDataset tars; a local path, a glob, a brace pattern or any fsspec URL. Known by content: it may move.
         format: what the source is; `auto` looks at it.
         columns: of a table; the field's usual names are found without it.
         limit: only the first rows of the source.

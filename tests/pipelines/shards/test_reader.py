@@ -89,6 +89,18 @@ def test_a_damaged_shard_is_named(tmp_path: Path, damage: object, message: str) 
     assert reader.read(0, 0) == sample(0, 0)[1]
 
 
+def test_a_damaged_remote_shard_is_named_before_it_is_fetched() -> None:
+    storage = Storage("memory://damaged-shards")
+    reader = ShardReader(storage, write(storage, (3, 3)))
+    storage.remove("000000.tar")
+    storage.write_bytes("000001.tar", b"short")
+    with pytest.raises(UserError, match=r"000000\.tar is missing: `ldm verify"):
+        reader.read(0, 0)
+    with pytest.raises(UserError, match=r"000001.tar has 5 bytes, but \d+ were committed"):
+        reader.read(1, 0)
+    reader.close()
+
+
 def test_sizes_are_checked_before_anything_is_read(storage: Storage) -> None:
     records = write(storage, (3, 3))
     ShardReader(storage, records).check_sizes()

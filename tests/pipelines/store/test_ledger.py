@@ -66,6 +66,52 @@ def test_the_first_commit_of_a_shard_stands(ledger: Ledger) -> None:
     assert writer.commit("a", rows=99) == first
 
 
+def test_a_file_is_written_and_committed_once(ledger: Ledger) -> None:
+    writer = ArtifactWriter("toy", "k", ledger.storage("toy", "k"))
+    assert not writer.is_committed("model/a")
+    writer.commit_once("model/a", lambda path: path.write_bytes(b"one"))
+    writer.commit_once("model/a", lambda path: path.write_bytes(b"other"))
+    assert writer.is_committed("model/a")
+    assert writer.storage.read_bytes("model/a") == b"one"
+    assert writer.committed()["model/a"].bytes == 3
+
+
+def test_a_file_that_could_not_be_written_is_not_committed(ledger: Ledger) -> None:
+    writer = ArtifactWriter("toy", "k", ledger.storage("toy", "k"))
+
+    def fail(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError
+
+    with pytest.raises(OSError):
+        writer.commit_once("a", fail)
+    assert not writer.storage.exists("a")
+    writer.commit_once("a", lambda path: path.write_bytes(b"whole"))
+    assert writer.committed()["a"].bytes == 5
+
+
+def test_committing_once_looks_at_the_record_of_that_file_alone(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = ArtifactWriter("toy", "k", ledger.storage("toy", "k"))
+    for name in ("a", "b", "c"):
+        writer.commit_once(name, lambda path: path.write_bytes(b"data"))
+    read: list[str] = []
+    original = Storage.read_bytes
+    monkeypatch.setattr(Storage, "read_bytes", lambda self, name: read.append(name) or original(self, name))
+    monkeypatch.delattr(Storage, "names")
+    writer.commit_once("b", lambda path: path.write_bytes(b"again"))
+    assert read == ["commits/b.json"]
+
+
+def test_a_file_damaged_after_its_commit_is_not_written_again_silently(ledger: Ledger) -> None:
+    writer = ArtifactWriter("toy", "k", ledger.storage("toy", "k"))
+    writer.commit_once("model/a.bin", lambda path: path.write_bytes(b"whole"))
+    Path(writer.storage.path("model/a.bin")).write_bytes(b"who")
+    with pytest.raises(UserError, match=r"a\.bin was committed with 5 bytes but has 3: .* commits/model__a\.\* there"):
+        writer.commit_once("model/a.bin", lambda path: path.write_bytes(b"whole"))
+
+
 def test_a_truncated_or_missing_file_of_an_upstream_artifact_is_refused(ledger: Ledger) -> None:
     artifact = make(ledger, IDENTITY, {"000000.tar": b"0123456789", "000001.tar": b"abc"})
     artifact.check_sizes()

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from pipelines.errors import UserError
 from pipelines.stages.pairs.config import PairsConfig
@@ -114,7 +114,7 @@ def _expand(pattern: str) -> list[str]:
     # By what WebDataset expands the names of shards with; `webdataset` itself would import torch for it.
     try:
         expanded = list(itertools.islice(braceexpand(pattern), _MOST_EXPANDED + 1))
-    except UnbalancedBracesError:
+    except ValueError:
         raise UserError(f"{pattern} has braces that do not match: close them, or {_CHANGE}") from None
     if len(expanded) > _MOST_EXPANDED:
         raise UserError(f"{pattern} stands for more than {_MOST_EXPANDED} files: {_CHANGE}")

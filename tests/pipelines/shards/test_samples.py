@@ -1,0 +1,114 @@
+"""One idea of a sample: whoever reads a tar, in whichever way, finds the same samples in it."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+import webdataset
+
+from pipelines.errors import UserError
+from pipelines.looking.verify import verify_shard
+from pipelines.shards.format import read_shard
+from pipelines.shards.reader import ShardReader
+from pipelines.shards.samples import split_name
+from pipelines.shards.tar_index import index_tar, samples_of
+from pipelines.shards.tar_windows import Tar, random_samples
+from pipelines.store.ledger import FileRecord
+from pipelines.store.storage import Storage
+
+FILES = {
+    "a/one.jpg": b"1" * 700,
+    "a/one.left.PNG": b"2",
+    "a/._one.jpg": b"junk",
+    "a/README": b"no sample",
+    "b.c/one.txt": b"other folder",
+    "b.c/two.txt": b"",
+}
+SAMPLES = {
+    "a/one": {"jpg": b"1" * 700, "left.png": b"2"},
+    "b.c/one": {"txt": b"other folder"},
+    "b.c/two": {"txt": b""},
+}
+
+
+def write_tar(path: Path, *extra: tarfile.TarInfo) -> Path:
+    """Write a tar as somebody else might: with folders, links and files that belong to no sample."""
+    with tarfile.open(path, "w") as tar:
+        for member in extra:
+            tar.addfile(member)
+        for name, data in FILES.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def special(name: str, kind: bytes) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, "a/one.jpg"
+    return member
+
+
+@pytest.fixture
+def tar(tmp_path: Path) -> Path:
+    return write_tar(tmp_path / "t.tar", special("a.d", tarfile.DIRTYPE), special("a/link.jpg", tarfile.SYMTYPE))
+
+
+def test_every_reader_finds_the_same_samples(tar: Path) -> None:
+    data, url = tar.read_bytes(), str(tar)
+    assert {str(sample.pop("__key__")): sample for sample in read_shard(tar)} == SAMPLES
+    index = index_tar(url)
+    assert {
+        sample.key: {name: data[offset : offset + (size or 0)] for name, (offset, size) in sample.files.items()}
+        for sample in samples_of(url, index, 0, index.rows)
+    } == SAMPLES
+    storage = Storage(str(tar.parent))
+    assert dict(random_samples([Tar(storage, "t.tar", len(data))], 9)) == SAMPLES
+    reader = ShardReader(storage, [FileRecord(name="t.tar", rows=3, bytes=len(data), sha256="")])
+    assert {key: reader.read(0, row) for row, key in enumerate(reader.keys(0))} == SAMPLES
+    assert verify_shard(url).rows == 3
+
+
+def test_plain_webdataset_finds_them_too(tar: Path) -> None:
+    found = webdataset.WebDataset(str(tar), shardshuffle=False, empty_check=False)
+    theirs = {sample["__key__"]: {k: v for k, v in sample.items() if k[:2] != "__"} for sample in found}
+    # It takes what a Mac leaves beside a file for a sample of its own.
+    assert theirs.pop("a/") == {"_one.jpg": b"junk"}
+    assert theirs == SAMPLES
+
+
+def test_what_is_no_regular_file_of_a_shard_is_reported(tar: Path) -> None:
+    assert verify_shard(str(tar)).problems[:2] == [
+        "t.tar: a.d/ is not a regular file",
+        "t.tar: a/link.jpg is not a regular file",
+    ]
+
+
+def test_a_sparse_file_is_damage_in_a_shard_and_never_read(tmp_path: Path) -> None:
+    sparse = special("a.jpg", tarfile.GNUTYPE_SPARSE)
+    write_tar(tmp_path / "t.tar", sparse)
+    with pytest.raises(UserError, match=r"t\.tar is truncated or damaged \(a\.jpg is a sparse file\)"):
+        list(read_shard(tmp_path / "t.tar"))
+    size = (tmp_path / "t.tar").stat().st_size
+    reader = ShardReader(Storage(str(tmp_path)), [FileRecord(name="t.tar", rows=4, bytes=size, sha256="")])
+    with pytest.raises(UserError, match=r"is not a whole tar \(a\.jpg is a sparse file\)"):
+        reader.read(0, 0)
+    assert verify_shard(str(tmp_path / "t.tar")).problems[0] == "t.tar: a.jpg is not a regular file"
+    assert samples_of(str(tmp_path / "t.tar"), index_tar(str(tmp_path / "t.tar")), 0, 1)[0].files["jpg"][1] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a.jpg", ("a", "jpg")),
+        ("a.left.JPG", ("a", "left.jpg")),
+        ("x.y/a.jpg", ("x.y/a", "jpg")),
+        ("/etc/passwd.txt", ("/etc/passwd", "txt")),
+        ("README", None),
+        ("x/.hidden", None),
+        ("", None),
+    ],
+)
+def test_a_key_ends_at_the_first_dot_of_the_file_name(name: str, expected: tuple[str, str] | None) -> None:
+    assert split_name(name) == expected
