@@ -10,7 +10,7 @@ import fsspec
 
 from pipelines.errors import UserError
 from pipelines.stages.latents.config import TokenizerConfig
-from pipelines.stages.pairs.artifact import _all_captions
+from pipelines.stages.pairs.artifact import all_captions
 from pipelines.store.ledger import Artifact, ArtifactWriter
 from pipelines.store.storage import Storage, sha256_file
 
@@ -59,7 +59,7 @@ def _make(config: TokenizerConfig, pairs: Artifact) -> Tokenizer:
     if config.vocabulary is not None:
         with fsspec.open(config.vocabulary, "rb") as file:
             return _tokenizer(file.read(), config, origin=config.vocabulary)
-    words = build_vocabulary(_all_captions(pairs), size=config.size)
+    words = build_vocabulary(all_captions(pairs), size=config.size)
     return Tokenizer.from_vocabulary(words, max_length=config.max_length)
 
 
