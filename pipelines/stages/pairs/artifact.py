@@ -18,9 +18,6 @@ from pipelines.shards.format import read_shard
 from pipelines.shards.reader import ShardReader
 from pipelines.store.ledger import Artifact
 
-# The version of the artifact's format; raised when the bytes of its files or their meaning change.
-PAIRS_FORMAT = 2
-IMAGE_EXTENSIONS = ("jpg", "webp", "png")
 CACHE_BYTES = 1 << 30
 
 # The number of a shard, and of a sample in it.
@@ -76,6 +73,12 @@ class Pictures:
                 self._kept[place] = picture
                 self._room -= picture.nbytes
         return picture
+
+
+# Of the artifact that the pairs stage writes and others read; raised when its bytes or their meaning change.
+PAIRS_FORMAT = 2
+
+IMAGE_EXTENSIONS = ("jpg", "webp", "png")
 
 
 def decode_image(data: bytes) -> np.ndarray:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any
 
 from pipelines.drawing.charts import histogram
 from pipelines.drawing.formatting import format_bytes, format_count
 from pipelines.drawing.sections import _facts, _webp
-from pipelines.stages.pairs.summary.contact_sheet import contact_sheet, tars_of
-from pipelines.store.ledger import Artifact
+
+if TYPE_CHECKING:
+    from pipelines.store.ledger import Artifact
 
 
 def _pairs(artifact: Artifact) -> dict[str, Any]:
-    """Collect what the template shows of a finished pairs artifact."""
     details = artifact.details
     rows = max(details.get("input_rows", 0), 1)
     charts = [
@@ -52,6 +50,10 @@ def _descending(counts: Mapping[str, int]) -> list[tuple[str, int]]:
 
 
 def _contact_sheet(artifact: Artifact) -> str | None:
-    """Draw random samples with their captions, as a data URL; None if there are no samples."""
+    """Random samples with their captions as a data URL; None where there are none."""
+    from PIL import Image
+
+    from pipelines.stages.pairs.summary.contact_sheet import contact_sheet, tars_of
+
     sheet = contact_sheet(tars_of(artifact.storage))
     return None if sheet is None else _webp(Image.fromarray(sheet), quality=80)
