@@ -26,7 +26,7 @@ from pipelines.stages.autoencoder.artifact import load_first_stage
 from pipelines.stages.latents.config import LatentsConfig
 from pipelines.stages.latents.statistics import LatentSums, total
 from pipelines.stages.latents.vocabulary import load_vocabulary
-from pipelines.stages.pairs.artifact import captions_of, decode_image, image_of
+from pipelines.stages.pairs.artifact import decode_image, image_of, sample_captions
 from pipelines.store.ledger import Artifact, ArtifactWriter
 
 BATCHES_AHEAD = 3
@@ -177,4 +177,4 @@ class EncodeShard:
 
 
 def _decode(sample: dict[str, Any]) -> _Pair:
-    return _Pair(sample["__key__"], decode_image(image_of(sample)), captions_of(sample), sample["json"])
+    return _Pair(sample["__key__"], decode_image(image_of(sample)), sample_captions(sample), sample["json"])

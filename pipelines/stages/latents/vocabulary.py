@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ldm_core.model_files import VOCABULARY_FILE
 from pipelines.errors import UserError
 from pipelines.stages.latents.config import TokenizerConfig
-from pipelines.stages.pairs.artifact import _all_captions
+from pipelines.stages.pairs.artifact import all_captions
 from pipelines.store.ledger import Artifact, ArtifactWriter
 from pipelines.store.location import Location
 from pipelines.store.storage import Storage, sha256_file
@@ -51,7 +51,7 @@ def _make(config: TokenizerConfig, pairs: Artifact) -> Tokenizer:
 
     if config.vocabulary is not None:
         return _tokenizer(Location.of(config.vocabulary).read(), config, origin=config.vocabulary)
-    words = build_vocabulary(_all_captions(pairs), size=config.size)
+    words = build_vocabulary(all_captions(pairs), size=config.size)
     return Tokenizer.from_vocabulary(words, max_length=config.max_length)
 
 

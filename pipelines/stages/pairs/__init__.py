@@ -5,6 +5,6 @@ web           downloads
 pictures      decoding, resizing, encoding, measuring
 making        one worker: rows in, a staged shard out
 shard         the files of one shard, before and after it is published
-publishing    duplicates, scores and retries settled; shards committed
-summary       what came out: counts, histograms, hosts, a contact sheet
+publishing    duplicates left out, samples scored, failed rows retried; shards committed
+summary       counts, histograms, hosts and a contact sheet of the result
 """

@@ -1,4 +1,4 @@
-"""The pairs artifact as later stages read it: its format version, pictures and captions."""
+"""The pairs artifact as later stages read it: format version, pictures and captions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from pipelines.errors import UserError
 from pipelines.shards.format import read_shard
@@ -20,11 +21,16 @@ from pipelines.store.ledger import Artifact
 
 CACHE_BYTES = 1 << 30
 
+# The number of a shard, and of a sample in it.
 Place = tuple[int, int]
 
 
 def open_pairs(pairs: Artifact) -> ShardReader:
-    """A reader of the pairs' shards. Raises UserError for another stage, another format, or no samples at all."""
+    """Open the shards of a pairs artifact.
+
+    Raises:
+        UserError: it is of another stage or another format, or holds no samples.
+    """
     reader = ShardReader(pairs.storage, pairs.require("pairs", PAIRS_FORMAT).shards())
     if not sum(reader.rows_per_shard):
         raise UserError(f"{pairs.storage.url} holds no samples: see its parquet files for what became of each row")
@@ -32,7 +38,12 @@ def open_pairs(pairs: Artifact) -> ShardReader:
 
 
 class Pictures:
-    """Decoded pictures by (shard, row), kept in memory as long as they fit. Safe to use from several threads."""
+    """Decoded pictures by (shard, row), kept in memory as long as they fit. Safe to use from several threads.
+
+    Args:
+        reader: of the pairs' shards.
+        cache_bytes: memory for decoded pictures; the first ones stay, as an epoch comes back to all of them alike.
+    """
 
     def __init__(self, reader: ShardReader, *, cache_bytes: int = CACHE_BYTES) -> None:
         self._reader = reader
@@ -41,10 +52,10 @@ class Pictures:
         self._lock = threading.Lock()
 
     def stack(self, places: Sequence[Place]) -> NDArray[np.uint8]:
-        """(N, H, W, 3) uint8.
+        """Return several pictures as uint8 (N, H, W, 3).
 
         Raises:
-            UserError: where pictures differ in size.
+            UserError: the pictures differ in size.
         """
         pixels = [self.get(place) for place in places]
         if len(sizes := {picture.shape for picture in pixels}) > 1:
@@ -54,7 +65,7 @@ class Pictures:
         return np.stack(pixels)
 
     def get(self, place: Place) -> NDArray[np.uint8]:
-        """(H, W, 3) uint8."""
+        """Return one picture as uint8 (H, W, 3)."""
         if (picture := self._kept.get(place)) is not None:
             return picture
         picture = decode_image(image_of(self._reader.read(*place, IMAGE_EXTENSIONS)))
@@ -72,15 +83,13 @@ IMAGE_EXTENSIONS = STORED
 
 
 def decode_image(data: bytes) -> np.ndarray:
-    """A picture stored in a shard as uint8 (H, W, 3) RGB."""
-    from PIL import Image
-
+    """Decode a picture stored in a shard to uint8 (H, W, 3) RGB."""
     with Image.open(io.BytesIO(data)) as image:
         return np.array(image.convert("RGB"))
 
 
 def image_of(sample: Mapping[str, Any]) -> bytes:
-    """The encoded picture of a pairs sample, whichever of the formats it is stored in.
+    """Return the encoded picture of a pairs sample, in whichever format it is stored.
 
     Raises:
         UserError: the sample has no picture.
@@ -93,28 +102,29 @@ def image_of(sample: Mapping[str, Any]) -> bytes:
     )
 
 
-def captions_of(sample: dict[str, bytes | str]) -> list[str]:
-    """Every caption of a sample of a pairs shard, in order."""
+def sample_captions(sample: Mapping[str, bytes | str]) -> list[str]:
+    """Return every caption of a pairs sample, in order."""
     return [str(caption) for caption in json.loads(sample["json"])["captions"]]
 
 
-def _all_captions(pairs: Artifact) -> Iterator[str]:
+def all_captions(pairs: Artifact) -> Iterator[str]:
+    """Yield every caption of every sample of a pairs artifact."""
     for record in pairs.shards():
         with pairs.storage.open(record.name) as file:
             for sample in read_shard(file):
-                yield from captions_of(sample)
+                yield from sample_captions(sample)
 
 
 @dataclass(frozen=True)
 class TrainingPair:
-    """A caption of the training set and its picture, (H, W, 3) uint8."""
+    """A caption of the training set and its picture, uint8 (H, W, 3)."""
 
     caption: str
     image: NDArray[np.uint8]
 
 
 def load_training_pairs(pairs: Artifact, count: int) -> list[TrainingPair]:
-    """The first caption and the picture of `count` samples, evenly spaced over the first shards that hold so many."""
+    """Read the first caption and the picture of `count` samples, evenly spaced over the first shards that hold them."""
     shards, available = [], 0
     for record in pairs.shards():
         if available >= count:
@@ -129,7 +139,6 @@ def load_training_pairs(pairs: Artifact, count: int) -> list[TrainingPair]:
         with pairs.storage.open(record.name) as file:
             for position, sample in enumerate(read_shard(file), start=start):
                 if position in wanted:
-                    caption = str(json.loads(sample["json"])["captions"][0])
-                    chosen.append(TrainingPair(caption, decode_image(image_of(sample))))
+                    chosen.append(TrainingPair(sample_captions(sample)[0], decode_image(image_of(sample))))
         start += record.rows
     return chosen

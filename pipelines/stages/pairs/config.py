@@ -1,4 +1,4 @@
-"""What a recipe says about its image-text pairs."""
+"""The `pairs` section of a recipe."""
 
 import ipaddress
 import re
@@ -11,7 +11,7 @@ from pipelines.store.storage import holds_password
 
 
 class Columns(Config):
-    """Names of a table's columns; None is filled by the names that data sets use (URL, TEXT, file_name…).
+    """Names of a table's columns; None is replaced by a name that data sets use (URL, TEXT, file_name…).
 
     A table has either `url` (downloaded) or `image` (a path relative to the table, or the picture's bytes).
     `text` may hold a string or a list of strings.
@@ -23,23 +23,23 @@ class Columns(Config):
 
 
 class Download(Config):
-    """How pictures are fetched over HTTP. Connections are those of one worker process; there is one a CPU.
+    """How pictures are fetched over HTTP. Numbers of connections are for one worker process, of which each CPU has one.
 
     Args:
-        connect_to: requests for a host go to another address, as curl's option of that name does it:
+        connect_to: sends requests for a host to another address, like curl's option of that name:
             `{pictures.example: "127.0.0.1:8080"}`. The addresses named here may be private ones.
-        connections: open at once.
-        connections_per_host: the same, to any one host.
-        connect_timeout_s: until a connection stands.
+        connections: most connections open at once.
+        connections_per_host: most connections open at once to any one host.
+        connect_timeout_s: time limit for a connection to be established.
         read_timeout_s: the longest pause between two pieces of an answer; rounded to whole seconds, at least one.
-        timeout_s: of one attempt, from the request to the last byte.
-        retries: further attempts after what can succeed later: timeouts, broken connections, 408, 425, 429 and 5xx.
-        max_retry_after_s: a server that asks for a longer pause (Retry-After) is not asked again before it is over; its
-            rows fail until then.
-        max_redirects: followed for one picture.
+        timeout_s: time limit for one attempt, from the request to the last byte.
+        retries: further attempts after transient failures: timeouts, broken connections, 408, 425, 429 and 5xx.
+        max_retry_after_s: a server that asks for a longer pause (Retry-After) is not asked again until the pause is
+            over; its rows fail until then.
+        max_redirects: most redirects followed for one picture.
         allow_private_addresses: also fetch from every loopback and private address.
-        allow_addresses: single networks that may be fetched from although they are private: `["10.1.0.0/16"]`.
-        user_agent: what servers are told we are; `X-Robots-Tag` directives for this name count too.
+        allow_addresses: private networks that may be fetched from all the same: `["10.1.0.0/16"]`.
+        user_agent: the `User-Agent` header; `X-Robots-Tag` directives for this name are respected too.
     """
 
     connect_to: dict[str, str] = runtime({})
@@ -78,12 +78,12 @@ class Download(Config):
 
 
 class Rule(Config):
-    """What a filter asks of one value. Everything that is given must hold.
+    """A filter's conditions on one value. All that are given must hold.
 
     Args:
-        min, max: bounds of a number, both allowed values.
-        one_of, not_one_of: of a text, without regard to case.
-        matches, not_matches: a regular expression found (or not) anywhere in a text.
+        min, max: bounds of a number, both inclusive.
+        one_of, not_one_of: texts that the value must (or must not) equal, ignoring case.
+        matches, not_matches: a regular expression to be found (or not) anywhere in a text.
         keep_missing: whether rows without the value pass.
     """
 
@@ -116,8 +116,8 @@ class Buckets(Config):
     """The sizes that `resize: buckets` sorts pictures into: sides are multiples of `step`, areas at most image_size².
 
     Args:
-        step: pixels.
-        max_aspect: of the longest bucket, long side / short side.
+        step: granularity of the sides in pixels.
+        max_aspect: largest aspect ratio of a bucket, long side / short side.
     """
 
     step: int = Field(64, ge=8)
@@ -128,11 +128,11 @@ class Scoring(Config):
     """The models behind `filters.clip_score` and `filters.aesthetic_score`; they run on a pool of actors.
 
     Args:
-        clip: folder of a CLIP model, as open_clip or transformers lay it out.
+        clip: folder of a CLIP model in the layout of open_clip or transformers.
         aesthetic_head: weights (.safetensors, .pth) of linear layers that turn the normalised embedding of a picture
             into one number, as LAION's predictors do.
-        batch_size: pictures at once.
-        workers, use_gpu: of the pool; None for what the cluster has.
+        batch_size: pictures that are scored at once.
+        workers, use_gpu: size of the pool, and whether it uses GPUs; None for whatever the cluster has.
     """
 
     clip: str = runtime(min_length=1)
@@ -147,22 +147,24 @@ class PairsConfig(Config):
 
     Args:
         source: a table (.parquet .csv .tsv .jsonl), a folder of pictures with captions or of parquet files,
-            WebDataset tars; a local path, a glob, a brace pattern or any fsspec URL. Known by content: it may move.
-        format: what the source is; `auto` looks at it.
-        columns: of a table; the field's usual names are found without it.
-        limit: only the first rows of the source.
+            WebDataset tars; a local path, a glob, a brace pattern or any fsspec URL. It is identified by its content
+            and may move.
+        format: the kind of source; `auto` finds out.
+        columns: names of a table's columns; the usual names are found without it.
+        limit: use only this many rows from the start of the source.
         image_size: pixels of the shorter side after resizing.
         resize: `center_crop` (a square of exactly `image_size`), `keep_ratio` (shorter side), `border` (the whole
             picture on a white square), `buckets` (cropped to the nearest of several aspect ratios; a shard for each)
             or `none`.
         buckets: the sizes of `resize: buckets`.
-        upscale: enlarge pictures that are smaller than asked for. Otherwise `center_crop` and `buckets` leave them out
-            as `too_small`, the other modes keep their size.
+        upscale: enlarge pictures that are too small. Otherwise `center_crop` and `buckets` leave them out as
+            `too_small`, and the other modes keep their size.
         min_size: source pictures with a shorter side (pixels) below this are `too_small`.
-        jpeg_scale: JPEGs are decoded at the `smallest` of the scales 1/8, 1/4, 1/2 and 1 that is still at least 1.5
-            times as large as needed, at the `next` larger one, or in `full`.
-        encode: how pictures are stored; `quality` for jpg and webp.
-        pass_through: store a picture's own bytes where nothing about it would change.
+        jpeg_scale: JPEGs are decoded at the `smallest` of the scales 1/8, 1/4, 1/2 and 1 that gives at least 1.5 times
+            the size needed, at the `next` larger one, or in `full`.
+        encode: the format in which pictures are stored.
+        quality: compression quality of stored jpg and webp pictures, 1 to 100.
+        pass_through: store a picture's own bytes if nothing about it would change.
         max_image_bytes, max_image_pixels: larger source pictures are `too_large`; checked before decoding.
         max_caption_bytes: rows whose captions are longer (UTF-8) are `caption_too_long`.
         opt_out: rows whose server answers with one of these `X-Robots-Tag` directives are `opt_out`.
@@ -172,12 +174,12 @@ class PairsConfig(Config):
             model (`clip_score`, `aesthetic_score`). Rows that fail are `filtered:NAME`.
         scoring: the model that `clip_score` and `aesthetic_score` come from.
         deduplicate: drop later rows whose source bytes (or URL) were seen at a smaller row.
-        near_duplicates: also drop later rows whose perceptual hash (64 bits) differs in at most so many bits.
-        rows_per_shard: input rows of one shard; the unit of work, of commit and of retry.
-        retry: `failed` fetches rows of a finished artifact again whose failure may have passed, and adds shards.
+        near_duplicates: also drop later rows whose perceptual hash (64 bits) differs in at most this many bits.
+        rows_per_shard: input rows of one shard, the unit of work and of commit.
+        retry: `failed` fetches those rows of a finished artifact again whose failure was transient, and adds shards.
         download: how pictures behind URLs are fetched.
-        workers: processes that make shards; None for one a CPU of the cluster.
-        shards_in_flight: that one worker fetches at once, so that slow hosts of one shard do not hold up the next.
+        workers: processes that make shards; None for one on each CPU of the cluster.
+        shards_in_flight: shards that one worker fetches at once, so that slow hosts of one do not hold up the next.
     """
 
     source: str = runtime(min_length=1)

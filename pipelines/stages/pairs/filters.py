@@ -1,4 +1,4 @@
-"""Rules that leave rows out: what a recipe's `filters` ask of a row's values, its caption and its picture."""
+"""The recipe's `filters`: rules about a row's columns, its caption and its picture that leave rows out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MODEL_VALUES = frozenset({"clip_score", "aesthetic_score"})
 
 
 def column_filters(config: PairsConfig) -> dict[str, Rule]:
-    """The rules that are about columns of the source."""
+    """Return the rules about columns of the source."""
     return {n: r for n, r in config.filters.items() if n not in CAPTION_VALUES | PICTURE_VALUES | MODEL_VALUES}
 
 
@@ -39,14 +39,14 @@ def check_row(row: Row, config: PairsConfig) -> None:
     )
 
 
+# All rows of a source have the same columns, and names are compared in many spellings.
 @functools.lru_cache(maxsize=1024)
 def _column(names: tuple[str, ...], wanted: str) -> str | None:
-    # The rows of one source have the same columns.
     return find_column(names, wanted)
 
 
 def check_values(values: Mapping[str, Any], config: PairsConfig) -> None:
-    """Apply the rules about these values; rules about others are left alone.
+    """Apply the rules about these values, by name; other rules are not applied.
 
     Raises:
         RejectedError: `filtered:NAME` of the first rule that fails.

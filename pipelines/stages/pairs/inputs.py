@@ -1,4 +1,4 @@
-"""What the pairs stage reads, for its key and for estimates; needs neither torch nor Ray."""
+"""The inputs of the pairs stage, digested for its key and counted for estimates; needs neither torch nor Ray."""
 
 from __future__ import annotations
 

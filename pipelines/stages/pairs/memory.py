@@ -1,4 +1,4 @@
-"""What one worker process may hold in memory for all of its shards.
+"""The memory bound of one worker process, over all of its shards.
 
 There are three budgets, because whoever finds one exhausted has something else to do: downloads must not block their
 event loop, readers of a remote store may block, and encoded pictures can go to disk. Whatever the budgets do not

@@ -1,27 +1,26 @@
-"""One input row, whatever it came from, and what can be said of it before its picture is read."""
+"""One input row, whatever kind of source it comes from, with its values as JSON and Arrow can hold them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    import pyarrow as pa
+import pyarrow as pa
 
-# Names that a shard's own columns and json fields have; a source's column of that name becomes `source_NAME`.
+# Names of a shard's own columns and json fields; a source's column of such a name becomes `source_NAME`.
 RESERVED = frozenset(
     {"row", "key", "status", "url", "caption", "captions", "sha256"}
     | {"width", "height", "original_width", "original_height"}
     | {"bucket", "phash", "duplicate_of", "clip_score", "aesthetic_score"}
 )
-# Of lists and objects in a carried column; JSON writers give up far below what a hostile table can nest.
+# Deepest nesting of lists and objects in a carried column: a hostile table can nest deeper than JSON writers recurse.
 _MAX_DEPTH = 32
 
 
 class RejectedError(Exception):
-    """This row gives no sample, and `status` says why. Never leaves the `pairs` package."""
+    """A row that gives no sample, for the reason `status`. Never leaves the `pairs` package."""
 
     def __init__(self, status: str) -> None:
         super().__init__(status)
@@ -33,12 +32,12 @@ class Row:
     """One image-text pair of the source.
 
     Attributes:
-        index: of the row in the whole source, from 0.
-        captions: the texts that are not blank, unchanged; empty where there is none.
-        url: where the picture is or was; downloaded from there unless `load` is given.
-        load: reads the picture's bytes, at most as many as given; raises RejectedError.
-        extra: every other column that can be written as JSON.
-        status: why the row gives no sample, where reading it was enough to know.
+        index: number of the row in the whole source, from 0.
+        captions: the texts that are not blank, unchanged; may be empty.
+        url: the URL of the picture; downloaded from there unless `load` is given.
+        load: reads the picture's bytes, given how many it may have at most; raises RejectedError.
+        extra: all other columns that can be written as JSON, by name.
+        status: why the row gives no sample, if that was known after reading the table.
     """
 
     index: int
@@ -50,16 +49,16 @@ class Row:
 
 
 class Source(Protocol):
-    """A set of pairs whose rows are numbered; cheap to pickle, any range of rows is cheap to read."""
+    """A set of pairs with numbered rows. It is cheap to pickle, and any range of rows is cheap to read."""
 
     @property
     def total(self) -> int:
-        """Rows in all."""
+        """The number of rows."""
         ...
 
     @property
     def extra_types(self) -> Mapping[str, pa.DataType]:
-        """Arrow types of the columns of `Row.extra` that hold one plain value a row."""
+        """Arrow types of those columns of `Row.extra` that hold a single value (no list or object) in each row."""
         ...
 
     @property
@@ -68,18 +67,18 @@ class Source(Protocol):
         ...
 
     def read(self, start: int, stop: int) -> list[Row]:
-        """Rows start to stop - 1, in order."""
+        """Read rows start to stop - 1, in order."""
         ...
 
     def digest(self) -> str:
-        """Of the contents: equal for two copies of one data set at different places."""
+        """Digest the contents: equal for two copies of one data set in different places."""
         ...
 
 
 def captions_of(value: Any) -> tuple[str, ...]:
-    """The captions in a table's cell or JSON field: a string, or a list of strings; blank ones are left out.
+    """Extract the captions from a table's cell or JSON field: a string or a list of strings, without blank ones.
 
-    Numbers count by their text, bytes as UTF-8; a missing number (NaN) and objects are no captions.
+    Numbers become text and bytes are read as UTF-8; a missing number (NaN) and objects are no captions.
     """
     values = value if isinstance(value, list | tuple) else [value]
     texts = (_text(v) for v in values)
@@ -87,7 +86,7 @@ def captions_of(value: Any) -> tuple[str, ...]:
 
 
 def url_of(value: Any) -> str | None:
-    """The URL in a table's cell, without the white space around it; None where there is none."""
+    """Extract the URL from a table's cell, without surrounding white space; None if the cell is blank."""
     return _text(value).strip() or None
 
 
@@ -100,7 +99,7 @@ def _text(value: Any) -> str:
 
 
 def extra_names(columns: list[str]) -> dict[str, str]:
-    """The name under which each of a source's other columns is carried over."""
+    """Map a source's other columns to the names under which they are carried over."""
     names: dict[str, str] = {}
     taken = set(RESERVED)
     for column in columns:
@@ -113,7 +112,7 @@ def extra_names(columns: list[str]) -> dict[str, str]:
 
 
 def plain(value: Any, depth: int = 0) -> Any:
-    """A value as JSON can hold it: NaN, bytes and deep nesting become null, dates and the like their text."""
+    """Convert a value to JSON's types: NaN, bytes and deep nesting become null, dates and the like become text."""
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
@@ -131,19 +130,17 @@ def plain(value: Any, depth: int = 0) -> Any:
 
 
 class _Huge:
-    """Stands for integers that Arrow's int64 does not hold."""
+    """Stands for integers that do not fit into Arrow's int64."""
 
 
 def kind_of(value: Any) -> type:
-    """What `type_of` needs to know of a value."""
+    """Return the type that `type_of` takes for a value."""
     kind = type(value)
     return _Huge if kind is int and not -(2**63) <= value < 2**63 else kind
 
 
 def type_of(kinds: Iterable[type]) -> pa.DataType | None:
-    """The Arrow type that holds JSON values of all these kinds; None for nested ones, text where they differ."""
-    import pyarrow as pa
-
+    """Return the Arrow type that holds JSON values of all these kinds: text if they differ, None if one is nested."""
     found = set(kinds) - {type(None)}
     if found & {list, dict, tuple, bytes}:
         return None
@@ -151,16 +148,15 @@ def type_of(kinds: Iterable[type]) -> pa.DataType | None:
         return pa.bool_()
     if found == {int}:
         return pa.int64()
-    # An integer of any size alone stays text, so that none of its digits is lost.
+    # Integers beyond int64 (identifiers, mostly) become numbers only beside floats, where digits are lost anyway;
+    # otherwise they become text with all their digits.
     if float in found and found <= {int, float, _Huge}:
         return pa.float64()
     return pa.string()
 
 
 def widest(first: pa.DataType, second: pa.DataType) -> pa.DataType:
-    """The type of a column that has one type in one part of a table and another in the next."""
-    import pyarrow as pa
-
+    """Return the type of a column that has one type in one part of a table and another type in the next."""
     if first == second:
         return first
     numbers = all(pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in (first, second))
@@ -168,9 +164,7 @@ def widest(first: pa.DataType, second: pa.DataType) -> pa.DataType:
 
 
 def fit(value: Any, kind: pa.DataType) -> Any:
-    """A JSON value for a column of that Arrow type; None where it does not fit."""
-    import pyarrow as pa
-
+    """Convert a JSON value for a column of an Arrow type; None if it does not fit."""
     if value is None or isinstance(value, list | dict):
         return None
     if pa.types.is_string(kind):

@@ -1,7 +1,7 @@
 """The search for duplicates among all shards of a data set, in parts that fit into memory.
 
 Tokens are read group by group of shards and dealt out to parts; each part is searched; publishing a shard then asks
-all parts about its rows. Each step leaves a file, so that a run that was killed goes on where it was.
+all parts about its rows. Each step leaves a file, so that a run that was killed continues from there.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class DuplicateSearch:
         ]
 
     def run(self, for_each: ForEach) -> None:
-        """Find all duplicates; afterwards `verdicts` answers. What an earlier run has found is not searched again."""
+        """Find all duplicates, for `verdicts` to answer about. Finished steps of a run that was killed are skipped."""
         if self.work.exists(_verdicts_name(self.parts - 1)):
             return
         if parts_for(self.rows, self.distance, TOKENS_IN_DRIVER) == 1:

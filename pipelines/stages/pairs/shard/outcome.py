@@ -35,7 +35,7 @@ def is_transient(status: str) -> bool:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one row.
+    """The outcome of one row.
 
     Attributes:
         status: `ok`, or the reason why the row gives no sample.

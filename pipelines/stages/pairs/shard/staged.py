@@ -43,7 +43,7 @@ _SHOWN_CHARACTERS = 1000
 
 @dataclass(frozen=True)
 class Change:
-    """What publishing changes about one row of a staged shard.
+    """A change that publishing makes to one row of a staged shard.
 
     Attributes:
         scores: what models say of the sample, by name.
@@ -225,7 +225,7 @@ def stage_shard(
 ) -> StagedShard:
     """Write all files of a shard into the folder `attempt`, then record them.
 
-    What is written depends on the rows and their outcomes alone.
+    The files depend on the rows and their outcomes alone: another attempt with the same outcomes gives the same bytes.
 
     Args:
         work: the folder of all staged shards.

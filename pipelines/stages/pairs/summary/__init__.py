@@ -1,1 +1,1 @@
-"""What came out of the `pairs` stage: counts, histograms, hosts, and a contact sheet."""
+"""The result of the `pairs` stage in numbers and pictures: counts, histograms, hosts, and a contact sheet."""

@@ -1,4 +1,4 @@
-"""A contact sheet: pictures of a data set, drawn at random, with their captions."""
+"""A contact sheet: randomly chosen pictures of a data set with their captions."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ COLUMNS = 8
 CELL_PIXELS = 176
 FONT_PIXELS = 12
 CAPTION_LINES = 4
-# Stored pictures of other people's tars may be anything.
+# The tars may be other people's: larger pictures are not decoded.
 MOST_PIXELS = 100_000_000
 _MOUNT, _UNREADABLE = (238, 238, 238), (200, 120, 120)
 
 
 def tars_of(storage: Storage) -> list[Tar]:
-    """The shards of an artifact, finished or not."""
+    """List the shards of an artifact, finished or not."""
     if storage.exists(MANIFEST):
         sizes = {record.name: record.bytes for record in read_manifest(storage).files if record.rows}
     else:
@@ -52,16 +52,19 @@ def find_tars(storage: Storage, shard: str | None = None) -> list[Tar]:
 
 
 def contact_sheet(tars: Sequence[Tar], count: int = SAMPLES) -> Image8 | None:
-    """Draw at most so many samples: always the same of the same tars.
+    """Draw at most `count` samples, always the same ones of the same tars.
 
-    Each picture is as large as its cell allows, on grey where it has another shape; what cannot be decoded is a red
-    cell.
+    Each picture is as large as its cell allows, on grey if it has another shape; what cannot be decoded is a red cell.
+
+    Args:
+        tars: the tars to choose from.
+        count: the largest number of samples.
 
     Returns:
-        (height, width, 3) uint8 RGB; None where no sample has a picture.
+        uint8 (height, width, 3) RGB; None if no sample has a picture.
 
     Raises:
-        UserError: a store does not answer.
+        UserError: an object store does not answer.
     """
     samples = [(sample, name) for _, sample in random_samples(tars, count) if (name := _picture_name(sample))]
     if not samples:
@@ -87,7 +90,7 @@ def _caption(sample: Mapping[str, bytes]) -> str:
 
 
 def _cell(data: bytes) -> Image8:
-    """(CELL_PIXELS, CELL_PIXELS, 3) uint8."""
+    """Draw one picture as uint8 (CELL_PIXELS, CELL_PIXELS, 3)."""
     side = (CELL_PIXELS, CELL_PIXELS)
     try:
         with Image.open(io.BytesIO(data), formats=DECODED) as image:
@@ -95,7 +98,7 @@ def _cell(data: bytes) -> Image8:
                 raise ValueError("too many pixels")
             image.draft("RGB", side)
             small = ImageOps.contain(_flat(image), side, Image.Resampling.BICUBIC)
-    # Whatever a decoder answers to hostile bytes.
+    # Decoders raise anything on hostile bytes.
     except Exception:
         return np.full((*side, 3), _UNREADABLE, np.uint8)
     cell = Image.new("RGB", side, _MOUNT)

@@ -1,4 +1,4 @@
-"""Histograms of a data set's samples."""
+"""Histograms with fixed edges, which can be added."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 
 class Histogram:
-    """Counts between fixed edges, so that histograms of two data sets can be compared and those of parts added.
+    """Counts between fixed edges: histograms of two data sets can be compared, and those of parts added.
 
     Args:
         edges: counts[i] is of edges[i] <= value < edges[i + 1], the last one of everything from the last edge on.
-        counts: to begin with.
+        counts: counts to start from; None for zeros.
     """
 
     def __init__(self, edges: Sequence[float], counts: Sequence[int] | None = None) -> None:

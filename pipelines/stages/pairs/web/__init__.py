@@ -1,1 +1,1 @@
-"""Fetching pictures over HTTP from servers that are slow, broken or hostile."""
+"""Downloads over HTTP from servers that are slow, broken or hostile."""
