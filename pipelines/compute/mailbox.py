@@ -29,7 +29,10 @@ class Mailbox(Generic[M]):
         self._actor.put.remote(message)
 
     def receive(self, timeout_s: float) -> list[M]:
-        """Return what has arrived since the last call; wait at most `timeout_s` for the first message."""
+        """Return what has arrived since the last call; wait at most `timeout_s` for the first message.
+
+        The order may differ from that of sending: Ray promises none for an actor whose methods are coroutines.
+        """
         try:
             messages: list[M] = ray.get(self._actor.take.remote(timeout_s))
         except ray.exceptions.RayActorError:

@@ -191,7 +191,7 @@ class _TrainingThread(threading.Thread):
 
 
 def _forward(relay: Relay, context: StageContext, total_steps: int, timeout_s: float = POLL_S) -> None:
-    for message in relay.receive(timeout_s):
+    for message in sorted(relay.receive(timeout_s), key=lambda message: message.step):
         message.forward(context, total_steps)
 
 
