@@ -34,7 +34,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
     config: DiffusionConfig = context.config
     latents, autoencoder = context.upstream["latents"], context.upstream["autoencoder"]
-    model = _model_config(config, latents, autoencoder)
+    model = model_config(config, latents, autoencoder)
     cache = Latents(latents)
     cache.reader.check_sizes()
     task = DiffusionTask(
@@ -49,7 +49,7 @@ def run(context: StageContext) -> dict[str, Any]:
     return fit(task, config.training, context)
 
 
-def _model_config(config: DiffusionConfig, latents: Artifact, autoencoder: Artifact) -> LatentDiffusionConfig:
+def model_config(config: DiffusionConfig, latents: Artifact, autoencoder: Artifact) -> LatentDiffusionConfig:
     """The whole model: what the recipe says, with what the latents fix (vocabulary, caption length, scale)."""
     from ldm_core.latent_diffusion import LatentDiffusionConfig
     from pipelines.autoencoder.artifact import first_stage_config

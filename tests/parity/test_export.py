@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from ldm_core.schedule import ScheduleConfig
 from ldm_core.text_transformer import TextTransformerConfig
 from ldm_core.tokenizer import Tokenizer, build_vocabulary
 from ldm_core.tokenizer_file import CLIP_END, FileTokenizer
+from tests.random_weights import without_zeros
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -39,11 +39,8 @@ CAPTIONS = ["a red circle", "two blue squares above a café"]
 
 
 @pytest.fixture(autouse=True)
-def _single_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
+def _single_thread(own_threads: None) -> None:
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +61,7 @@ def build_model(**changes: object) -> LatentDiffusion:
     torch.manual_seed(0)
     model = LatentDiffusionConfig(**(values | changes)).build()  # type: ignore[arg-type]
     # Zero-initialized layers would predict no noise at all; large random ones would saturate the picture.
-    for parameter in model.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.05)
-    return model.eval()
+    return without_zeros(model).eval()
 
 
 def text(vocabulary_size: int) -> TextTransformerConfig:

@@ -17,6 +17,7 @@ from ldm_core.checkpoint_formats.named_tensors import NamedTensors
 from ldm_core.latent_diffusion import LatentDiffusion, LatentDiffusionConfig
 from ldm_core.schedule import ScheduleConfig
 from ldm_core.text_transformer import TextTransformerConfig
+from tests.random_weights import randomized
 
 UNCONDITIONAL = presets.get("tiny-uncond")
 FIRST_STAGE = dataclasses.replace(presets.first_stage("tiny-vq-f4"), mid_attention=True, attention_resolutions=(16,))
@@ -39,11 +40,7 @@ RESAMPLING = dataclasses.replace(
 
 
 def build(config: LatentDiffusionConfig) -> LatentDiffusion:
-    torch.manual_seed(0)
-    model = config.build()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.05)
-    return model
+    return randomized(config.build(), std=0.05)
 
 
 def save(state: dict[str, Tensor], path: Path, **beside: Any) -> Path:

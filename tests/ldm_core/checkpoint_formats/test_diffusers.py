@@ -20,6 +20,7 @@ from ldm_core.latent_diffusion import LatentDiffusion, LatentDiffusionConfig
 from ldm_core.schedule import ScheduleConfig
 from ldm_core.tokenizer import Tokenizer, build_vocabulary
 from ldm_core.tokenizer_file import CLIP_END, CLIP_START, FileTokenizer
+from tests.random_weights import randomized
 
 UNCONDITIONAL = dataclasses.replace(
     presets.get("tiny-uncond"),
@@ -36,11 +37,7 @@ CONFIGS = {
 
 
 def build(config: LatentDiffusionConfig) -> LatentDiffusion:
-    torch.manual_seed(0)
-    model = config.build()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.05)
-    return model
+    return randomized(config.build(), std=0.05)
 
 
 def tokenizer_of(kind: str) -> Tokenizer | FileTokenizer | None:
