@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny_artifacts import first_stage_artifact, latents_artifact, pairs_artifact
+from tests.tiny_artifacts import encoded_latents_artifact, first_stage_artifact, pairs_artifact
 
 PAGE = (Path(__file__).parents[1] / "docs/api.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, flags=re.M | re.S))
@@ -19,7 +19,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The working folder of a reader who has finished the run that the page names."""
     folder, before = tmp_path_factory.mktemp("reader"), Path.cwd()
     root, key = folder / "runs/demo", "0123456789abcdef"
-    latents_artifact(root, pairs_artifact(root, name=key), first_stage_artifact(root), name=key)
+    encoded_latents_artifact(root, pairs_artifact(root, name=key), first_stage_artifact(root), name=key)
     os.chdir(folder)
     yield
     os.chdir(before)

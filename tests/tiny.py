@@ -9,6 +9,20 @@ import yaml
 from jobs.demo.captions import caption
 from jobs.demo.scenes import render, training_scenes
 
+# For 32-pixel pictures, in the words of a recipe.
+TINY_UNET: dict[str, Any] = {
+    "latent_size": 4,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 32,
+    "num_res_blocks": 1,
+    "channel_mult": [1, 2],
+    "attention_downsampling": [1],
+    "num_heads": 2,
+    "context_dim": 32,
+}
+TINY_TEXT = {"width": 32, "layers": 1, "heads": 2, "head_dim": 16}
+
 
 def write_pictures(folder: Path, count: int, side: int = 48) -> Path:
     """Rendered scenes with a metadata.jsonl beside them; returns the table."""
@@ -40,18 +54,8 @@ def tiny_recipe(source: Path | str, **changes: Any) -> dict[str, Any]:
         },
         "latents": {"tokenizer": {"size": 256, "max_length": 16}, "batch_size": 8, "workers": 2},
         "diffusion": {
-            "unet": {
-                "latent_size": 4,
-                "in_channels": 4,
-                "out_channels": 4,
-                "model_channels": 32,
-                "num_res_blocks": 1,
-                "channel_mult": [1, 2],
-                "attention_downsampling": [1],
-                "num_heads": 2,
-                "context_dim": 32,
-            },
-            "text": {"width": 32, "layers": 1, "heads": 2, "head_dim": 16},
+            "unet": {**TINY_UNET},
+            "text": {**TINY_TEXT},
             "training": training,
             "preview": {"num_steps": 2},
             "preview_prompts": 2,

@@ -10,12 +10,13 @@ import numpy as np
 from PIL import Image
 
 from pipelines.config import Config
-from pipelines.shards.format import write_shard
+from pipelines.shards.format import encode_npy, write_shard
 from pipelines.stage import Stage, StageContext
 from pipelines.stages.pairs.artifact import PAIRS_FORMAT
 from pipelines.store.ledger import Artifact, ArtifactWriter
 from pipelines.store.storage import Storage
 from pipelines.tracking import null_stage_tracker
+from tests.tiny import TINY_TEXT, TINY_UNET
 
 WORDS = ("red", "green", "circle", "café", "square", "日本", "small", "large")
 
@@ -67,11 +68,49 @@ def first_stage_artifact(root: Path, *, preset: str = "tiny-kl-f8", name: str = 
     return finish(writer, {"encoder_sha256": weights.sha256})
 
 
-def latents_artifact(root: Path, pairs: Artifact, first_stage: Artifact, *, name: str = "latents") -> Artifact:
-    """The pairs as the stage encodes them, in this process instead of Ray's."""
+def latents_artifact(
+    root: Path, encoder_sha256: str, *, rows: tuple[int, ...] = (9, 0, 12), max_length: int = 8, name: str = "latents"
+) -> Artifact:
+    """Random latents of 32-pixel pictures, with two captions each, as if that encoder had made them."""
+    from ldm_core.tokenizers.tokenizer import Tokenizer
+    from ldm_core.tokenizers.wordpiece import build_vocabulary
+
+    tokenizer = Tokenizer.from_vocabulary(build_vocabulary(WORDS, size=64), max_length=max_length)
+    writer = ArtifactWriter("latents", name, Storage(str(root)) / "latents" / name)
+    random = np.random.default_rng(0)
+    for shard, count in enumerate(rows):
+        samples = []
+        for row in range(count):
+            captions = [" ".join(random.choice(WORDS, 2)) for _ in range(2)]
+            moments = random.standard_normal((2, 4, 4, 4)).astype(np.float16)
+            files = {
+                "latent.npy": encode_npy(moments),
+                "tokens.npy": encode_npy(tokenizer.encode(captions)),
+                "json": json.dumps({"captions": captions}).encode(),
+            }
+            samples.append((f"{shard:05d}{row:04d}", files))
+        with writer.storage.writer(f"{shard:06d}.tar") as path:
+            write_shard(path, samples)
+        writer.commit(f"{shard:06d}.tar", rows=count)
+    with writer.storage.writer("vocab.txt") as path:
+        tokenizer.write(path)
+    writer.commit("vocab.txt")
+    details = {
+        "encoder_sha256": encoder_sha256,
+        "vocabulary_size": tokenizer.vocabulary_size,
+        "max_length": max_length,
+        "latent_shape": [4, 4, 4],
+        "scale_factor": 0.5,
+        "empty_tokens": tokenizer.encode([""])[0].tolist(),
+    }
+    return finish(writer, details)
+
+
+def encoded_latents_artifact(root: Path, pairs: Artifact, first_stage: Artifact, *, name: str = "latents") -> Artifact:
+    """Latents of the pairs, encoded as the stage encodes them, but in this process instead of Ray's."""
     import torch
 
-    from pipelines.stages.latents.artifact import LATENTS_FORMAT
+    from pipelines.stages.latents.artifact import FORMAT_VERSION
     from pipelines.stages.latents.config import LatentsConfig, TokenizerConfig
     from pipelines.stages.latents.encode import EncodeShard
     from pipelines.stages.latents.vocabulary import commit_vocabulary
@@ -84,7 +123,7 @@ def latents_artifact(root: Path, pairs: Artifact, first_stage: Artifact, *, name
     for record in pairs.shards():
         encode({"shard": record.name, "rows": record.rows, "bytes": record.bytes, "encoded": False})
     torch.set_num_threads(threads)
-    return finish(writer, {"samples": pairs.manifest.rows}, LATENTS_FORMAT)
+    return finish(writer, {"samples": pairs.manifest.rows}, FORMAT_VERSION)
 
 
 def diffusion_artifact(root: Path, *, max_length: int = 77, name: str = "diffusion") -> Artifact:
@@ -97,35 +136,18 @@ def diffusion_artifact(root: Path, *, max_length: int = 77, name: str = "diffusi
     from ldm_core.configs.unet import UNetConfig
     from ldm_core.tokenizers.tokenizer import Tokenizer
     from ldm_core.tokenizers.wordpiece import build_vocabulary
+    from tests.random_weights import without_zeros
 
     tokenizer = Tokenizer.from_vocabulary(build_vocabulary(WORDS, size=64), max_length=max_length)
     config = LatentDiffusionConfig(
         first_stage=presets.first_stage("tiny-kl-f8"),
-        unet=UNetConfig(
-            latent_size=4,
-            in_channels=4,
-            out_channels=4,
-            model_channels=32,
-            num_res_blocks=1,
-            channel_mult=(1, 2),
-            attention_downsampling=(1,),
-            num_heads=2,
-            context_dim=32,
-        ),
+        unet=UNetConfig(**TINY_UNET),
         conditioner=TextTransformerConfig(
-            vocabulary_size=tokenizer.vocabulary_size,
-            max_length=max_length,
-            width=32,
-            layers=1,
-            heads=2,
-            head_dim=16,
+            vocabulary_size=tokenizer.vocabulary_size, max_length=max_length, **TINY_TEXT
         ),
     )
     torch.manual_seed(0)
-    model = config.build()
-    for parameter in model.parameters():
-        if not parameter.detach().any():
-            torch.nn.init.normal_(parameter, std=0.05)
+    model = without_zeros(config.build())
     writer = ArtifactWriter("diffusion", name, Storage(str(root)) / "diffusion" / name)
     checkpoint.save(model, writer.storage.path("model"), tokenizer=tokenizer)
     for file in ("model.safetensors", "config.json", "vocab.txt"):

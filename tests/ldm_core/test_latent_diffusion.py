@@ -15,6 +15,7 @@ from ldm_core.configs.schedule import ScheduleConfig
 from ldm_core.configs.text import TextTransformerConfig
 from ldm_core.latent_diffusion import LatentDiffusion
 from ldm_core.objective import DiffusionObjective, Prediction
+from tests.random_weights import without_zeros
 
 CONFIG = presets.get("tiny-txt2img")
 assert isinstance(CONFIG.conditioner, TextTransformerConfig)
@@ -26,10 +27,7 @@ def with_random_outputs(config: LatentDiffusionConfig) -> LatentDiffusion:
     """Build a model whose zero-initialized layers are random too, so that its prediction depends on its inputs."""
     torch.manual_seed(0)
     model = config.build().eval()
-    with torch.no_grad():
-        for parameter in model.unet.parameters():
-            if parameter.count_nonzero() == 0:
-                parameter.normal_(std=0.05)
+    without_zeros(model.unet)
     return model
 
 

@@ -7,19 +7,13 @@ from ldm_core import presets
 from ldm_core.networks.autoencoder import build_first_stage
 from ldm_core.networks.unet import UNet
 from tests.benchmarks import peers
-
-
-def randomized(module: torch.nn.Module) -> torch.nn.Module:
-    torch.manual_seed(0)
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return module.double().eval()
+from tests.random_weights import randomized
 
 
 @pytest.mark.parametrize("name", ["tiny-txt2img", "tiny-sd"])
 @torch.no_grad()
 def test_a_unet_computes_what_diffusers_computes_to_ten_digits(name: str) -> None:
-    unet = randomized(UNet(presets.unet(name)))
+    unet = randomized(UNet(presets.unet(name))).double().eval()
     theirs = peers.diffusers_unet(unet).double().eval()  # type: ignore[arg-type]
     z, t = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.tensor([3, 981])
     context = torch.randn(2, 7, unet.config.context_dim, dtype=torch.float64)  # type: ignore[union-attr, arg-type]
@@ -30,7 +24,7 @@ def test_a_unet_computes_what_diffusers_computes_to_ten_digits(name: str) -> Non
 @pytest.mark.parametrize("name", ["tiny-kl-f8", "tiny-vq-f4"])
 @torch.no_grad()
 def test_a_first_stage_computes_what_diffusers_computes_to_ten_digits(name: str) -> None:
-    ours = randomized(build_first_stage(presets.first_stage(name)))
+    ours = randomized(build_first_stage(presets.first_stage(name))).double().eval()
     theirs = peers.diffusers_first_stage(ours).double().eval()  # type: ignore[arg-type]
     x = torch.rand(1, 3, 64, 64, dtype=torch.float64) * 2 - 1
     latent = ours.encode(x).mode()  # type: ignore[operator]

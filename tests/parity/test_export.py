@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ldm_core import presets, samplers
-from ldm_core.checkpoint_formats import compvis
-from ldm_core.checkpoint_formats.diffusers import defaults as diffusers_defaults
-from ldm_core.checkpoint_formats.diffusers import export_folder, import_folder
+from ldm_core.checkpoint_formats.compvis import checkpoint as compvis
+from ldm_core.checkpoint_formats.diffusers.folder import defaults as diffusers_defaults
+from ldm_core.checkpoint_formats.diffusers.folder import export_folder, import_folder
 from ldm_core.checkpoint_formats.diffusers.write_config import first_stage_config, unet_config
 from ldm_core.conditioning import TextConditioner
 from ldm_core.configs.first_stage import FirstStageConfig
@@ -31,6 +30,7 @@ from ldm_core.tokenizers.clip import CLIP_END, open_clip_tokenizer
 from ldm_core.tokenizers.tokenizer import Tokenizer
 from ldm_core.tokenizers.wordpiece import build_vocabulary
 from tests.diffusers_weights import diffusers_weights
+from tests.random_weights import without_zeros
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -41,11 +41,8 @@ CAPTIONS = ["a red circle", "two blue squares above a café"]
 
 
 @pytest.fixture(autouse=True)
-def _single_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
+def _single_thread(own_threads: None) -> None:
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +63,7 @@ def build_model(**changes: object) -> LatentDiffusion:
     torch.manual_seed(0)
     model = LatentDiffusionConfig(**(values | changes)).build()  # type: ignore[arg-type]
     # Zero-initialized layers would predict no noise at all; large random ones would saturate the picture.
-    for parameter in model.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.05)
-    return model.eval()
+    return without_zeros(model).eval()
 
 
 def text(vocabulary_size: int) -> TextTransformerConfig:

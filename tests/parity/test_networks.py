@@ -1,13 +1,12 @@
 """Our networks against diffusers' with the same random weights, in float32."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm_core.checkpoint_formats.diffusers import write_config as theirs
+from ldm_core.checkpoint_formats.diffusers.folder import write_config as theirs
 from ldm_core.configs.first_stage import FirstStageConfig
 from ldm_core.configs.text import TextTransformerConfig
 from ldm_core.configs.unet import UNetConfig
@@ -16,6 +15,7 @@ from ldm_core.networks.posterior import DiagonalGaussian
 from ldm_core.networks.text_transformer import TextTransformer
 from ldm_core.networks.unet import UNet
 from tests.diffusers_weights import diffusers_weights
+from tests.random_weights import randomized
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -24,18 +24,8 @@ TOLERANCE = 1e-4
 
 
 @pytest.fixture(autouse=True)
-def _single_thread_and_seed() -> Iterator[None]:
-    threads = torch.get_num_threads()
+def _single_thread(own_threads: None) -> None:
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
-def randomize(module: nn.Module) -> None:
-    """Draw all weights at random: zero-initialized layers would hide what comes before them."""
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.05 if parameter.ndim > 1 else 0.2)
 
 
 def assert_same(ours: Tensor, reference: Tensor) -> None:
@@ -79,8 +69,7 @@ def unet_config(**changes: Any) -> UNetConfig:
     ids=["heads by number", "one head", "heads by channels, depth 3", "scale-shift, middle attention only"],
 )
 def test_cross_attention_unet_computes_what_diffusers_computes(changes: dict[str, Any]) -> None:
-    unet = UNet(unet_config(context_dim=24, **changes)).eval()
-    randomize(unet)
+    unet = randomized(UNet(unet_config(context_dim=24, **changes))).eval()
     z, t, context = torch.randn(2, 4, 8, 16), torch.tensor([3, 981]), torch.randn(2, 5, 24)
     with torch.no_grad():
         reference = reference_unet(unet)(z, t, encoder_hidden_states=context).sample
@@ -97,16 +86,14 @@ def test_cross_attention_unet_computes_what_diffusers_computes(changes: dict[str
     ids=["attention at two levels", "middle attention only", "residual up and down, scale-shift"],
 )
 def test_unconditional_unet_computes_what_diffusers_computes(changes: dict[str, Any]) -> None:
-    unet = UNet(unet_config(**changes)).eval()
-    randomize(unet)
+    unet = randomized(UNet(unet_config(**changes))).eval()
     z, t = torch.randn(2, 4, 8, 16), torch.tensor([3, 981])
     with torch.no_grad():
         assert_same(unet(z, t), reference_unet(unet)(z, t).sample)
 
 
 def test_training_gradients_agree_with_diffusers() -> None:
-    unet = UNet(unet_config(context_dim=24))
-    randomize(unet)
+    unet = randomized(UNet(unet_config(context_dim=24)))
     reference: Any = reference_unet(unet).train()
     middle: Any = unet.middle_blocks[0]
     z, t, context = torch.randn(2, 4, 8, 8), torch.tensor([3, 981]), torch.randn(2, 5, 24)
@@ -144,8 +131,7 @@ def first_stage_config(**changes: Any) -> FirstStageConfig:
 )
 def test_kl_first_stage_computes_what_diffusers_computes(changes: dict[str, Any]) -> None:
     config = first_stage_config(**changes)
-    first_stage = build_first_stage(config).eval()
-    randomize(first_stage)
+    first_stage = randomized(build_first_stage(config)).eval()
     settings = theirs.first_stage_config(config, scale_factor=1.0)
     settings.pop("_class_name")
     reference = load_reference(diffusers.AutoencoderKL(**settings), diffusers_weights(first_stage))
@@ -162,8 +148,7 @@ def test_kl_first_stage_computes_what_diffusers_computes(changes: dict[str, Any]
 @pytest.mark.parametrize("changes", [{}, {"attention_resolutions": (), "mid_attention": False}])
 def test_vq_first_stage_computes_what_diffusers_computes(changes: dict[str, Any]) -> None:
     config = first_stage_config(regularization="vq", codebook_size=64, embed_dim=3, **changes)
-    first_stage = VQAutoencoder(config).eval()
-    randomize(first_stage)
+    first_stage = randomized(VQAutoencoder(config)).eval()
     settings = theirs.first_stage_config(config, scale_factor=1.0)
     settings.pop("_class_name")
     reference = load_reference(diffusers.VQModel(**settings), diffusers_weights(first_stage))
@@ -182,8 +167,7 @@ def test_text_transformer_computes_what_diffusers_computes() -> None:
     from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 
     config = TextTransformerConfig(vocabulary_size=50, max_length=12, width=48, layers=3, heads=4, head_dim=8)
-    transformer = TextTransformer(config).eval()
-    randomize(transformer)
+    transformer = randomized(TextTransformer(config)).eval()
     reference = load_reference(
         LDMBertModel(LDMBertConfig(**theirs.text_transformer_config(config))),
         diffusers_weights(transformer),

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ldm_core.tokenizers.wordpiece import Tokenizer
+from ldm_core.tokenizers.tokenizer import Tokenizer
 from pipelines.datasets import open_latents, open_pairs
 from pipelines.errors import UserError
 from pipelines.shards.format import decode_npy, encode_npy, read_shard, write_shard
@@ -22,7 +22,7 @@ from pipelines.stages.pairs.artifact import PAIRS_FORMAT
 from pipelines.store.ledger import Artifact, ArtifactWriter
 from pipelines.store.storage import Storage
 from tests.pipelines.store.s3 import BUCKET, S3, Plan, environment
-from tests.tiny_artifacts import finish, first_stage_artifact, latents_artifact, pairs_artifact
+from tests.tiny_artifacts import encoded_latents_artifact, finish, first_stage_artifact, pairs_artifact
 
 ROWS = (5, 0, 4, 3)
 
@@ -39,7 +39,7 @@ def pairs(root: Path) -> Artifact:
 
 @pytest.fixture(scope="module")
 def latents(root: Path, pairs: Artifact) -> Artifact:
-    return latents_artifact(root, pairs, first_stage_artifact(root))
+    return encoded_latents_artifact(root, pairs, first_stage_artifact(root))
 
 
 def stored(artifact: Artifact) -> Iterator[dict[str, Any]]:
@@ -105,7 +105,7 @@ def test_latents_are_the_stored_moments_and_tokens(latents: Artifact) -> None:
 
 
 def test_latents_of_a_vq_first_stage_are_one_array(tmp_path: Path, pairs: Artifact) -> None:
-    artifact = latents_artifact(tmp_path, pairs, first_stage_artifact(tmp_path, preset="tiny-vq-f4"))
+    artifact = encoded_latents_artifact(tmp_path, pairs, first_stage_artifact(tmp_path, preset="tiny-vq-f4"))
     sample = next(iter(open_latents(artifact.storage.url)))
     assert sample.keys() == {"__key__", "__url__", "latent", "tokens", "captions", "metadata"}
     np.testing.assert_array_equal(sample["latent"], decode_npy(next(stored(artifact))["latent.npy"])[0])

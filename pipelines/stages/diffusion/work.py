@@ -26,7 +26,7 @@ def run(context: StageContext[DiffusionConfig]) -> dict[str, Any]:
         return details
     config = context.config
     latents, autoencoder = context.upstream["latents"], context.upstream["autoencoder"]
-    model = _model_config(config, latents, autoencoder)
+    model = model_config(config, latents, autoencoder)
     cache = Latents(latents)
     cache.reader.check_sizes()
     task = DiffusionTask(
@@ -41,7 +41,7 @@ def run(context: StageContext[DiffusionConfig]) -> dict[str, Any]:
     return fit(task, config.training, context)
 
 
-def _model_config(config: DiffusionConfig, latents: Artifact, autoencoder: Artifact) -> LatentDiffusionConfig:
+def model_config(config: DiffusionConfig, latents: Artifact, autoencoder: Artifact) -> LatentDiffusionConfig:
     """The whole model: what the recipe says, with what the latents fix (vocabulary, caption length, scale)."""
     first_stage = first_stage_config(autoencoder)
     facts = latents.details

@@ -19,6 +19,7 @@ from ldm_core.conditioning import (
 from ldm_core.conditioning.build import build_conditioner
 from ldm_core.configs.conditioning import Box, ClassConfig, LayoutConfig, SemanticMapConfig
 from ldm_core.configs.text import FrozenTextConfig, TextTransformerConfig
+from tests.random_weights import without_zeros
 
 TOKENS = torch.arange(12).view(3, 4) + 1
 EMPTY = torch.zeros(4, dtype=torch.long)
@@ -172,9 +173,7 @@ def test_every_kind_of_model_samples(name: str) -> None:
 @pytest.mark.parametrize("name", ["tiny-class", "tiny-layout"])
 def test_conditioners_that_know_the_empty_input_guide_without_being_given_it(name: str) -> None:
     model = presets.get(name).build().eval()
-    for weight in model.unet.parameters():
-        if not weight.any():  # what starts at zero would hide the context
-            torch.nn.init.normal_(weight, std=0.1)
+    without_zeros(model.unet, std=0.1)  # what starts at zero would hide the context
     plain, guided = (model.sample(inputs_of(name), seeds=[0, 1], num_steps=2, guidance_scale=s) for s in (1.0, 4.0))
     assert not torch.allclose(plain, guided)
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from ldm_core.configs.unet import UNetConfig
 from ldm_core.networks.attention import SelfAttentionBlock, SpatialTransformer, attend
 from ldm_core.networks.blocks import sinusoidal_embedding
 from ldm_core.networks.unet import UNet
+from tests.random_weights import randomized
 
 
 def config(**changes: Any) -> UNetConfig:
@@ -29,11 +29,8 @@ def config(**changes: Any) -> UNetConfig:
     return UNetConfig(**(base | changes))
 
 
-def randomized(unet: UNet) -> UNet:
-    torch.manual_seed(0)
-    for parameter in unet.parameters():
-        nn.init.normal_(parameter, std=0.1)
-    return unet.eval()
+def randomized_unet(unet_config: UNetConfig) -> UNet:
+    return randomized(UNet(unet_config)).eval()
 
 
 def test_untrained_unet_predicts_zero() -> None:
@@ -44,7 +41,7 @@ def test_untrained_unet_predicts_zero() -> None:
 
 
 def test_prediction_depends_on_timestep_and_context_of_its_own_sample_only() -> None:
-    unet = randomized(UNet(config(context_dim=6)))
+    unet = randomized_unet(config(context_dim=6))
     z, t, context = torch.randn(2, 4, 8, 8), torch.tensor([5, 700]), torch.randn(2, 3, 6)
     base = unet(z, t, context=context)
     other_time = unet(z, torch.tensor([5, 20]), context=context)
@@ -56,7 +53,7 @@ def test_prediction_depends_on_timestep_and_context_of_its_own_sample_only() -> 
 
 @pytest.mark.parametrize("changes", [{}, {"resblock_up_down": True, "transformer_depth": 2}])
 def test_prepared_context_gives_the_prediction_of_the_context_itself(changes: dict[str, Any]) -> None:
-    unet = randomized(UNet(config(context_dim=6, attention_downsampling=(1,), **changes)))
+    unet = randomized_unet(config(context_dim=6, attention_downsampling=(1,), **changes))
     z, t, context = torch.randn(2, 4, 8, 8), torch.tensor([5, 700]), torch.randn(2, 3, 6)
     with torch.no_grad():
         expected = unet(z, t, context=context)
@@ -66,7 +63,7 @@ def test_prepared_context_gives_the_prediction_of_the_context_itself(changes: di
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("changes", [{}, {"attention_downsampling": (1, 2)}, {"resblock_up_down": True}])
 def test_several_contexts_may_share_a_latent(changes: dict[str, Any], prepared: bool) -> None:
-    unet = randomized(UNet(config(context_dim=6, in_channels=5, **changes)))
+    unet = randomized_unet(config(context_dim=6, in_channels=5, **changes))
     z, t, concat, contexts = (
         torch.randn(2, 4, 8, 8),
         torch.tensor([5, 700]),
@@ -80,7 +77,7 @@ def test_several_contexts_may_share_a_latent(changes: dict[str, Any], prepared: 
 
 
 def test_layers_before_the_first_context_are_computed_once_for_all() -> None:
-    unet = randomized(UNet(config(context_dim=6)))
+    unet = randomized_unet(config(context_dim=6))
     batches: list[int] = []
     for block in (unet.input_blocks[0], unet.output_blocks[-1]):
         block.register_forward_pre_hook(lambda _, args: batches.append(args[0].shape[0]))
@@ -89,7 +86,7 @@ def test_layers_before_the_first_context_are_computed_once_for_all() -> None:
 
 
 def test_gradients_reach_a_context_that_was_prepared() -> None:
-    unet = randomized(UNet(config(context_dim=6)))
+    unet = randomized_unet(config(context_dim=6))
     z, t = torch.randn(1, 4, 8, 8), torch.tensor([5])
     plain, prepared = (torch.ones(1, 3, 6, requires_grad=True) for _ in range(2))
     unet(z, t, context=plain).sum().backward()
@@ -101,7 +98,7 @@ def test_gradients_reach_a_context_that_was_prepared() -> None:
 
 @pytest.mark.parametrize("prepared", [False, True])
 def test_the_compiler_sees_one_graph(prepared: bool) -> None:
-    unet = randomized(UNet(config(context_dim=6)))
+    unet = randomized_unet(config(context_dim=6))
     z, t, context = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(2, 3, 6)
     compiled = torch.compile(unet, backend="eager", fullgraph=True)
     with torch.no_grad():
@@ -110,7 +107,7 @@ def test_the_compiler_sees_one_graph(prepared: bool) -> None:
 
 
 def test_half_precision_weights_take_full_precision_latents() -> None:
-    unet = randomized(UNet(config(context_dim=6)))
+    unet = randomized_unet(config(context_dim=6))
     z, t, context = torch.randn(2, 4, 8, 8), torch.tensor([5, 700]), torch.randn(2, 3, 6)
     with torch.no_grad():
         expected = unet(z, t, context=context)
@@ -134,7 +131,7 @@ def test_explicit_attention_of_cpus_in_half_precision_is_that_of_torch() -> None
 
 
 def test_concat_conditioning_is_joined_after_the_latent() -> None:
-    unet = randomized(UNet(config(in_channels=7)))
+    unet = randomized_unet(config(in_channels=7))
     z, concat, t = torch.randn(1, 4, 8, 8), torch.randn(1, 3, 8, 8), torch.tensor([5])
     assert torch.equal(unet(z, t, concat=concat), unet(torch.cat([z, concat], dim=1), t))
 
@@ -154,7 +151,7 @@ def test_sizes_beyond_the_training_size_are_denoised() -> None:
 
 
 def test_activation_checkpointing_changes_no_gradient() -> None:
-    plain = randomized(UNet(config(context_dim=6))).train()
+    plain = randomized_unet(config(context_dim=6)).train()
     recomputing = copy.deepcopy(plain)
     recomputing.activation_checkpointing = True
     z, t, context = torch.randn(2, 4, 8, 8), torch.tensor([5, 700]), torch.randn(2, 3, 6)
@@ -172,7 +169,7 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
 
 
 def test_every_parameter_gets_a_gradient_as_ddp_requires() -> None:
-    unet = randomized(UNet(config(context_dim=6, resblock_up_down=True, use_scale_shift_norm=True)))
+    unet = randomized_unet(config(context_dim=6, resblock_up_down=True, use_scale_shift_norm=True))
     unet(torch.randn(1, 4, 8, 8), torch.tensor([5]), context=torch.randn(1, 3, 6)).sum().backward()
     assert [name for name, parameter in unet.named_parameters() if parameter.grad is None] == []
 

@@ -8,6 +8,7 @@ from ldm_core import presets
 from ldm_core.networks.unet import UNet
 from pipelines.training.config import TrainingConfig
 from pipelines.training.optimization import build_optimizer, clip_gradient, learning_rate, wrap
+from tests.random_weights import randomized
 
 
 def config(**changes: object) -> TrainingConfig:
@@ -45,10 +46,7 @@ def test_only_weights_with_gradients_are_optimised() -> None:
 
 
 def test_activation_checkpointing_reaches_the_unet_and_changes_no_gradient() -> None:
-    torch.manual_seed(0)
-    unet = UNet(presets.unet("tiny-txt2img"))
-    for weight in unet.parameters():
-        nn.init.normal_(weight, std=0.05)
+    unet = randomized(UNet(presets.unet("tiny-txt2img")), std=0.05)
     z, t, context = torch.randn(2, 4, 8, 8), torch.tensor([3, 500]), torch.randn(2, 5, 128)
     gradients = []
     for checkpointing in (False, True):

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm_core import checkpoint, presets
-from ldm_core.checkpoint_formats import compvis
+from ldm_core.checkpoint_formats.compvis import checkpoint as compvis
 from ldm_core.checkpoint_formats.importing import open_checkpoint
 from ldm_core.configs.model import LatentDiffusionConfig
 from ldm_core.configs.schedule import ScheduleConfig
@@ -18,6 +18,7 @@ from ldm_core.configs.text import TextTransformerConfig
 from ldm_core.latent_diffusion import LatentDiffusion
 from ldm_core.networks.autoencoder import build_first_stage
 from ldm_core.weights.named_tensors import NamedTensors
+from tests.random_weights import randomized
 
 UNCONDITIONAL = presets.get("tiny-uncond")
 FIRST_STAGE = dataclasses.replace(presets.first_stage("tiny-vq-f4"), mid_attention=True, attention_resolutions=(16,))
@@ -40,11 +41,7 @@ RESAMPLING = dataclasses.replace(
 
 
 def build(config: LatentDiffusionConfig) -> LatentDiffusion:
-    torch.manual_seed(0)
-    model = config.build()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.05)
-    return model
+    return randomized(config.build(), std=0.05)
 
 
 def save(state: dict[str, Tensor], path: Path, **beside: Any) -> Path:
@@ -326,7 +323,7 @@ def test_half_precision_is_widened_exactly(tmp_path: Path) -> None:
 
 
 def test_a_conditioner_that_the_release_lacks_is_refused() -> None:
-    from ldm_core.checkpoint_formats.compvis.names import model_entries
+    from ldm_core.checkpoint_formats.compvis.checkpoint.names import model_entries
 
     model = build(UNCONDITIONAL)
     model.conditioner = nn.Identity()  # type: ignore[assignment]

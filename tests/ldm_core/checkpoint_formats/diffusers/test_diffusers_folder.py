@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ldm_core import checkpoint, presets
-from ldm_core.checkpoint_formats.diffusers import export_folder, import_folder
+from ldm_core.checkpoint_formats.diffusers.folder import export_folder, import_folder
 from ldm_core.checkpoint_formats.imported import Imported
 from ldm_core.configs.model import LatentDiffusionConfig
 from ldm_core.configs.schedule import ScheduleConfig
@@ -22,6 +22,7 @@ from ldm_core.networks.autoencoder import build_first_stage
 from ldm_core.tokenizers.clip import CLIP_END, CLIP_START, clip_tokenizer
 from ldm_core.tokenizers.tokenizer import Tokenizer
 from ldm_core.tokenizers.wordpiece import build_vocabulary
+from tests.random_weights import randomized
 
 UNCONDITIONAL = dataclasses.replace(
     presets.get("tiny-uncond"),
@@ -38,11 +39,7 @@ CONFIGS = {
 
 
 def build(config: LatentDiffusionConfig) -> LatentDiffusion:
-    torch.manual_seed(0)
-    model = config.build()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.05)
-    return model
+    return randomized(config.build(), std=0.05)
 
 
 def tokenizer_of(kind: str) -> Tokenizer | None:

@@ -1,6 +1,5 @@
 """The diffusion stage: reproducible batches, training with a real Ray, and what does not fit together."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,66 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from ldm_core.configs.model import LatentDiffusionConfig
-from ldm_core.tokenizers.tokenizer import Tokenizer
-from ldm_core.tokenizers.wordpiece import build_vocabulary
 from pipelines.errors import MisuseError, UserError
-from pipelines.shards.format import encode_npy, write_shard
 from pipelines.stages.diffusion.artifact import load_model
 from pipelines.stages.diffusion.config import DiffusionConfig
 from pipelines.stages.diffusion.learner import DiffusionLearner, DiffusionTask
-from pipelines.stages.diffusion.stage import STAGE, _model_config
-from pipelines.store.ledger import Artifact, ArtifactWriter
-from pipelines.store.storage import Storage
-from tests.tiny_artifacts import WORDS, contents, finish, first_stage_artifact, run_stage
-
-LENGTH = 8
-
-
-def latents_artifact(root: Path, encoder_sha256: str, rows: tuple[int, ...] = (9, 0, 12)) -> Artifact:
-    tokenizer = Tokenizer.from_vocabulary(build_vocabulary(WORDS, size=64), max_length=LENGTH)
-    writer = ArtifactWriter("latents", "latents", Storage(str(root)) / "latents/latents")
-    random = np.random.default_rng(0)
-    for shard, count in enumerate(rows):
-        samples = []
-        for row in range(count):
-            captions = [" ".join(random.choice(WORDS, 2)) for _ in range(2)]
-            moments = random.standard_normal((2, 4, 4, 4)).astype(np.float16)
-            files = {
-                "latent.npy": encode_npy(moments),
-                "tokens.npy": encode_npy(tokenizer.encode(captions)),
-                "json": json.dumps({"captions": captions}).encode(),
-            }
-            samples.append((f"{shard:05d}{row:04d}", files))
-        with writer.storage.writer(f"{shard:06d}.tar") as path:
-            write_shard(path, samples)
-        writer.commit(f"{shard:06d}.tar", rows=count)
-    with writer.storage.writer("vocab.txt") as path:
-        tokenizer.write(path)
-    writer.commit("vocab.txt")
-    details = {
-        "encoder_sha256": encoder_sha256,
-        "vocabulary_size": tokenizer.vocabulary_size,
-        "max_length": LENGTH,
-        "latent_shape": [4, 4, 4],
-        "scale_factor": 0.5,
-        "empty_tokens": tokenizer.encode([""])[0].tolist(),
-    }
-    return finish(writer, details)
+from pipelines.stages.diffusion.stage import STAGE
+from pipelines.stages.diffusion.work import model_config
+from pipelines.store.ledger import Artifact
+from tests.tiny import TINY_TEXT, TINY_UNET
+from tests.tiny_artifacts import contents, first_stage_artifact, latents_artifact, run_stage
 
 
 def config(**changes: Any) -> DiffusionConfig:
-    unet = {
-        "latent_size": 4,
-        "in_channels": 4,
-        "out_channels": 4,
-        "model_channels": 32,
-        "num_res_blocks": 1,
-        "channel_mult": (1, 2),
-        "attention_downsampling": (1,),
-        "num_heads": 2,
-        "context_dim": 32,
-    }
     training = {
         "steps": 6,
         "batch_size": 4,
@@ -80,8 +31,8 @@ def config(**changes: Any) -> DiffusionConfig:
         "sample_every_steps": 3,
     }
     values = {
-        "unet": unet,
-        "text": {"width": 32, "layers": 1, "heads": 2, "head_dim": 16},
+        "unet": TINY_UNET,
+        "text": TINY_TEXT,
         "training": training,
         "preview": {"num_steps": 2},
         "preview_prompts": 3,
@@ -97,7 +48,7 @@ def upstream(tmp_path: Path) -> dict[str, Artifact]:
 
 def learner(upstream: dict[str, Artifact], **changes: Any) -> DiffusionLearner:
     settings = config(**changes)
-    model = _model_config(settings, upstream["latents"], upstream["autoencoder"])
+    model = model_config(settings, upstream["latents"], upstream["autoencoder"])
     task = DiffusionTask(
         model=model,
         config=settings,
@@ -215,7 +166,6 @@ def test_a_truncated_latents_shard_is_refused_before_any_worker_starts(
 
 def test_the_model_is_what_recipe_and_latents_say(upstream: dict[str, Artifact]) -> None:
     model = learner(upstream, parameterization="v", loss="l1").task.model
-    assert isinstance(model, LatentDiffusionConfig)
     assert (model.parameterization, model.loss, model.scale_factor) == ("v", "l1", 0.5)
     assert model.conditioner is not None
-    assert model.conditioner.max_length == LENGTH
+    assert model.conditioner.max_length == upstream["latents"].details["max_length"]

@@ -21,8 +21,9 @@ import webdataset
 from pipelines.errors import UserError, explain
 from pipelines.shards.format import read_shard
 from pipelines.stages.pairs.artifact import decode_image
+from pipelines.stages.pairs.inputs import count_rows
 from pipelines.stages.pairs.shard.staged import StagedShard
-from pipelines.stages.pairs.stage import STAGE, count_rows
+from pipelines.stages.pairs.stage import STAGE
 from pipelines.store.ledger import FileRecord
 from pipelines.store.storage import Storage
 from tests.pipelines.stages.pairs.conftest import RunPairs

@@ -11,10 +11,10 @@ from webdataset.shardlists import expand_urls
 
 from pipelines.errors import UserError
 from pipelines.stages.pairs.config import PairsConfig
+from pipelines.stages.pairs.inputs import count_rows, source_digests
 from pipelines.stages.pairs.sources import fingerprint, text_tables
 from pipelines.stages.pairs.sources import open as opening
 from pipelines.stages.pairs.sources.open import open_source
-from pipelines.stages.pairs.work import count_rows, source_digests
 from pipelines.store import storage
 from tests.pipelines.stages.pairs.sources.test_sources import opened, rows_of
 from tests.pipelines.store.s3 import BUCKET, S3
