@@ -15,8 +15,8 @@ from torch import nn
 
 from ldm_core import presets, samplers
 from ldm_core.checkpoint_formats.compvis import checkpoint as compvis
-from ldm_core.checkpoint_formats.diffusers.folder import defaults as diffusers_defaults
-from ldm_core.checkpoint_formats.diffusers.folder import export_folder, import_folder
+from ldm_core.checkpoint_formats.diffusers import defaults as diffusers_defaults
+from ldm_core.checkpoint_formats.diffusers import export_folder, import_folder
 from ldm_core.checkpoint_formats.diffusers.write_config import first_stage_config, unet_config
 from ldm_core.conditioning import TextConditioner
 from ldm_core.configs.first_stage import FirstStageConfig

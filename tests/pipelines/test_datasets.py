@@ -17,7 +17,7 @@ from ldm_core.tokenizers.tokenizer import Tokenizer
 from pipelines.datasets import open_latents, open_pairs
 from pipelines.errors import UserError
 from pipelines.shards.format import decode_npy, encode_npy, read_shard, write_shard
-from pipelines.stages.latents.artifact import LATENTS_FORMAT
+from pipelines.stages.latents.artifact import FORMAT_VERSION
 from pipelines.stages.pairs.artifact import PAIRS_FORMAT
 from pipelines.store.ledger import Artifact, ArtifactWriter
 from pipelines.store.storage import Storage
@@ -236,6 +236,6 @@ def test_pickled_latents_are_never_loaded(tmp_path: Path) -> None:
     with writer.storage.writer("000000.tar") as path:
         write_shard(path, [("000000000", files)])
     writer.commit("000000.tar", rows=1)
-    artifact = finish(writer, {}, LATENTS_FORMAT)
+    artifact = finish(writer, {}, FORMAT_VERSION)
     with pytest.raises(UserError, match=r"cannot be decoded .*allow_pickle=False"):
         list(open_latents(artifact.storage.url))
