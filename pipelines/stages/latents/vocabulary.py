@@ -1,4 +1,4 @@
-"""The vocabulary of the cached token ids: a given file, or one built from the captions of the pairs."""
+"""The vocabulary behind the cached token ids: a given file, or one built from the captions of the pairs."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
 
 
 def vocabulary_digest(config: TokenizerConfig) -> dict[str, str]:
-    """What the vocabulary adds to the artifact's key: the sha256 of a given file.
+    """Return the vocabulary's part of the artifact's key: the sha256 of a given file.
 
     Raises:
-        UserError: the file is missing or is no vocabulary. Said here, where the key is made, so that nobody
-            waits for a first stage to train before learning it.
+        UserError: the file is missing or is no vocabulary.
     """
     if config.vocabulary is None:
         return {}
     digest = sha256_file(config.vocabulary)
+    # Read here as well, where the plan is made: nobody should train a first stage before learning that it is damaged.
     _tokenizer(Location.of(config.vocabulary).read(), config, origin=config.vocabulary)
     return {"vocabulary": digest}
 
 
 def commit_vocabulary(config: TokenizerConfig, pairs: Artifact, writer: ArtifactWriter) -> Tokenizer:
-    """The tokenizer over the committed `vocab.txt`, which is written first where it is not yet there.
+    """Return the tokenizer over the committed `vocab.txt`, after writing that file if it is not committed yet.
 
     Raises:
         UserError: the given file is no vocabulary, or a shard of the pairs is damaged.
@@ -41,7 +41,7 @@ def commit_vocabulary(config: TokenizerConfig, pairs: Artifact, writer: Artifact
 
 
 def load_vocabulary(storage: Storage, config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer over an artifact's `vocab.txt`."""
+    """Return the tokenizer over an artifact's `vocab.txt`."""
     return _tokenizer(storage.read_bytes(VOCABULARY_FILE), config, origin=f"{storage.url}/{VOCABULARY_FILE}")
 
 

@@ -110,6 +110,22 @@ def test_weights_of_another_model_are_refused_by_name(tmp_path: Path, weights: P
         run_stage(STAGE, config(weights=str(weights)), tmp_path, {"pairs": pairs_artifact(tmp_path)})
 
 
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path, weights: Path) -> None:
+    tensors = load_file(weights / "model.safetensors")
+    tensors["quant_conv.bias"][0] = float("nan")
+    save_file(tensors, weights / "model.safetensors")
+    with pytest.raises(UserError, match=r"cannot be used: weights must be finite, .*\(quant_conv\.bias\)"):
+        run_stage(STAGE, config(weights=str(weights)), tmp_path, {"pairs": pairs_artifact(tmp_path)})
+
+
+def test_half_precision_weights_are_widened(tmp_path: Path, weights: Path) -> None:
+    tensors = {name: tensor.half() for name, tensor in load_file(weights / "model.safetensors").items()}
+    save_file(tensors, weights / "model.safetensors")
+    artifact = run_stage(STAGE, config(weights=str(weights)), tmp_path, {"pairs": pairs_artifact(tmp_path, rows=(2,))})
+    loaded = load_first_stage(artifact).state_dict()
+    assert all(torch.equal(loaded[name], tensor.float()) for name, tensor in tensors.items())
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(None, "autoencoder.weights: no file at .*x.safetensors; give"), (b"junk", "is not a readable safetensors file")],
