@@ -1,4 +1,4 @@
-"""Whether what lies in storage is whole and true: artifacts against their manifests, shards member by member."""
+"""Verify what lies in storage: artifacts against their manifests, shards member by member."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ MAX_PROBLEMS_PER_SHARD = 5
 
 @dataclass
 class VerifyReport:
-    """What was looked at, and what is wrong with it.
+    """Result of verifying one artifact or shard.
 
     Attributes:
         url: the artifact or shard.
         files, rows, bytes: how much was looked at.
-        problems: one line each, naming the file; empty where everything is whole.
+        problems: one line each, naming the file; empty if everything is whole.
     """
 
     url: str
@@ -63,7 +63,7 @@ def verify_path(url: str) -> list[VerifyReport]:
 
 
 def finished_artifacts(root: Storage) -> list[Storage]:
-    """Folders `STAGE/KEY` under a root that hold a manifest."""
+    """Return the folders `STAGE/KEY` under a root that hold a manifest."""
     return [
         root / stage / key
         for stage in root.names("*")
@@ -73,7 +73,7 @@ def finished_artifacts(root: Storage) -> list[Storage]:
 
 
 def verify_artifact(storage: Storage) -> VerifyReport:
-    """Every file of the manifest: there, of the size and sha256 recorded; shards readable, with as many samples.
+    """Verify that every file of the manifest has the recorded size and sha256, and every shard its number of samples.
 
     Raises:
         UserError: there is no manifest, or it is not one.
@@ -87,7 +87,7 @@ def verify_artifact(storage: Storage) -> VerifyReport:
 
 
 def verify_shard(url: str) -> VerifyReport:
-    """A single tar: readable to its end mark; arrays, pictures and JSON in it readable too.
+    """Verify that a single tar is readable to its end mark, and that arrays, pictures, JSON and text in it are too.
 
     Raises:
         UserError: there is no such file.
@@ -150,13 +150,13 @@ def _read_shard(file: BinaryIO) -> tuple[int, list[str]]:
 
 
 def _damage(extension: str, data: bytes) -> str | None:
-    """What is wrong with a member's contents; None where it is fine or of a kind that has no structure."""
+    """Return what is wrong with a file's contents; None if it is fine or of a kind that has no structure."""
     check = _CHECKS.get(extension)
     if check is None:
         return None
     try:
         check(data)
-    # Whatever a decoder answers to hostile bytes, the shard is damaged there.
+    # Decoders raise anything on hostile bytes; whatever it is, the shard is damaged there.
     except Exception as error:
         return f"is unreadable ({' '.join(str(error).split())[:120]})"
     return None

@@ -1,8 +1,10 @@
 """Tar shards: how samples are written, found and read, and in which order.
 
-format                     a sample as files of a tar, written with reproducible bytes
-reader                     samples by (shard, row), from any store
+tar_headers                the members of any tar: the parser that all readers share
+samples                    how members form samples: the convention that all readers share
+format                     writing shards with reproducible bytes, and reading them from beginning to end
+reader                     samples of our shards by (shard, row), from any store
+tar_index                  samples of other people's tars by number
+tar_windows                a few samples out of tars that are not read whole
 order, randomness          which sample comes when, from (seed, position) alone
-tar_headers, tar_index     where members lie in tars that others wrote
-tar_windows                a tar in pieces that fit into memory
 """

@@ -1,8 +1,9 @@
 """The order in which training sees the samples: a pure function of (rows of the shards, seed, epoch).
 
-In each epoch the shards are permuted, then the samples are shuffled within windows of consecutive shards. The
-number of samples consumed, the cursor, is the whole state. Nothing is read to skip ahead, and no more than two
-windows' permutations are held in memory.
+In each epoch the shards are permuted, then the samples are shuffled within windows of consecutive shards: a shuffle of
+all samples would read one sample of a shard at a time, a shuffle of shards alone would keep neighbours together. The
+number of samples consumed, the cursor, is the whole state, so a run can resume with any number of workers. Nothing is
+read to skip ahead, and no more than two windows' permutations are held in memory.
 """
 
 from collections.abc import Sequence
@@ -28,12 +29,12 @@ class SampleOrder:
     """An endless sequence of samples, epoch after epoch, each epoch a permutation of all rows.
 
     Args:
-        rows_per_shard: samples of each shard; empty shards are allowed.
-        seed: of the run.
-        window: shards whose samples are mixed with each other.
+        rows_per_shard: number of samples in each shard; empty shards are allowed.
+        seed: the run's seed.
+        window: number of consecutive shards whose samples are mixed with each other.
 
     Raises:
-        ValueError: where there is no sample at all, or the window is not positive.
+        ValueError: there is no sample at all, or the window is not positive.
     """
 
     def __init__(self, rows_per_shard: Sequence[int], seed: int, window: int) -> None:
@@ -46,11 +47,13 @@ class SampleOrder:
         if self.samples_per_epoch == 0:
             raise ValueError(f"there must be at least one sample, got none in {len(rows_per_shard)} shards")
         self.seed, self.window = seed, window
+        # Two of each: the window in use and the next one, which is fetched ahead and may lie in the next epoch.
         self._epoch_plan = lru_cache(maxsize=2)(self._plan_epoch)
         self._window_order = lru_cache(maxsize=2)(self._shuffle_window)
 
     def sample(self, position: int) -> SamplePosition:
-        """The sample at a position of the endless sequence."""
+        """Return the sample at a position of the endless sequence."""
+        # Position -> epoch and offset in it -> window -> place in the window's permutation -> shard and row.
         epoch, offset = divmod(position, self.samples_per_epoch)
         shards, window_starts = self._epoch_plan(epoch)
         window = int(np.searchsorted(window_starts, offset, side="right")) - 1
@@ -61,12 +64,12 @@ class SampleOrder:
         return SamplePosition(position, epoch, int(self._shards[shard]), place - int(row_starts[slot]))
 
     def slice(self, cursor: int, global_batch: int, rank: int, world: int) -> list[SamplePosition]:
-        """The part of the global batch at `cursor` that belongs to one of `world` workers.
+        """Return the part of the global batch at `cursor` that belongs to one of `world` workers.
 
         The parts of all ranks, joined in order, are the same global batch whatever their number.
 
         Raises:
-            ValueError: where the batch does not divide among the workers.
+            ValueError: the batch does not divide among the workers.
         """
         if global_batch % world:
             raise ValueError(f"the global batch of {global_batch} must be divisible by the {world} workers")
@@ -75,7 +78,7 @@ class SampleOrder:
         return [self.sample(position) for position in range(first, first + share)]
 
     def shards_ahead(self, position: int) -> list[int]:
-        """What to fetch ahead: the shards of the window at a position, then those of the next one."""
+        """Return the shards to fetch ahead: those of the window at a position, then those of the next one."""
         epoch, offset = divmod(position, self.samples_per_epoch)
         shards, window_starts = self._epoch_plan(epoch)
         window = int(np.searchsorted(window_starts, offset, side="right")) - 1
@@ -85,14 +88,15 @@ class SampleOrder:
         return list(dict.fromkeys(int(self._shards[shard]) for shard in ahead))
 
     def _plan_epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The permuted shards of an epoch, and the offset in the epoch at which each window starts."""
+        """Return the permuted shards of an epoch, and the offset in the epoch at which each window starts."""
         shards = generator(self.seed, Purpose.SHARD_ORDER, epoch).permutation(len(self._rows))
         ends = np.cumsum(self._rows[shards])
         starts = np.concatenate([[0], ends[self.window - 1 :: self.window]])
+        # If the last window is full, its end is listed too; it is the start of the next epoch, not of a window.
         return shards, starts[starts < self.samples_per_epoch]
 
     def _shuffle_window(self, epoch: int, window: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The permutation of a window's samples, and the place at which each of its shards starts."""
+        """Return the permutation of a window's samples, and the place at which each of its shards starts."""
         shards, _ = self._epoch_plan(epoch)
         rows = self._rows[shards[window * self.window : (window + 1) * self.window]]
         order = generator(self.seed, Purpose.SAMPLE_ORDER, epoch, window).permutation(int(rows.sum()))

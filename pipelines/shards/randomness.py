@@ -20,13 +20,13 @@ class Purpose(IntEnum):
 
 
 def generator(seed: int, purpose: Purpose, place: int, inner: int = 0) -> np.random.Generator:
-    """The generator of one place.
+    """Return the generator of one place.
 
     Args:
-        seed: of the run; counts modulo 2**64.
+        seed: the run's seed, modulo 2**64.
         purpose: what the numbers are for.
         place: sample position or epoch.
-        inner: a place within the place, where one number is not enough.
+        inner: a place within the place, such as a window of an epoch.
     """
     key = np.array([seed % 2**64, purpose], dtype=np.uint64)
     # Word 0 counts the draws, so every (inner, place) has 2**128 of its own.

@@ -34,8 +34,8 @@ class ShardReader:
     Args:
         storage: the folder of the shards.
         shards: their records, in order; `rows` of a record is its number of samples.
-        max_open: files kept open.
-        cache_bytes: of fetched remote shards kept on the local disk; the shards being read are kept whatever
+        max_open: number of files kept open.
+        cache_bytes: bytes of fetched remote shards kept on the local disk; the shards being read are kept whatever
             their size.
     """
 
@@ -61,15 +61,15 @@ class ShardReader:
         return [shard.rows for shard in self.shards]
 
     def keys(self, shard: int) -> list[str]:
-        """Keys of a shard's samples, in their order in the file."""
+        """Return the keys of a shard's samples, in their order in the file."""
         return [sample.key for sample in self._index(shard)]
 
     def read(self, shard: int, row: int, extensions: Iterable[str] | None = None) -> dict[str, bytes]:
-        """The files of one sample by extension (`jpg`, `tokens.npy`); all of them, or only those named.
+        """Return the files of one sample by extension (`jpg`, `tokens.npy`); all of them, or only those named.
 
         Raises:
-            UserError: where the shard is missing, truncated, not a tar, or holds another number of samples than
-                was committed.
+            UserError: the shard is missing, truncated, not a tar, or holds another number of samples than was
+                committed.
         """
         found = self._index(shard)[row].files
         wanted = found if extensions is None else found.keys() & set(extensions)
@@ -77,7 +77,7 @@ class ShardReader:
         return {extension: file.read(*found[extension]) for extension in found if extension in wanted}
 
     def fetch_ahead(self, shards: Iterable[int]) -> None:
-        """Start fetching remote shards in the background; a no-op where storage is local."""
+        """Start fetching remote shards in the background; a no-op if storage is local."""
         if not self.storage.is_local:
             for shard in shards:
                 self._fetch(shard)
@@ -115,13 +115,14 @@ class ShardReader:
         opened = _OpenShard(self._open_anew(shard))
         with self._lock:
             self._open[shard] = opened
-            # Closed by the garbage collector once the last reader lets go of it.
+            # Not closed here: another thread may be reading. The garbage collector closes the file once the last
+            # reader lets go of it.
             while len(self._open) > self._max_open:
                 self._open.popitem(last=False)
         return opened
 
     def _open_anew(self, shard: int) -> BinaryIO:
-        """A local file of the shard, fetched where storage is remote."""
+        """Open a local file of the shard, fetched if storage is remote."""
         while True:
             try:
                 if self.storage.is_local:
@@ -137,6 +138,7 @@ class ShardReader:
             if shard in self._fetched:
                 self._fetched.move_to_end(shard)
                 return self._fetched[shard]
+            # Two threads that want the same shard share one download through its future.
             if self._cache is None:
                 self._cache = tempfile.TemporaryDirectory(prefix="ldm-shards-")
             self._evict()
@@ -153,13 +155,14 @@ class ShardReader:
         return path
 
     def _evict(self) -> None:
-        """Forget the shards used longest ago until the rest fits. What is still open stays readable until closed."""
+        """Forget the shards used longest ago until the rest fits; called with the lock held."""
         kept = sum(self.shards[shard].bytes for shard in self._fetched)
         for shard in list(self._fetched):
             if kept <= self._cache_bytes:
                 return
             if not self._fetched[shard].done():
                 continue
+            # Removing the file takes nothing from a thread that reads it: an open file outlives its name.
             future = self._fetched.pop(shard)
             self._open.pop(shard, None)
             if future.exception() is None:
@@ -186,7 +189,7 @@ def _span(member: Member) -> _Span:
 
 
 class _OpenShard:
-    """An open file that several threads may read at once."""
+    """An open file that several threads may read at once: `pread` has no position that they could move."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file

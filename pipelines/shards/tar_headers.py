@@ -118,7 +118,7 @@ def has_checksum(block: bytes) -> bool:
 
 
 class _Extended:
-    """What pax and GNU headers in front of a member's own say of it."""
+    """Facts from the pax and GNU headers that stand in front of a member's own."""
 
     def __init__(self) -> None:
         self.name: bytes | None = None
@@ -126,6 +126,7 @@ class _Extended:
         self.sparse = False
 
     def take(self, kind: bytes, data: bytes) -> None:
+        # Global headers (g) and long link names (K) say nothing of what is in a sample.
         if kind == b"L":
             self.name = data.split(b"\0", 1)[0]
         elif kind == b"x":
@@ -140,6 +141,7 @@ class _Extended:
 
 
 def _pax_records(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    # Each is `LENGTH KEY=VALUE\n`, where LENGTH counts the whole record, itself included.
     position = 0
     while position < len(data):
         space = data.find(b" ", position, position + 20)
@@ -162,6 +164,7 @@ def _behind_sparse_map(tar: Bytes, block: bytes, offset: int) -> int:
 
 
 def _name(block: bytes) -> bytes:
+    # Names of more than 100 bytes are split at a slash, in ustar; GNU keeps other things in the place of the prefix.
     name = block[:100].split(b"\0", 1)[0]
     prefix = block[345:500].split(b"\0", 1)[0] if block[257:263] == b"ustar\0" else b""
     return prefix + b"/" + name if prefix else name
@@ -181,6 +184,7 @@ def _number(field: bytes) -> int:
 
 
 def _decimal(text: bytes) -> int:
+    # `int` would also take signs, spaces and underscores, and thousands of digits.
     if not (text.isdigit() and len(text) < 20):
         raise TarError(f"damaged pax header: {text[:20]!r}")
     return int(text)

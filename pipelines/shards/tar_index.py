@@ -22,7 +22,12 @@ _REMEMBERED = 1024
 
 @dataclass(frozen=True)
 class TarIndex:
-    """How many samples a tar holds, and the byte at which each of the first, the thousand-first… begins."""
+    """Number of samples in a tar, and the offset of every thousandth: places that reading can begin at.
+
+    Attributes:
+        rows: number of samples.
+        marks: offset of the first header of sample 0, 1000, 2000…
+    """
 
     rows: int
     marks: array[int] = field(repr=False)
@@ -75,8 +80,9 @@ def _whole(url: str) -> Iterator[None]:
 
 
 class _SparseReads:
-    """The bytes of a tar for small reads at ascending offsets: one request for reads that are near each other, none for
-    what lies between distant ones.
+    """Bytes of a tar for small reads at ascending offsets.
+
+    One request serves reads that are near each other; what lies between distant ones is not fetched.
     """
 
     def __init__(self, location: Location) -> None:

@@ -1,9 +1,13 @@
 """Disks and buckets: every file of a run goes through here.
 
-storage         one folder, wherever it is: atomic writes, listings, retries
-object_store    what object stores do differently
-failures        which failures pass, and what a person is told of the others
-ranges          byte ranges of files that are not ours
+storage         one folder of ours, wherever it is: whole files or none, listings, conditional writes
+location        files and folders of others: byte ranges, facts, listings
+local_disk      atomic writes on a local disk
+object_store    requests to object stores, and their retries
+filesystems     file systems by URL: the only user of fsspec
+failures        which failures are transient, and what a person is told of the others
+remembered      what a process remembers of a file until the file changes
+threads         many slow answers at once
 ledger          artifacts, committed file by file, finished by a manifest
 lock            one driver at a time
 """

@@ -1,4 +1,4 @@
-"""The artifact ledger: where results live, how they are named, and when they count as finished.
+"""The artifact ledger: where artifacts live, how they are named, and when they count as finished.
 
 An artifact is a folder `ROOT/STAGE/KEY/`. Its key is a hash of everything that can change its contents; its
 `manifest.json`, written last, says that it is finished. A sharded artifact is committed shard by shard: first the
@@ -28,6 +28,7 @@ COMMITS = "commits"
 WORK = "work"
 # What a training stage writes last, before its manifest.
 DETAILS = "details.json"
+# Commit records read at once from an object store.
 READERS = 32
 
 
@@ -43,7 +44,7 @@ class FileRecord(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What `manifest.json` holds: the proof that an artifact is finished, and all that a reader must know about it."""
+    """Contents of `manifest.json`: the proof that an artifact is finished, and all that a reader must know of it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -81,13 +82,14 @@ def _is_in(name: str, place: str) -> bool:
 
 
 def digest_json(value: Any) -> str:
-    """sha256 of the canonical JSON (sorted keys, no spaces) of a value, in hexadecimal."""
+    """Return the hexadecimal sha256 of the canonical JSON (sorted keys, no spaces) of a value."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def artifact_key(identity: Mapping[str, Any]) -> str:
-    """The first 16 hexadecimal digits of sha256 over canonical JSON."""
+    """Return the first 16 hexadecimal digits of sha256 over an identity's canonical JSON."""
+    # 64 bits: short enough for folder names, and no two of a root's artifacts will ever meet.
     return digest_json(dict(identity))[:16]
 
 
@@ -109,19 +111,19 @@ class Artifact:
 
     @property
     def reference(self) -> str:
-        """The key, and how often samples were added since: what the keys of later stages are made of."""
+        """Key plus growth counter. Downstream keys hash this, so they change when samples are added."""
         additions = self.details.get("additions", 0)
         return f"{self.key}+{additions}" if additions else self.key
 
     def shards(self, suffix: str = ".tar") -> list[FileRecord]:
-        """The committed shards, in order, whose names end with `suffix`."""
+        """Return the committed shards whose names end with `suffix`, in order."""
         return sorted((f for f in self.manifest.files if f.name.endswith(suffix)), key=lambda f: f.name)
 
     def check_sizes(self) -> None:
-        """Refuse an artifact whose files are missing or of another size than the manifest says; reads no data.
+        """Refuse an artifact whose files are missing or not of the size that the manifest says; read no data.
 
         Raises:
-            UserError: naming the first such file and the command that mends it.
+            UserError: a file is missing or damaged; names the first one and the command that mends it.
         """
         for record in self.manifest.files:
             if (size := self.storage.size(record.name)) != record.bytes:
@@ -135,7 +137,7 @@ class Artifact:
         """Refuse an artifact of another stage or of a format that this code does not read.
 
         Raises:
-            UserError: naming both sides and the command that mends it.
+            UserError: it is of another stage, format or key; names both sides and the command that mends it.
         """
         found = self.manifest
         if found.stage != stage or found.format_version != format_version:
@@ -152,6 +154,7 @@ class Artifact:
 
 
 def read_manifest(storage: Storage) -> Manifest:
+    """Read the manifest of an artifact's folder. Raises UserError if it is missing or not a manifest."""
     try:
         return Manifest.model_validate(storage.read_json(MANIFEST))
     except ValidationError as error:
@@ -268,7 +271,17 @@ class ArtifactWriter:
         seconds: float,
         code_version: str,
     ) -> Manifest:
-        """Write the manifest over every committed file: from now on the artifact is finished."""
+        """Write the manifest over every committed file: from now on the artifact is finished.
+
+        Args:
+            format_version: of the stage's files.
+            config: the stage's section of the recipe.
+            identity: what the key is the hash of.
+            upstream: keys of the artifacts it was made from, by stage.
+            details: what the stage has to say of its result.
+            seconds: how long the stage took.
+            code_version: of this package.
+        """
         manifest = Manifest(
             stage=self.stage,
             key=self.key,
@@ -295,7 +308,9 @@ class Ledger:
         return self.root / stage / key
 
     def resolve(self, stage: str, identity: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        """The key that stands for an identity today: follows `superseded.json` to the newest generation."""
+        """Return the key that stands for an identity today, and the identity of that generation."""
+        # Not by what `superseded.json` says: the keys of generations follow from the identity, so that a root that was
+        # copied in part, or two machines, agree on them.
         key = artifact_key(identity)
         while self.storage(stage, key).exists(SUPERSEDED):
             identity = {**identity, "generation": identity.get("generation", 0) + 1}
@@ -303,7 +318,7 @@ class Ledger:
         return key, identity
 
     def find(self, stage: str, key: str) -> Artifact | None:
-        """The finished artifact of that key, or None."""
+        """Return the finished artifact of that key, or None."""
         storage = self.storage(stage, key)
         return Artifact(stage, key, storage) if storage.exists(MANIFEST) else None
 

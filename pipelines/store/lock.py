@@ -1,12 +1,13 @@
-"""One driver a root: the second is refused with the first's identity, or takes over where the first is dead.
+"""One driver per root: a second one is refused with the first one's identity, or takes over if the first is dead.
 
-On a local root the kernel keeps the lock and gives it back when its holder dies, however it dies. In an object store
-it is a lease, `.lock.json`, whose holder raises a counter every few seconds. No clocks are compared: whoever finds the
-lease watches the counter for a while by his own, and takes the lease over if it does not move. Renewal and takeover are
-conditional on the contents last seen, so that of two exactly one succeeds, and a holder that was suspended finds out.
+On a local root the kernel keeps the lock and releases it when its holder dies, however it dies. In an object store it
+is a lease, `.lock.json`, whose holder renews it by raising a counter with every heartbeat. Clocks of two machines are
+never compared: whoever finds a lease watches the counter for a few heartbeats on its own clock, and takes the lease
+over if the counter does not move. Renewal and takeover are conditional on the contents last seen, so that of two
+drivers exactly one succeeds, and a holder that was suspended finds out.
 
 A driver that lost its root may still finish a few files before it notices. That is harmless: the first commit of a file
-stands, and where two drivers may write different bytes (what servers answer) each writes to a place of its own first.
+stands, and if two drivers may write different bytes (what servers answer) each writes to a place of its own first.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipelines.errors import UserError
+from pipelines.store.failures import MissingFileError
 from pipelines.store.storage import Storage, encode_json
 
 LOCK = ".lock"
 LEASE = ".lock.json"
 BEAT_S = 5.0
-# Without a beat for so many, a holder counts as dead.
+# A holder that has not renewed its lease for this many heartbeats is presumed dead.
 WATCHED_BEATS = 4
-# Without a renewal for so many (the store cannot be reached), a holder gives up by itself.
+# A holder that could not reach the store for this many heartbeats stops by itself. It is far more than WATCHED_BEATS:
+# an outage of the store keeps everybody from taking over, too.
 PATIENCE_BEATS = 60
 
 
@@ -38,7 +41,7 @@ class Hold(Protocol):
     """A root that is ours."""
 
     def check(self) -> None:
-        """Raise UserError where it is ours no longer."""
+        """Raise UserError if it is ours no longer."""
 
 
 @contextlib.contextmanager
@@ -47,7 +50,7 @@ def exclusive(root: Storage, beat_s: float = BEAT_S) -> Iterator[Hold]:
 
     Args:
         root: the folder; a local one is created.
-        beat_s: seconds between two renewals, in object stores.
+        beat_s: seconds between two heartbeats, in object stores.
 
     Raises:
         UserError: another process holds it (named by pid, host and since when), or the root cannot be written.
@@ -73,6 +76,7 @@ def _in_use(root: Storage, holder: str) -> UserError:
 
 
 class _Flock:
+    # The kernel takes a lock from nobody who is alive.
     def check(self) -> None:
         return None
 
@@ -90,6 +94,8 @@ def _flock(root: Storage) -> Iterator[_Flock]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise _in_use(root, file.read().strip() or "another process") from None
+        # For whoever is refused. The file stays: if it were removed, a driver that has just opened it would lock a
+        # file that nobody else can see.
         file.truncate(0)
         file.write(_identity())
         file.flush()
@@ -104,7 +110,7 @@ class _Lease:
         self.root, self.beat_s = root, beat_s
         self.token, self.holder = uuid.uuid4().hex, _identity()
         self.beat = 0
-        # Of what we wrote last; None where that is not known, since an answer was lost.
+        # Of what we wrote last; None if that is not known because an answer was lost.
         self.version: str | None = None
         self.thief: str | None = None
         self.renewed_at = time.monotonic()
@@ -113,13 +119,14 @@ class _Lease:
         self.thread = threading.Thread(target=self._renew_regularly, name="ldm-lease", daemon=True)
 
     def take(self) -> None:
-        """Create the lease, or take it over from a holder that is dead; UserError where its holder lives."""
+        """Create the lease, or take it over from a holder that is dead. Raises UserError if its holder lives."""
         while (version := self.root.replace(LEASE, self._record(), None)) is None:
             if (seen := self._watch()) is None:
                 continue
             if (version := self.root.replace(LEASE, self._record(), seen)) is None:
                 continue
-            # In stores that know no conditions two may think that they have it; the last one is right.
+            # In stores without conditional writes two may think that they have it; the one that wrote last is right,
+            # which shows once both have written.
             time.sleep(self.beat_s)
             if (found := self._read()) is None or found["token"] != self.token:
                 raise _in_use(self.root, found["holder"] if found else "another process")
@@ -128,7 +135,8 @@ class _Lease:
         self.thread.start()
 
     def check(self) -> None:
-        # After a suspension the thread may not have had its turn yet.
+        # After a suspension (a laptop's lid, a stopped container) the thread may not have had its turn yet, and the
+        # lease may long be somebody else's.
         if time.monotonic() - self.renewed_at > 2 * self.beat_s:
             with contextlib.suppress(UserError):
                 self._renew()
@@ -147,7 +155,7 @@ class _Lease:
         """Remove the lease if it is still ours."""
         self.released.set()
         self.thread.join()
-        # What cannot be removed now is taken over later, as a dead holder's is.
+        # A lease that cannot be removed now is taken over later, as a dead holder's is.
         with contextlib.suppress(UserError):
             if (found := self._read()) and found["token"] == self.token:
                 self.root.remove(LEASE)
@@ -158,17 +166,18 @@ class _Lease:
     def _read(self) -> dict[str, Any] | None:
         try:
             record: dict[str, Any] = self.root.read_json(LEASE)
-        except UserError:
-            if self.root.version(LEASE) is None:
-                return None
-            raise
+        except MissingFileError:
+            return None
         return record
 
     def _watch(self) -> str | None:
-        """The version of a lease whose counter stands still; None where the lease is gone.
+        """Watch a lease for a few of its holder's heartbeats.
+
+        Returns:
+            The version of the lease if its counter stands still; None if it is gone.
 
         Raises:
-            UserError: it moves, so that its holder lives.
+            UserError: the counter moves, so its holder lives.
         """
         # The version first: if it is older than the record, taking over fails, and that is safe.
         version, first = self.root.version(LEASE), self._read()
@@ -190,7 +199,8 @@ class _Lease:
     def _renew(self) -> None:
         with self.turn:
             while not self.thief:
-                # Stores without versions give "": there, the token must be looked at every time.
+                # Stores without versions give "", and of an answer that was lost we know none. Then only the token
+                # tells whether the lease is still ours.
                 version = self.version or self.root.version(LEASE)
                 if not self.version:
                     found = self._read()
@@ -202,3 +212,5 @@ class _Lease:
                 if self.version is not None:
                     self.renewed_at = time.monotonic()
                     return
+                # The lease has changed under us. Once more, by its token: it may be our own write of which the answer
+                # was lost.

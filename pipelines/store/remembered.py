@@ -1,4 +1,4 @@
-"""What a process remembers of a file for as long as the file does not change."""
+"""Results that a process remembers of a file for as long as the file does not change."""
 
 import functools
 import threading

@@ -1,4 +1,4 @@
-"""Which column of a table is the picture, which the text, and which is meant by a filter's name."""
+"""Find the columns of a table: the picture's, the text's, and the one that a filter's name means."""
 
 from __future__ import annotations
 
@@ -24,15 +24,30 @@ TEXT_NAMES = (
     "prompt",
 )
 IMAGE_NAMES = (
-    *("file_name", "image", "image_path", "file", "filename", "filepath", "path", "img", "picture"),
-    *("jpg", "jpeg", "png", "webp", "image_bytes"),
+    "file_name",
+    "image",
+    "image_path",
+    "file",
+    "filename",
+    "filepath",
+    "path",
+    "img",
+    "picture",
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "image_bytes",
 )
 
 # The names of LAION's columns, which recipes say, and what other data sets call the same; most alike first.
 ALIASES = {
     "similarity": (
-        *("clip_similarity_vitl14", "clip_l14_similarity_score"),
-        *("clip_similarity_vitb32", "clip_b32_similarity_score", "clip_similarity"),
+        "clip_similarity_vitl14",
+        "clip_l14_similarity_score",
+        "clip_similarity_vitb32",
+        "clip_b32_similarity_score",
+        "clip_similarity",
     ),
     "punsafe": ("nsfw_score_opennsfw2", "nsfw_score_gantman", "nsfw_score"),
     "pwatermark": ("watermark_score",),
@@ -44,7 +59,7 @@ ALIASES = {
 
 @dataclass(frozen=True)
 class ResolvedColumns:
-    """Columns of one table. Pictures are read from `image` where it is given, else downloaded from `url`."""
+    """Columns of one table. Pictures are read from `image` if it is given, else downloaded from `url`."""
 
     text: str
     url: str | None
@@ -82,7 +97,7 @@ def resolve_columns(
         if isinstance(value, str) and value.startswith(("http://", "https://")):
             url, image = url or image, None
         elif wanted.url or (url and isinstance(value, str) and not exists(value)):
-            # A table of URLs may well say under which name a picture was once stored.
+            # A table of URLs may well say under which name a picture was once stored; no such file is here.
             image = None
     if text is None:
         raise UserError(_missing(where, names, "text", TEXT_NAMES))
@@ -92,9 +107,9 @@ def resolve_columns(
 
 
 def find_column(names: Iterable[str], wanted: str) -> str | None:
-    """The column that is meant by a name: the one of that name without regard to case, else what others call it.
+    """Return the column that a name means, without regard to case: the one of that name, else what others call it.
 
-    A column that had to make way for one of a shard's own is also found by the name it had.
+    A column that was renamed to make way for one of a shard's own is also found by the name it had.
     """
     lowered = _lowered(names)
     name = wanted.lower()
@@ -102,13 +117,13 @@ def find_column(names: Iterable[str], wanted: str) -> str | None:
 
 
 def first_of(names: Iterable[str], usual: tuple[str, ...]) -> str | None:
-    """The first of the usual names that is among these, as it is written there."""
+    """Return the first of the usual names that is among these, as it is written there."""
     lowered = _lowered(names)
     return next((lowered[name] for name in usual if name in lowered), None)
 
 
 def headless_names(cells: list[str]) -> list[str] | None:
-    """Names for a table whose first line is a row, which a URL in it tells; None where that line is a header.
+    """Name the columns of a table without a header, which a URL in its first line tells; None if there is a header.
 
     Of two columns the other one is the caption (CC3M, CC12M); others are `column_1`… by their place from 0.
     """

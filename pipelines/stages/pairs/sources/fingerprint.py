@@ -23,7 +23,7 @@ _REMEMBERED = 2**15
 
 @dataclass(frozen=True)
 class _Facts:
-    """What is known of a file without reading it; -1 bytes if it is missing."""
+    """Facts of a file that are known without reading it; -1 bytes if it is missing."""
 
     name: str
     file: Location

@@ -1,4 +1,4 @@
-"""A folder of pictures with a text file of the same name beside each."""
+"""Folders of pictures with a text file of the same name beside each."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ if TYPE_CHECKING:
 
 PICTURE_SUFFIXES = tuple(f".{extension}" for extension in IN_FOLDERS)
 MAX_CAPTION_BYTES = 2**24
-# What is wrong with a caption's file, as the status of the row; a picture without one has an empty caption.
+# Status of a row by what is wrong with its caption's file; a picture without one just has an empty caption.
 _CAPTION_STATUS = {"missing_file": None, "too_large": "caption_too_long"}
 
 
 class Names(Sequence[str]):
-    """Millions of names in the memory of their bytes; cheap to pickle."""
+    """Millions of names in the memory of their bytes; cheap to pickle.
+
+    A tuple of strings would take a hundred bytes more for each, in every worker.
+    """
 
     def __init__(self, names: Iterable[str]) -> None:
         encoded = [name.encode("utf-8", "surrogateescape") for name in names]
@@ -57,8 +60,8 @@ class FolderSource:
     The text file is one caption, whole and unchanged but for a byte order mark.
 
     Args:
-        url: of the folder.
-        names: paths of the pictures, relative to it, sorted.
+        url: the folder.
+        names: paths of the pictures relative to it, sorted.
     """
 
     url: str
@@ -108,10 +111,10 @@ class FolderSource:
 
 
 def open_folder(url: str, paths: list[str]) -> FolderSource:
-    """The pictures among the files of a folder.
+    """Find the pictures among the files of a folder.
 
     Raises:
-        UserError: no picture, or none with a text file beside it.
+        UserError: there is no picture, or none with a text file beside it.
     """
     base = Location.of(url).path.rstrip("/") + "/"
     names = sorted(path.removeprefix(base) for path in paths)

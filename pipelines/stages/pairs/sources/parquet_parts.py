@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _BATCH_ROWS = 1024
 _BATCH_BYTES = 2 * 2**20
-# Of batches already read: requests of a process's threads come nearly in order.
+# Of batches that are kept after they were read: requests of a process's threads come nearly in order.
 _WINDOW_BYTES = 16 * 2**20
 # Without it, Arrow reads a row group's whole column at once.
 _COLUMN_BUFFER_BYTES = 2**18
@@ -31,7 +31,7 @@ _FOOTER_GUESS_BYTES = 2**16
 
 
 def read_footer(url: str) -> tuple[int, dict[str, pa.DataType | None]]:
-    """Rows, and the type of every column as it is carried over: None for nested and binary ones."""
+    """Return the number of rows, and every column's type as it is carried over: None for nested and binary ones."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -67,7 +67,7 @@ def _carried_type(kind: pa.DataType) -> pa.DataType | None:
 
 
 def read_parquet(url: str, start: int, stop: int) -> list[dict[str, Any]]:
-    """Rows start to stop - 1. Cheap for ranges that ascend; safe to call from many threads.
+    """Return rows start to stop - 1. Cheap for ranges that ascend; safe to call from many threads.
 
     Raises:
         UserError: damaged, or not the file that was counted.
@@ -79,14 +79,14 @@ def read_parquet(url: str, start: int, stop: int) -> list[dict[str, Any]]:
 
 
 def read_column(url: str, column: str) -> Iterator[Any]:
-    """All values of one column, in order."""
+    """Yield all values of one column, in order."""
     with _explained(url):
         for batch in _batches(_open(Location.of(url)), 0, [column]):
             yield from _cells(batch.column(0))
 
 
 class _Cursor:
-    """A place in a file that moves forward, and the batches just behind it."""
+    """A reading position in a file that moves forward, and the batches just behind it."""
 
     def __init__(self, location: Location) -> None:
         self._location = location
@@ -103,7 +103,7 @@ class _Cursor:
             try:
                 return self._read(start, stop)
             except BaseException:
-                # What was half read cannot be read on.
+                # An iterator that has raised is at an unknown row: the next call opens the file again.
                 self._file = None
                 raise
 
@@ -175,7 +175,7 @@ def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
 
 
 def _cells(column: pa.Array) -> list[Any]:
-    """Values as Python has them; one that it cannot hold does not cost the others."""
+    """Convert values to Python's; one that Python cannot hold does not cost the others."""
     try:
         return list(column.to_pylist())
     except (ValueError, OverflowError):

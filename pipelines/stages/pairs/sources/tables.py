@@ -26,19 +26,19 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 TABLE_SUFFIXES = (".parquet", *TEXT_SUFFIXES)
-# Rows looked at to learn what a column holds.
+# Number of rows looked at to learn what a column holds.
 _SAMPLE_ROWS = 100
 _STEP_ROWS = 1000
 
 
 @dataclass(frozen=True)
 class _Survey:
-    """What every part was asked for once.
+    """Facts that every part is asked for once.
 
     Attributes:
         ends: number of rows up to the end of each part.
-        types: of all columns of all parts, in order; None for those that hold no plain value.
-        indexes: of the parts that are text.
+        types: types of all columns of all parts, in order; None for those that hold no plain value.
+        indexes: indexes of the parts, if they are text.
     """
 
     ends: array[int]
@@ -52,8 +52,8 @@ class TableSource:
 
     Args:
         urls: the parts, in order, all of one suffix.
-        wanted: columns named by the recipe.
-        pictures: folder that relative picture paths start from.
+        wanted: the columns that the recipe names.
+        pictures: the folder that relative picture paths start from.
     """
 
     urls: tuple[str, ...]
@@ -103,7 +103,7 @@ class TableSource:
         return extra_names([name for name in self._survey.types if name not in self.columns.used])
 
     def digest(self) -> str:
-        """By the bytes of the table, and of the pictures that stand beside it."""
+        """Digest the bytes of the table, and of the pictures that stand beside it."""
         table = digest_files(lambda: [("", Location.of(url)) for url in self.urls], always_read=True)
         column = self.columns.image
         if column is None or self._survey.types.get(column) is None:
@@ -149,7 +149,7 @@ class TableSource:
         return Location.of(self.pictures)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Looked at once here, not once in every worker.
+        # Found out once, here, instead of once in every worker.
         _ = self.extra_types
         # Handles of remote stores do not travel between processes.
         return {name: value for name, value in self.__dict__.items() if name != "_folder"}
@@ -165,7 +165,7 @@ class TableSource:
         )
 
     def _loader(self, value: Any) -> Callable[[int], bytes]:
-        """How to read what the image column says: bytes, a path, or both as Hugging Face's tables have them."""
+        """Return how to read what the image column says: bytes, a path, or both as Hugging Face's tables have them."""
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
 

@@ -36,8 +36,8 @@ class TarSource:
     A caption is the json's `captions` list, else the .txt, else a text field of the json.
 
     Args:
-        urls: of the tars, sorted.
-        text: the json field that holds the caption, where the recipe names one.
+        urls: the tars, sorted.
+        text: the json field that holds the caption, if the recipe names one.
     """
 
     urls: tuple[str, ...]
@@ -72,7 +72,7 @@ class TarSource:
         return digest_files(lambda: ((tar.path.rsplit("/", 1)[-1], tar) for tar in tars))
 
     def __getstate__(self) -> dict[str, Any]:
-        # Looked at once here, not once in every worker.
+        # Found out once, here, instead of once in every worker.
         _ = self.extra_types
         return dict(self.__dict__)
 
@@ -127,7 +127,7 @@ class TarSource:
         return captions_of(fields.get(name)) if name else ()
 
 
-# A file's bytes, why there are none, or None where there is no such file.
+# A file's bytes, why there are none, or None if there is no such file.
 _Text = bytes | RejectedError | None
 
 

@@ -1,9 +1,11 @@
-"""Tables that are text: .csv, .tsv and .jsonl, found their way in by a small index, with every string as it stands."""
+"""Text tables (.csv, .tsv, .jsonl).
+
+A sparse index of byte offsets gives random access; strings are never converted to numbers.
+"""
 
 from __future__ import annotations
 
 import csv
-import functools
 import io
 import json
 from array import array
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 JSON_SUFFIXES = (".jsonl", ".ndjson")
 TEXT_SUFFIXES = (*JSON_SUFFIXES, ".csv", ".tsv")
-# Between two places that reading can begin at.
+# Distance between two places that reading can begin at.
 _STEP_ROWS = 1000
 _STEP_BYTES = 4 * 2**20
 # A file without line ends must not fill the memory.
@@ -38,11 +40,11 @@ class _NotARowError(UserError):
 
 
 class _Lines:
-    """The lines of a file, decoded one at a time.
+    """Lines of a file, decoded one at a time.
 
     Attributes:
-        number: of lines so far.
-        offset: bytes so far.
+        number: lines read so far.
+        offset: bytes read so far.
     """
 
     def __init__(self, url: str, file: BinaryIO, *, from_start: bool) -> None:
@@ -83,7 +85,16 @@ def _json_records(url: str, lines: _Lines) -> Iterator[dict[str, Any]]:
         yield row
 
 
+def _csv_records(url: str, lines: _Lines) -> Iterator[list[str]]:
+    return _quoted_records(url, lines, ",")
+
+
+def _tsv_records(url: str, lines: _Lines) -> Iterator[list[str]]:
+    return _quoted_records(url, lines, "\t")
+
+
 def _quoted_records(url: str, lines: _Lines, delimiter: str) -> Iterator[list[str]]:
+    # The csv module's own limit, 128 KiB, is for the whole process; captions may be longer.
     csv.field_size_limit(_MAX_LINE_BYTES)
     try:
         for cells in csv.reader(iter(lines), delimiter=delimiter, strict=True):
@@ -101,21 +112,21 @@ def _unquoted_records(url: str, lines: _Lines) -> Iterator[list[str]]:
 
 _READERS: dict[str, _Reader] = {
     "json": _json_records,
-    "csv": functools.partial(_quoted_records, delimiter=","),
-    "tsv": functools.partial(_quoted_records, delimiter="\t"),
+    "csv": _csv_records,
+    "tsv": _tsv_records,
     "unquoted": _unquoted_records,
 }
 
 
 @dataclass(frozen=True)
 class TextIndex:
-    """What one pass over a text table leaves behind: its columns, and where to begin reading for a row.
+    """Result of one pass over a text table: its columns, and where to begin reading for a row.
 
     Attributes:
-        reader: how it is written: `json`, `csv`, `tsv` or `unquoted` (tsv).
-        rows: in all.
-        names: of the columns, in order.
-        types: of the columns; None for nested ones.
+        reader: how the table is written: `json`, `csv`, `tsv` or `unquoted` (tsv without quotes).
+        rows: number of rows.
+        names: names of the columns, in order.
+        types: types of the columns; None for nested ones.
         mark_rows, mark_bytes: numbers of some rows and the byte each begins at; the last is the table's end.
     """
 
@@ -169,6 +180,8 @@ def _index(location: Location, reader: str) -> TextIndex:
 
 
 class _Marks:
+    """Rows and bytes at which reading can begin: not too many of them, none too far from the next."""
+
     def __init__(self) -> None:
         self.count = 0
         self.rows, self.offsets = array("q"), array("q")
@@ -186,14 +199,14 @@ class _Marks:
 
 
 class _Cells:
-    """The columns of a table of strings."""
+    """Columns of a table of strings."""
 
     def __init__(self, url: str) -> None:
         self._url = url
         self.names: list[str] = []
 
     def take(self, cells: list[str], line: int) -> bool:
-        """Whether this record is a row, and not the header."""
+        """Check a record. Returns whether it is a row, not the header."""
         is_row = True
         if not self.names:
             names = headless_names(cells)
@@ -210,7 +223,7 @@ class _Cells:
 
 
 class _JsonColumns:
-    """The columns of JSON objects, with what each holds in any of them."""
+    """Columns of JSON objects, with the types that each has in any of them."""
 
     def __init__(self) -> None:
         self.names: dict[str, set[type]] = {}
@@ -218,7 +231,7 @@ class _JsonColumns:
 
     def take(self, row: dict[str, Any], line: int) -> bool:
         shape = (*row, *map(kind_of, row.values()))
-        # Rows of one table mostly look alike.
+        # Rows of one table mostly look alike, and one comparison is cheaper than a look at every column.
         if shape != self._last:
             self._last = shape
             for name, value in row.items():
@@ -230,7 +243,7 @@ class _JsonColumns:
 
 
 def read_text(url: str, index: TextIndex, start: int, stop: int) -> list[dict[str, Any]]:
-    """Rows start to stop - 1; reads little more of the file than they take.
+    """Return rows start to stop - 1, reading little more of the file than they take.
 
     Raises:
         UserError: the file is not the one that was indexed.
@@ -244,6 +257,7 @@ def read_text(url: str, index: TextIndex, start: int, stop: int) -> list[dict[st
     try:
         records = list(islice(_READERS[index.reader](url, lines), start - skipped, stop - skipped))
         rows = records if index.reader == "json" else [dict(zip(index.names, r, strict=True)) for r in records]
+    # The file was a table when it was indexed: if it is none now, it is another file.
     except (UserError, ValueError):
         rows = []
     if len(rows) != stop - start:
