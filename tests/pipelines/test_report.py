@@ -265,7 +265,11 @@ def test_artifacts_without_details_do_not_break_the_page(tmp_path: Path) -> None
     root = Storage(str(tmp_path))
     names = ("pairs", "autoencoder", "latents", "diffusion", "evaluate", "export")
     bare = {name: finish(root, name, {}, {}) for name in names}
-    Page(build_report(root, RECIPE, rows(bare), bare))
+    page = Page(build_report(root, RECIPE, rows(bare), bare))
+    text = " ".join(" ".join(page.texts).split())
+    for title in ("Image–text pairs", "Autoencoder", "Latents", "Diffusion", "Evaluation", "Export"):
+        assert title in page.texts, title
+    assert not re.search(r"\b(None|nan|undefined)\b", text)
 
 
 def test_large_pictures_become_webp(tmp_path: Path) -> None:
@@ -310,7 +314,12 @@ def test_too_few_losses_give_no_chart(values: list[float]) -> None:
 
 @pytest.mark.parametrize("values", [[0.0, 0.0], [1.0, 1.0], [-1.0, 2.0], [1e-12, 1e12]])
 def test_odd_losses_still_give_a_chart(values: list[float]) -> None:
-    ElementTree.fromstring(loss_chart([0, 1], values))
+    svg = loss_chart([0, 1], values)
+    _, _, width, height = map(float, ElementTree.fromstring(svg).attrib["viewBox"].split())
+    (x0, y0), (x1, y1) = polyline(svg, "raw")
+    assert 0 < x0 < x1 < width
+    assert 0 < y1 <= y0 < height, "larger losses are higher up, which is a smaller y"
+    assert (y1 < y0) == (values[1] > values[0])
 
 
 def test_a_histogram_has_a_bar_for_each_bin_between_the_filled_ends() -> None:
