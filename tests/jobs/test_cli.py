@@ -231,6 +231,7 @@ def test_a_full_disk_is_one_line_and_what_is_committed_stays(ldm: Ldm, full_disk
     assert "disk full" in one_line(err)
     assert code == 1
     before = {file: file.read_bytes() for file in full_disk.glob("pairs/*/*.tar")}
+    assert before, "some shards fit"
     assert not list(full_disk.glob("pairs/*/.*.tmp"))
 
     subprocess.run(["mount", "-o", "remount,size=64m", full_disk], check=True)

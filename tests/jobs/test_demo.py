@@ -53,8 +53,7 @@ def test_the_demo_runs_every_stage_then_says_cached_and_forced_latents_leave_the
     first = demo(tmp_path)
     assert [stage["name"] for stage in first["stages"]] == STAGES
     assert [stage["state"] for stage in first["stages"]] == ["run"] * 6
-    assert first["alignment_samples"] >= 64
-    assert 0 <= first["alignment_accuracy"] <= 1
+    _assert_the_accuracy_is_what_the_detector_saw(first, tmp_path)
     assert Path(first["report"]).read_text("utf-8").startswith("<!doctype html>")
     assert (Path(first["checkpoint"]) / "model.safetensors").is_file()
     assert first["tracking_uri"].startswith("sqlite:///")
@@ -69,6 +68,18 @@ def test_the_demo_runs_every_stage_then_says_cached_and_forced_latents_leave_the
     assert states == {name: "run" if name == "latents" else "cached" for name in STAGES}
     assert [stage["key"] for stage in forced["stages"]] == [stage["key"] for stage in first["stages"]]
     assert len(list((tmp_path / "latents").iterdir())) == 1
+
+
+def _assert_the_accuracy_is_what_the_detector_saw(result: dict[str, Any], root: Path) -> None:
+    """It is the share of the prompts file's prompts that were drawn right, and six steps teach nobody to draw."""
+    (scores,) = root.glob("evaluate/*/scores.json")
+    items = json.loads(scores.read_text())["alignment"]["items"]
+    asked = [json.loads(line)["prompt"] for line in (root / "web" / "prompts.jsonl").read_text("utf-8").splitlines()]
+    assert [item["prompt"] for item in items] == asked
+    right = [item for item in items if all(item[name] == item["expected"][name] for name in ("colour", "shape"))]
+    assert result["alignment_samples"] == len(items)
+    assert result["alignment_accuracy"] == pytest.approx(len(right) / len(items))
+    assert result["alignment_accuracy"] < 0.2
 
 
 def _assert_the_web_was_met(root: Path) -> None:

@@ -1,6 +1,7 @@
 """The display of a run: what a log says, and how long it says is left."""
 
 import io
+import re
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -8,60 +9,87 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from jobs.progress import Display, _Running, stage_table
+from jobs.progress import Display, stage_table
 from pipelines.run.results import RunResult, StageRow
 
 
-def test_the_time_left_leaves_out_the_start_and_what_an_earlier_run_has_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    state = _Running()
-    assert state.eta_s is None
-    now[0] = 100.0
-    state.update(500, 1000, {})
-    assert state.eta_s is None
-    now[0] = 110.0
-    state.update(600, 1000, {"loss": "0.5"})
-    assert state.eta_s == pytest.approx(40.0)
-    assert state.losses == [0.5]
+class Clock:
+    """The time that a display sees, in seconds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
 
 
-def test_the_time_left_follows_the_pace_of_the_last_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    state = _Running()
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+class Terminal:
+    """A display on a terminal of a hundred columns, and what is to be seen of it."""
+
+    def __init__(self) -> None:
+        self.display = Display(Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None))
+        begin(self.display)
+
+    def lines(self) -> list[str]:
+        stream = io.StringIO()
+        console = Console(file=stream, width=100, force_terminal=True, color_system=None)
+        console.print(self.display.live.get_renderable())
+        return stream.getvalue().splitlines()
+
+    def seconds_left(self) -> float | None:
+        """The time left as the line of the running stage says it; None where it says nothing."""
+        if not (found := re.search(r"(?:(\d+) h )?(?:(\d+) min )?(?:([\d.]+) s )?left", self.lines()[0])):
+            return None
+        hours, minutes, seconds = (float(part or 0) for part in found.groups())
+        return 3600 * hours + 60 * minutes + seconds
+
+
+def begin(display: Display) -> None:
+    planned: Any = SimpleNamespace(stage=SimpleNamespace(name="pairs"), state="run", key="0" * 16)
+    display.begin(planned)
+
+
+def test_the_time_left_leaves_out_the_start_and_what_an_earlier_run_has_done(clock: Clock) -> None:
+    terminal = Terminal()
+    assert terminal.seconds_left() is None
+    clock.now += 100
+    terminal.display.progress("pairs", 500, 1000)
+    assert terminal.seconds_left() is None
+    clock.now += 10
+    terminal.display.progress("pairs", 600, 1000)
+    assert terminal.seconds_left() == pytest.approx(40.0)
+
+
+def test_the_time_left_follows_the_pace_of_the_last_minutes(clock: Clock) -> None:
+    terminal = Terminal()
     done = 1000
     for second in range(800):
         # Half a minute in which workers start, a minute at a hundred a second, the rest at ten.
         done += 0 if second < 30 else 100 if second < 90 else 10
-        state.update(done, 100_000, {})
+        terminal.display.progress("pairs", done, 100_000)
         if second == 60:
-            assert state.eta_s == pytest.approx((100_000 - done) / 100, rel=0.05)
-        now[0] += 1
-    assert state.eta_s == pytest.approx((100_000 - done) / 10, rel=0.05)
+            assert terminal.seconds_left() == pytest.approx((100_000 - done) / 100, rel=0.05)
+        clock.now += 1
+    assert terminal.seconds_left() == pytest.approx((100_000 - done) / 10, rel=0.05)
 
 
 FACTS = {"rows/s": "1,234", "MB/s": "45.6", "ok": "83.1 %", "filtered:aesthetic_score": "11.2 %", "http_404": "3.3 %"}
 
 
-def watched(display: Display, monkeypatch: pytest.MonkeyPatch, facts: dict[str, str]) -> None:
+def watch(display: Display, clock: Clock, facts: dict[str, str]) -> None:
     """Half a minute of a stage that does ten rows a second."""
-    now = [1000.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    planned: Any = SimpleNamespace(stage=SimpleNamespace(name="pairs"), state="run", key="0" * 16)
-    display.begin(planned)
     for second in range(1, 31):
-        now[0] += 1
+        clock.now += 1
         display.progress("pairs", 10 * second, 413_871_000, **facts)
 
 
-def test_a_terminal_of_a_hundred_columns_shows_it_all_on_lines_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = io.StringIO()
-    console = Console(file=stream, width=100, force_terminal=True, color_system=None)
-    display = Display(console)
-    watched(display, monkeypatch, FACTS | {"connection_error": "1.2 %", "not_an_image": "0.8 %"})
-    console.print(display._draw())
-    lines = stream.getvalue().splitlines()
+def test_a_terminal_of_a_hundred_columns_shows_it_all_on_lines_that_fit(clock: Clock) -> None:
+    terminal = Terminal()
+    watch(terminal.display, clock, FACTS | {"connection_error": "1.2 %", "not_an_image": "0.8 %"})
+    lines = terminal.lines()
     assert len(lines) == 7, "a line a stage, and one of facts"
     assert max(map(len, lines)) <= 100
     assert "300/413,871,000  11496 h 24 min left" in lines[0]
@@ -69,9 +97,11 @@ def test_a_terminal_of_a_hundred_columns_shows_it_all_on_lines_that_fit(monkeypa
     assert lines[-1].rstrip().endswith("…")
 
 
-def test_a_log_gets_a_line_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_gets_a_line_a_while(clock: Clock) -> None:
     stream = io.StringIO()
-    watched(Display(Console(file=stream, width=300)), monkeypatch, FACTS)
+    display = Display(Console(file=stream, width=300))
+    begin(display)
+    watch(display, clock, FACTS)
     lines = stream.getvalue().splitlines()[1:]
     assert len(lines) == 2
     assert lines[0].startswith(
@@ -104,11 +134,8 @@ def test_the_rate_counts_what_was_worked_on_and_not_the_samples_that_came_of_it(
     ]
 
 
-def test_a_terminal_shows_the_loss_so_far() -> None:
-    stream = io.StringIO()
-    planned: Any = SimpleNamespace(stage=SimpleNamespace(name="diffusion"), state="run", key="0" * 16)
-    with Display(Console(file=stream, width=100, force_terminal=True, color_system=None)) as display:
-        display.begin(planned)
-        for step, loss in enumerate(("1.0", "0.5", "nan", "0.0"), start=1):
-            display.progress("diffusion", step, 4, loss=loss)
-    assert "loss 1.0000 █▄▁ 0.0000" in stream.getvalue()
+def test_the_sparkline_falls_with_the_loss(clock: Clock) -> None:
+    terminal = Terminal()
+    for step, loss in enumerate(["1.0", "0.75", "0.5", "nan", "0.25", "0.0"]):
+        terminal.display.progress("pairs", step, 6, loss=loss)
+    assert terminal.lines()[-1].split() == ["loss", "1.0000", "█▆▄▂▁", "0.0000"]

@@ -263,7 +263,11 @@ def test_artifacts_without_details_do_not_break_the_page(tmp_path: Path) -> None
     root = Storage(str(tmp_path))
     names = ("pairs", "autoencoder", "latents", "diffusion", "evaluate", "export")
     bare = {name: finish(root, name, {}, {}) for name in names}
-    Page(build_report(root, RECIPE, rows(bare), bare))
+    page = Page(build_report(root, RECIPE, rows(bare), bare))
+    text = " ".join(" ".join(page.texts).split())
+    for title in ("Image–text pairs", "Autoencoder", "Latents", "Diffusion", "Evaluation", "Export"):
+        assert title in page.texts, title
+    assert not re.search(r"\b(None|nan|undefined)\b", text)
 
 
 def test_large_pictures_become_webp(tmp_path: Path) -> None:

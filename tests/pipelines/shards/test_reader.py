@@ -1,6 +1,7 @@
 """Random access to samples, local and remote; damage is named, never read."""
 
 import os
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,19 +57,20 @@ def test_more_shards_than_open_files_are_read_from_many_threads(storage: Storage
     reader.close()
 
 
-def test_fetched_shards_stay_within_their_bound_and_go_at_the_end() -> None:
+def test_fetched_shards_stay_within_their_bound_and_go_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     storage = Storage("memory://bounded")
     records = write(storage, (4,) * 8)
     reader = ShardReader(storage, records, cache_bytes=2 * records[0].bytes)
     for shard in range(8):
         reader.fetch_ahead([shard])
         reader.read(shard, 0)
-        assert reader._cache is not None
-        kept = sum(file.stat().st_size for file in Path(reader._cache.name).iterdir())
-        assert kept <= 3 * records[0].bytes
-    folder = Path(reader._cache.name)
+        kept = sum(file.stat().st_size for file in tmp_path.rglob("*.tar"))
+        assert records[0].bytes <= kept <= 3 * records[0].bytes
     reader.close()
-    assert not folder.exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

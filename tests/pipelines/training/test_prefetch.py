@@ -38,7 +38,9 @@ def test_a_mistake_is_raised_where_its_result_is_asked_for() -> None:
 
 
 def test_closing_stops_the_thread_though_its_queue_is_full() -> None:
+    others = set(threading.enumerate())
     prefetcher = Prefetcher(lambda index: index, 0, 10**9, depth=1)
     prefetcher.next()
+    assert len(set(threading.enumerate()) - others) == 1
     prefetcher.close()
-    assert not prefetcher._thread.is_alive()
+    assert set(threading.enumerate()) <= others

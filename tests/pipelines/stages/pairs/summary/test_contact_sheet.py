@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.errors import UserError
@@ -24,6 +25,8 @@ from tests.pipelines.store.s3 import BUCKET, S3
 from tests.tiny_artifacts import first_stage_artifact, pairs_artifact
 
 GAP = 4
+# What is beside a picture of another shape, and what stands for a picture that cannot be decoded.
+GREY, RED = (238, 238, 238), (200, 120, 120)
 
 
 def noise_tar(storage: Storage, name: str, samples: int, size: int) -> Tar:
@@ -50,6 +53,16 @@ def plain_tar(path: Path, members: dict[str, bytes], format: int = tarfile.PAX_F
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return path
+
+
+def cells_of_sheet(tar: Path) -> list[NDArray[np.int64]]:
+    """The pictures of a tar's contact sheet of one line, each (CELL_PIXELS, CELL_PIXELS, 3)."""
+    target = tar.with_suffix(".sheet.png")
+    write_contact_sheet(str(tar), target)
+    sheet = np.asarray(Image.open(target)).astype(int)
+    starts = range(GAP, sheet.shape[1] - GAP, CELL_PIXELS + GAP)
+    assert sheet.shape[1] == len(starts) * (CELL_PIXELS + GAP) + GAP
+    return [sheet[GAP : GAP + CELL_PIXELS, start : start + CELL_PIXELS] for start in starts]
 
 
 def test_samples_are_whole_spread_and_always_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,24 +118,22 @@ def test_tars_of_other_people_are_drawn(tmp_path: Path, format: int) -> None:
         },
         format,
     )
-    target = tmp_path / "sheet.png"
-    write_contact_sheet(str(path), target)
-    sheet = np.asarray(Image.open(target)).astype(int)
-    assert sheet.shape[1] == 3 * (CELL_PIXELS + GAP) + GAP
-    wide, broken, tall = (
-        sheet[GAP : GAP + CELL_PIXELS, GAP + i * (CELL_PIXELS + GAP) :][:, :CELL_PIXELS] for i in range(3)
-    )
+    wide, broken, tall = cells_of_sheet(path)
     middle = CELL_PIXELS // 2
     assert np.abs(wide[middle, [2, -3]] - (254, 0, 0)).max() < 6
-    assert (wide[2, middle] == contact_sheet._MOUNT).all()
-    assert (broken == contact_sheet._UNREADABLE).all()
+    assert (wide[2, middle] == GREY).all()
+    assert (broken == RED).all()
     assert np.abs(tall[[2, -3], middle] - (0, 255, 0)).max() < 12
-    assert (tall[middle, 2] == contact_sheet._MOUNT).all()
+    assert (tall[middle, 2] == GREY).all()
 
 
-def test_a_picture_of_too_many_pixels_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_of_too_many_pixels_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = {"a.png": encoded((9, 11), "blue"), "b.png": encoded((10, 10), "blue")}
+    path = plain_tar(tmp_path / "large.tar", pictures)
     monkeypatch.setattr(contact_sheet, "MOST_PIXELS", 99)
-    assert (contact_sheet._cell(encoded((10, 10), "blue")) == contact_sheet._UNREADABLE).all()
+    largest, too_large = cells_of_sheet(path)
+    assert (largest[CELL_PIXELS // 2, CELL_PIXELS // 2] == (0, 0, 255)).all()
+    assert (too_large == RED).all()
 
 
 def test_a_contact_sheet_needs_pictures(tmp_path: Path) -> None:

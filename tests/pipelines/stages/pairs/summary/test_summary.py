@@ -136,10 +136,22 @@ def test_hosts_are_told_without_users_passwords_ports_and_cases() -> None:
     assert others[0]["failure"] is None
 
 
-def test_examples_show_no_password_and_no_signature() -> None:
-    row = {"key": "0", "caption": "c", "url": "https://user:p@ss@a.example/x.jpg?X-Amz-Signature=abc"}
-    assert summary._example(row)["url"] == "https://a.example/x.jpg"
-    assert summary._example({"key": "0", "caption": "c", "url": None}) == {"key": "0", "caption": "c"}
+def test_examples_show_no_password_and_no_signature(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    make_table(storage, 0, range(3))
+    secret = "https://user:p@ss@a.example/x.jpg?X-Amz-Signature=abc"
+    changes = {"key": ["0", "1", "2"], "status": ["ok", "ok", "timeout"], "url": [secret, None, secret]}
+    changes |= {"caption": ["a", "b", "c"]}
+    known: dict[str, Any] = {"width": [64] * 3, "height": [64] * 3, "bucket": ["64x64"] * 3}
+    table = pq.read_table(storage.path("000000.parquet"))
+    for name, values in {**changes, **known}.items():
+        column = table.column_names.index(name)
+        table = table.set_column(column, name, pa.array(values, table.schema.field(name).type))
+    write_table(storage, 0, table)
+    details = summarise(storage, [range(1)], image_size=64)
+    shown = {"url": "https://a.example/x.jpg"}
+    assert details["examples"] == [{"key": "0", "caption": "a", **shown}, {"key": "1", "caption": "b"}]
+    assert details["failures"] == {"timeout": {"key": "2", "caption": "c", **shown}}
 
 
 def test_more_hosts_than_are_kept_leave_the_frequent_ones_and_say_so() -> None:
