@@ -98,6 +98,17 @@ def test_a_sparse_file_is_damage_in_a_shard_and_never_read(tmp_path: Path) -> No
     assert samples_of(str(tmp_path / "t.tar"), index_tar(str(tmp_path / "t.tar")), 0, 1)[0].files["jpg"][1] is None
 
 
+def test_a_header_that_promises_more_than_the_tar_holds_is_not_believed(tmp_path: Path) -> None:
+    huge = tarfile.TarInfo("a.jpg")
+    huge.size = 2**60
+    (tmp_path / "t.tar").write_bytes(huge.tobuf(tarfile.GNU_FORMAT) + bytes(4096))
+    with pytest.raises(UserError, match=r"t\.tar is truncated or damaged \(it ends in the middle of a member\)"):
+        list(read_shard(tmp_path / "t.tar"))
+    assert verify_shard(str(tmp_path / "t.tar")).problems == [
+        "t.tar: truncated or damaged after 0 samples (it ends in the middle of a member)"
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

@@ -2,12 +2,14 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from pipelines.store import remembered
 from pipelines.store.location import Location
 from pipelines.store.remembered import remember_by_stamp
 
@@ -53,14 +55,16 @@ def test_a_file_of_another_size_time_or_inode_is_read_again(tmp_path: Path) -> N
     assert len(calls) == 4
 
 
-def test_a_file_written_a_moment_ago_is_not_trusted(tmp_path: Path) -> None:
+def test_a_file_written_a_moment_ago_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A moment that even a slow machine does not miss.
+    monkeypatch.setattr(remembered, "_FRESH_S", 600)
     read, calls = counted()
-    path, location = tmp_path / "a", Location.of(str(tmp_path / "a"))
+    path, now = tmp_path / "a", time.time_ns()
     for data in (b"1", b"2", b"3"):
         path.write_bytes(data)
         # As if the clock of the file system had not ticked in between.
-        os.utime(path)
-        assert read(location) == data
+        os.utime(path, ns=(now, now))
+        assert read(Location.of(str(path))) == data
     assert len(calls) == 3
 
 
