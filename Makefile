@@ -8,7 +8,7 @@ demo: .venv/ready
 	$(BIN)/ldm demo
 
 test: .venv/ready
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -n 2 $(PYTEST_ARGS)
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .
