@@ -11,6 +11,9 @@ import ray.exceptions
 
 M = TypeVar("M")
 
+# The driver has other work to do than to wait for an actor that does not answer.
+ANSWER_S = 5.0
+
 
 class Mailbox(Generic[M]):
     """Messages from workers to the driver, and one order from the driver to the workers.
@@ -34,9 +37,9 @@ class Mailbox(Generic[M]):
         The order may differ from that of sending: Ray promises none for an actor whose methods are coroutines.
         """
         try:
-            messages: list[M] = ray.get(self._actor.take.remote(timeout_s))
-        except ray.exceptions.RayActorError:
-            # The actor has died and is being started again.
+            messages: list[M] = ray.get(self._actor.take.remote(timeout_s), timeout=timeout_s + ANSWER_S)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            # The actor has died and is being started again, or its node cannot be reached.
             time.sleep(timeout_s)
             return []
         return messages

@@ -139,7 +139,8 @@ class _PairsRun:
             # Torch takes seconds and hundreds of megabytes, and most recipes score nothing.
             from pipelines.stages.pairs.publishing.scoring import score_shards
 
-            score_shards(self.config.scoring, self.work, self.assignment.shards, self.context.progress)
+            context = self.context
+            score_shards(self.config.scoring, self.work, self.assignment.shards, context.progress, context.check)
 
     def _publish(self, pending: Sequence[int]) -> None:
         context, config, work = self.context, self.config, self.work

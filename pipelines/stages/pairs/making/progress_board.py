@@ -2,49 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import Counter
-from typing import Any
 
-import ray
+from pipelines.compute.mailbox import Mailbox
 
 POST_EVERY_S = 1.0
 
 
-class _Board:
-    """The Ray actor behind `ProgressBoard`."""
-
-    def __init__(self) -> None:
-        self._counts: dict[str, Counter[str]] = {}
-
-    def post(self, worker: str, counts: Counter[str]) -> None:
-        self._counts[worker] = counts
-
-    def read(self) -> Counter[str]:
-        return sum(self._counts.values(), Counter())
-
-
 class ProgressBoard:
-    """Counts by name, summed over all workers; picklable. The driver makes it, after `ray.init`."""
+    """Counts by name, summed over all workers; picklable. The driver makes it, after `ray.init`, and reads it."""
 
     def __init__(self) -> None:
-        # Restarted wherever it dies: progress is worth a process, but never the run.
-        self._actor: Any = ray.remote(num_cpus=0, max_restarts=-1)(_Board).remote()
+        self._mailbox: Mailbox[tuple[str, Counter[str]]] = Mailbox()
+        self._latest: dict[str, Counter[str]] = {}
 
     def post(self, worker: str, counts: Counter[str]) -> None:
         """Replace the counts of a worker, without waiting."""
-        self._actor.post.remote(worker, counts)
+        self._mailbox.send((worker, counts))
 
-    def read(self, timeout_s: float = 5.0) -> Counter[str]:
-        """Return the sum over all workers; empty while the board's process cannot be reached."""
-        with contextlib.suppress(ray.exceptions.RayError):
-            counts: Counter[str] = ray.get(self._actor.read.remote(), timeout=timeout_s)
-            return counts
-        return Counter()
+    def read(self) -> Counter[str]:
+        """Return the sum over all workers of what has arrived by now."""
+        for worker, counts in self._mailbox.receive(timeout_s=0):
+            # Counts only grow, and may arrive in another order than they were posted.
+            if counts["rows"] >= self._latest.get(worker, Counter())["rows"]:
+                self._latest[worker] = counts
+        return sum(self._latest.values(), Counter())
 
     def close(self) -> None:
-        ray.kill(self._actor)
+        self._mailbox.close()
 
 
 class WorkerCounts:

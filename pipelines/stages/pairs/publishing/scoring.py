@@ -5,7 +5,7 @@ Scores are computed shard by shard on a pool of actors and kept beside the stage
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,13 @@ from pipelines.stages.pairs.shard.staged import StagedShard, scored_shards
 from pipelines.store.storage import Storage
 
 
-def score_shards(scoring: Scoring, work: Storage, shards: Sequence[int], progress: Progress) -> None:
+def score_shards(
+    scoring: Scoring,
+    work: Storage,
+    shards: Sequence[int],
+    progress: Progress,
+    check: Callable[[], None] = lambda: None,
+) -> None:
     """Score every staged shard that has no scores yet.
 
     Args:
@@ -35,13 +41,14 @@ def score_shards(scoring: Scoring, work: Storage, shards: Sequence[int], progres
         work: the folder of staged shards.
         shards: the numbers of all staged shards.
         progress: is told how many of them have scores.
+        check: called after every shard; whatever it raises ends the scoring.
     """
     found = set(scored_shards(work))
     items = [{"shard": shard} for shard in shards if shard not in found]
     size = pool_size(len(items), workers=scoring.workers, use_gpu=scoring.use_gpu)
     arguments = {"scoring": scoring, "work": work, "device": size.device}
     done = len(shards) - len(items)
-    for _ in map_on_actors(items, Scorer, arguments=arguments, size=size):
+    for _ in map_on_actors(items, Scorer, arguments=arguments, size=size, check=check):
         done += 1
         progress(done, len(shards), scored="shards")
 
