@@ -63,6 +63,9 @@ class NoDriver:
     def send(self, message: Any) -> None:
         pass
 
+    def stop_ordered(self) -> None:
+        return None
+
 
 class NoCheckpoints:
     """Training starts at the beginning and is too short to save a checkpoint."""
