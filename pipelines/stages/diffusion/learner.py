@@ -148,7 +148,7 @@ class DiffusionLearner:
         """The whole model around the network in training: it shares the network's weights."""
         model = self.task.model.build(device="meta")
         model.unet, model.conditioner = self.diffusion_network.unet, self.diffusion_network.conditioner
-        model.first_stage = load_first_stage(self.task.autoencoder, self.device)  # type: ignore[assignment]
+        model.first_stage = load_first_stage(self.task.autoencoder, self.device)
         return model
 
     @cached_property
