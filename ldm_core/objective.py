@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ldm_core.configs.objective import LossKind, Parameterization, _check_known, check_parameterization
+from ldm_core.configs.objective import LossKind, Parameterization, check_parameterization, check_parameterization_name
 from ldm_core.schedule import NoiseSchedule
 
 
@@ -32,7 +32,7 @@ def target(parameterization: Parameterization, schedule: NoiseSchedule, z0: Tens
     Raises:
         ValueError: for an unknown parameterization.
     """
-    _check_known(parameterization)
+    check_parameterization_name(parameterization)
     if parameterization == "eps":
         return noise
     if parameterization == "x0":
@@ -45,7 +45,7 @@ def to_eps(
     parameterization: Parameterization, schedule: NoiseSchedule, prediction: Tensor, z_t: Tensor, t: Tensor
 ) -> Tensor:
     """Return the noise that a prediction at (z_t, t) implies, of z_t's shape. Raises ValueError as `target` does."""
-    _check_known(parameterization)
+    check_parameterization_name(parameterization)
     if parameterization == "eps":
         return prediction
     signal, sigma = schedule.levels(t, like=z_t)
@@ -59,7 +59,7 @@ def to_x0(
     parameterization: Parameterization, schedule: NoiseSchedule, prediction: Tensor, z_t: Tensor, t: Tensor
 ) -> Tensor:
     """Return the clean latent that a prediction at (z_t, t) implies. Raises ValueError as `target` does."""
-    _check_known(parameterization)
+    check_parameterization_name(parameterization)
     if parameterization == "x0":
         return prediction
     signal, sigma = schedule.levels(t, like=z_t)

@@ -129,7 +129,8 @@ def _shuffled(buffer: int, seed: int | None) -> Any:
 
 
 def _read(storage: Storage, shards: Iterable[dict[str, str]]) -> Iterator[Sample]:
-    """The samples of the shards, each a dict of encoded files. webdataset's own reader takes a cut tar for its end."""
+    """Yield the samples of the shards, each a dict of encoded files."""
+    # By our reader: webdataset's own takes the place where a tar was cut for its end.
     for shard in shards:
         with storage.open(shard["url"]) as file:
             for sample in read_shard(file):

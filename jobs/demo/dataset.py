@@ -89,7 +89,7 @@ class Row:
 
 @dataclass(frozen=True)
 class DemoData:
-    """Where the demo's data lie.
+    """The places of the demo's data.
 
     Attributes:
         web: the folder to serve.

@@ -138,7 +138,7 @@ class Tokenizer:
 
     @property
     def is_wordpiece(self) -> bool:
-        """Whether this is BERT's WordPiece, which its vocabulary describes completely."""
+        """True for BERT's WordPiece, which its vocabulary describes completely."""
         return self.vocabulary is not None
 
     @property

@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import ray.data
+
 T = TypeVar("T")
 
 # `for_each`, or what stands in for it where there is no cluster: the built-in `map`.
@@ -32,9 +34,8 @@ def for_each(function: Callable[[int], Any], items: Sequence[int]) -> Iterator[A
     if len(items) <= 1:
         yield from map(function, items)
         return
-    # Most users of this module only want `chunks`: `ldm inspect` must not wait seconds for Ray.
-    import ray.data
 
+    # Most users of this module only want `chunks`: `ldm inspect` must not wait seconds for Ray.
     def call(row: dict[str, Any]) -> dict[str, Any]:
         # Rows of Ray Data are dicts of Arrow values; JSON keeps nested results as they were returned.
         return {"position": row["position"], "result": json.dumps(function(row["item"]))}

@@ -7,20 +7,20 @@ import io
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from xml.etree import ElementTree
 
+import matplotlib
 import numpy as np
 from markupsafe import Markup
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, ScalarFormatter, StrMethodFormatter
 from numpy.typing import ArrayLike, NDArray
 
 from pipelines.drawing.printable import printable
 
 # matplotlib is imported where a chart is drawn: stages declare their section of the report, and `ldm --help` and
 # `ldm plan`, which load these declarations, need not wait half a second for it.
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 Floats = NDArray[np.float64]
 
 WIDE, NARROW = (880, 260), (420, 230)  # width and height in pixels
@@ -73,8 +73,6 @@ def loss_chart(steps: ArrayLike, losses: ArrayLike) -> Markup:
     Returns:
         An `<svg>` element; nothing for fewer than two finite values.
     """
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, ScalarFormatter, StrMethodFormatter
-
     xs, ys = np.asarray(steps, np.float64), np.asarray(losses, np.float64)
     drawable = (np.abs(xs) < LARGEST_VALUE) & (np.abs(ys) < LARGEST_VALUE)  # False for NaN
     xs, ys = xs[drawable], ys[drawable]
@@ -116,8 +114,6 @@ def histogram(edges: Sequence[float], counts: Sequence[int], label: str) -> Mark
     Returns:
         An `<svg>` element; nothing if all bins are empty.
     """
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
-
     filled = [index for index, count in enumerate(counts) if count]
     if not filled:
         return Markup("")
@@ -160,8 +156,6 @@ def _thinned(xs: Floats, ys: Floats) -> tuple[Floats, Floats]:
 @contextlib.contextmanager
 def _style() -> Iterator[None]:
     """Draw in our style, whatever matplotlibrc this machine has; the process's own settings come back afterwards."""
-    import matplotlib
-
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
@@ -170,8 +164,6 @@ def _style() -> Iterator[None]:
 
 def _figure(size: tuple[int, int]) -> Figure:
     # Not pyplot's, which keeps every figure alive and picks a backend for the screen.
-    from matplotlib.figure import Figure
-
     return Figure(figsize=(size[0] / PIXELS_PER_INCH, size[1] / PIXELS_PER_INCH), layout="constrained")
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import BinaryIO
 
+from PIL import Image
+
 from pipelines.errors import UserError
 from pipelines.shards.format import decode_npy
 from pipelines.shards.samples import contents, samples
@@ -163,8 +165,6 @@ def _damage(extension: str, data: bytes) -> str | None:
 
 
 def _check_image(data: bytes) -> None:
-    from PIL import Image
-
     with Image.open(io.BytesIO(data)) as image:
         image.verify()
 

@@ -1,4 +1,4 @@
-"""What stages that have not run yet will come to: rows and bytes by the stages' own arithmetic, time from earlier runs
+"""Estimates for stages that have not run yet: rows and bytes by the stages' own arithmetic, time from earlier runs
 under the same root.
 """
 

@@ -25,7 +25,7 @@ State = Literal["cached", "resumed", "retried", "run", "skipped"]
 
 @dataclass(frozen=True)
 class Selection:
-    """Which stages a command is about: `only` one, or a range, and which to run again although they are cached."""
+    """The stages that a command is about: `only` one, or a range; and those to run again although they are cached."""
 
     only: str | None = None
     first: str | None = None
@@ -85,7 +85,7 @@ class PlannedStage:
 
     @property
     def reference(self) -> str:
-        """What the keys of later stages hash: the key, and a counter of additions if there were any."""
+        """The key, and a counter of additions if there were any: the keys of later stages hash it."""
         return self.artifact.reference if self.artifact else self.key
 
 

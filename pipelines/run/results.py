@@ -1,4 +1,4 @@
-"""What a run reports: rows of the stage table, the result, and the observer that is told of both."""
+"""Results of a run: rows of the stage table, the result, and the observer that is told of both."""
 
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ class StageRow:
 
 @dataclass
 class RunResult:
-    """What a pipeline run leaves behind."""
+    """The artifacts, the report and the table that a pipeline run leaves behind."""
 
     root: str
     rows: list[StageRow]

@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Purpose(IntEnum):
-    """What numbers are drawn for; purposes never share numbers."""
+    """The purpose that numbers are drawn for; purposes never share numbers."""
 
     SHARD_ORDER = 1
     SAMPLE_ORDER = 2

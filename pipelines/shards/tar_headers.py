@@ -31,8 +31,8 @@ class Member(NamedTuple):
     Attributes:
         name: its path in the tar.
         header: offset of its first header.
-        offset: of its bytes.
-        size: of its bytes; None if they do not stand there as they are (sparse files).
+        offset: offset of its bytes.
+        size: number of its bytes; None if they do not stand there as they are (sparse files).
         is_file: whether it is a regular file, not a folder, link or device.
     """
 
@@ -44,7 +44,7 @@ class Member(NamedTuple):
 
 
 class Bytes(Protocol):
-    """Where a tar's bytes come from."""
+    """A source of a tar's bytes."""
 
     size: int
 
@@ -79,7 +79,7 @@ def members(tar: Bytes, offset: int = 0) -> Iterator[Member]:
 
     Args:
         tar: the bytes.
-        offset: of a member's first header.
+        offset: where a member's first header begins.
 
     Raises:
         TarError: truncated, damaged or not a tar; also if the mark at the end of the archive is missing.

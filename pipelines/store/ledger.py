@@ -213,7 +213,7 @@ class ArtifactWriter:
         Args:
             name: the file's path in the artifact's folder.
             rows: samples in the file.
-            sha256: of its contents, if the caller has computed it; else the file is read once more.
+            sha256: digest of its contents, if the caller has computed it; else the file is read once more.
 
         Raises:
             UserError: the file is missing.
@@ -274,7 +274,7 @@ class ArtifactWriter:
         """Write the manifest over every committed file: from now on the artifact is finished.
 
         Args:
-            format_version: of the stage's files.
+            format_version: version of the stage's files.
             config: the stage's section of the recipe.
             identity: what the key is the hash of.
             upstream: keys of the artifacts it was made from, by stage.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Message:
-    """What happened at one step.
+    """The report of one step.
 
     Attributes:
         step: optimiser steps done.

@@ -104,7 +104,7 @@ def commit_first_stage(
     """Commit weights, configuration and the grid of reconstructions.
 
     Args:
-        writer: of the stage's artifact.
+        writer: writes the stage's artifact.
         first_stage: the trained or imported first stage.
         test: pictures that reconstructions are drawn and measured on.
         device: where to reconstruct them.

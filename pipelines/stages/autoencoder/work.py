@@ -68,7 +68,7 @@ def _import(context: StageContext[AutoencoderConfig], config: AutoencoderConfig)
 
 
 def _checked_reader(context: StageContext[AutoencoderConfig], config: AutoencoderConfig) -> Any:
-    """A reader of the pairs, whole and of a size that the model takes; mistakes end here, before any worker starts."""
+    """Open the pairs, and refuse damaged ones and sizes that the model does not take before any worker starts."""
     reader = open_pairs(context.upstream["pairs"])
     reader.check_sizes()
     first = next(shard for shard, rows in enumerate(reader.rows_per_shard) if rows)

@@ -31,7 +31,7 @@ class TextConfig(Config):
 
 
 class SamplingConfig(Config):
-    """How pictures are sampled with classifier-free guidance; only DDIM has an `eta`."""
+    """Sampling of pictures with classifier-free guidance; only DDIM has an `eta`."""
 
     sampler: Literal["ddim", "plms", "dpm_solver_pp_2m", "unipc"] = "ddim"
     num_steps: int = Field(50, ge=1)

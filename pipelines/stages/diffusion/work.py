@@ -42,7 +42,7 @@ def run(context: StageContext[DiffusionConfig]) -> dict[str, Any]:
 
 
 def model_config(config: DiffusionConfig, latents: Artifact, autoencoder: Artifact) -> LatentDiffusionConfig:
-    """The whole model: what the recipe says, with what the latents fix (vocabulary, caption length, scale)."""
+    """Return the whole model's configuration: the recipe's, with the vocabulary, length and scale of the latents."""
     first_stage = first_stage_config(autoencoder)
     facts = latents.details
     if facts["encoder_sha256"] != autoencoder.details["encoder_sha256"]:

@@ -53,13 +53,13 @@ def run(context: StageContext[EvaluateConfig]) -> dict[str, Any]:
 
 
 def prompt_grid(prompts: list[Prompt], images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The first pictures with their prompts, as one picture."""
+    """Draw the first pictures with their prompts as one picture."""
     shown = prompts[:GRID_PICTURES]
     return grid(images[: len(shown)], GRID_COLUMNS, [prompt.text for prompt in shown], scale=_scale(images.shape[2]))
 
 
 def training_grid(training: list[TrainingPair], sampled: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Rows of real pictures, each above the row of what their captions give."""
+    """Draw rows of real pictures, each above the row of what their captions give."""
     size = (sampled.shape[2], sampled.shape[1])
     real = np.stack([np.asarray(Image.fromarray(pair.image).resize(size)) for pair in training])
     columns = min(GRID_COLUMNS, len(training))

@@ -41,7 +41,7 @@ class Pictures:
     """Decoded pictures by (shard, row), kept in memory as long as they fit. Safe to use from several threads.
 
     Args:
-        reader: of the pairs' shards.
+        reader: reads the pairs' shards.
         cache_bytes: memory for decoded pictures; the first ones stay, as an epoch comes back to all of them alike.
     """
 

@@ -23,7 +23,7 @@ class Columns(Config):
 
 
 class Download(Config):
-    """How pictures are fetched over HTTP. Numbers of connections are for one worker process, of which each CPU has one.
+    """Downloads of pictures over HTTP. Numbers of connections are for one worker process, of which each CPU has one.
 
     Args:
         connect_to: sends requests for a host to another address, like curl's option of that name:

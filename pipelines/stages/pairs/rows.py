@@ -63,7 +63,7 @@ class Source(Protocol):
 
     @property
     def downloads(self) -> bool:
-        """Whether pictures are behind URLs."""
+        """True if pictures are behind URLs."""
         ...
 
     def read(self, start: int, stop: int) -> list[Row]:

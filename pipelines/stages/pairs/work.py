@@ -84,7 +84,7 @@ class _PairsRun:
 
     @property
     def stages_shards(self) -> bool:
-        """Whether a shard can only be published once all others are known."""
+        """True if a shard can only be published once all others are known."""
         return self.config.deduplicate or self.config.scoring is not None
 
     def run(self) -> None:
@@ -102,7 +102,7 @@ class _PairsRun:
         self.context.writer.storage.remove(WORK)
 
     def _files(self, shard: int) -> set[str]:
-        """The files that every committed shard has; with buckets the tars differ, and the parquet stands for them."""
+        """Return the files that every committed shard has; with buckets, tars differ and the parquet stands for them."""
         return {table_name(shard), *([] if self.config.resize == "buckets" else [tar_name(shard)])}
 
     def _make(self, shards: Sequence[int]) -> None:

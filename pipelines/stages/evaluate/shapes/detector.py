@@ -55,7 +55,7 @@ class AlignmentItem:
 
 @dataclass(frozen=True)
 class AlignmentReport:
-    """How often pictures show what was asked for.
+    """Shares of pictures that show what was asked for.
 
     Attributes:
         accuracy: share of pictures with the right colour and the right shape, 0 to 1.

@@ -37,7 +37,7 @@ class Picture:
         data: the encoded bytes.
         width, height: pixels, as stored.
         original_width, original_height: pixels of the source picture, upright.
-        format: of the source picture, as Pillow names formats.
+        format: format of the source picture, by Pillow's name.
         bucket: `WIDTHxHEIGHT` with `resize: buckets`, otherwise None.
         phash: perceptual hash of 64 bits, signed, if near duplicates are looked for; None for pictures that are nearly
             flat.

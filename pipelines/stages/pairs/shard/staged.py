@@ -123,7 +123,7 @@ class StagedShard:
 
     @functools.cached_property
     def table(self) -> pa.Table:
-        """The whole table."""
+        """Read the whole table."""
         return self.read_columns(None)
 
     def read_columns(self, columns: list[str] | None) -> pa.Table:

@@ -1,1 +1,1 @@
-"""Where pairs come from: tables, folders, tars, on local disks or remote stores."""
+"""Sources of pairs: tables, folders, tars, on local disks or remote stores."""

@@ -8,7 +8,9 @@ import posixpath
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, overload
+from typing import overload
+
+import pyarrow as pa
 
 from pipelines.errors import UserError
 from pipelines.stages.pairs.pictures.formats import IN_FOLDERS
@@ -17,9 +19,6 @@ from pipelines.stages.pairs.sources.files import read_file
 from pipelines.stages.pairs.sources.fingerprint import digest_files
 from pipelines.store.location import Location
 from pipelines.store.threads import map_in_threads
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 PICTURE_SUFFIXES = tuple(f".{extension}" for extension in IN_FOLDERS)
 MAX_CAPTION_BYTES = 2**24
@@ -77,8 +76,6 @@ class FolderSource:
 
     @property
     def extra_types(self) -> Mapping[str, pa.DataType]:
-        import pyarrow as pa
-
         return {"file": pa.string()}
 
     def digest(self) -> str:

@@ -9,16 +9,15 @@ import threading
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipelines.errors import UserError
 from pipelines.store.failures import readable
 from pipelines.store.location import Location
 from pipelines.store.remembered import remember_by_stamp
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
 
 _BATCH_ROWS = 1024
 _BATCH_BYTES = 2 * 2**20
@@ -32,9 +31,6 @@ _FOOTER_GUESS_BYTES = 2**16
 
 def read_footer(url: str) -> tuple[int, dict[str, pa.DataType | None]]:
     """Return the number of rows, and every column's type as it is carried over: None for nested and binary ones."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     with readable(url):
         try:
             file = Location.of(url)
@@ -54,8 +50,6 @@ def _footer(file: Location) -> bytes:
 
 
 def _carried_type(kind: pa.DataType) -> pa.DataType | None:
-    import pyarrow as pa
-
     if pa.types.is_uint64(kind) or pa.types.is_boolean(kind):
         return kind
     if pa.types.is_integer(kind):
@@ -155,8 +149,6 @@ def _overlap(begin: int, batch: pa.RecordBatch, start: int, stop: int) -> pa.Rec
 
 
 def _open(location: Location) -> pq.ParquetFile:
-    import pyarrow.parquet as pq
-
     file = location.path if location.is_local else location.open_by_ranges()
     return pq.ParquetFile(file, pre_buffer=False, buffer_size=_COLUMN_BUFFER_BYTES)
 
@@ -183,8 +175,6 @@ def _cells(column: pa.Array) -> list[Any]:
 
 
 def _cell(scalar: pa.Scalar) -> Any:
-    import pyarrow as pa
-
     try:
         return scalar.as_py()
     except UnicodeDecodeError:
@@ -200,8 +190,6 @@ def _cell(scalar: pa.Scalar) -> Any:
 
 @contextlib.contextmanager
 def _explained(url: str) -> Iterator[None]:
-    import pyarrow as pa
-
     with readable(url):
         try:
             yield

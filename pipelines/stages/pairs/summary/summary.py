@@ -46,7 +46,7 @@ def summarise(storage: Storage, runs: Sequence[range], *, image_size: int, for_e
     Args:
         storage: the artifact's folder.
         runs: the shards of the first run and of each retry, whose statuses replace earlier ones.
-        image_size: of the stored pictures, in pixels.
+        image_size: size of the stored pictures, in pixels.
         for_each: maps a function over a range of numbers, somewhere, with the results in order. There is a number for
             every SHARDS_PER_TASK shards.
     """

@@ -25,7 +25,7 @@ _HISTOGRAMS = {
 
 
 def view(facts: Mapping[str, Any]) -> RenderableType:
-    """What `inspect_path` says of a pairs artifact, finished or not, for people."""
+    """Lay out for people what `inspect_path` says of a pairs artifact, finished or not."""
     details = facts["details"]
     parts: list[RenderableType] = [Text(line) for line in _heading(facts)]
     if statuses := details.get("statuses"):
@@ -125,6 +125,6 @@ def _cut(text: str, most: int) -> Text:
 
 
 def _bar(share: float) -> str:
-    """A bar as long as the share, to an eighth of a character; anything at all is seen."""
+    """Draw a bar as long as the share, to an eighth of a character; anything at all is seen."""
     eighths = max(round(8 * BAR_CHARACTERS * share), 1 if share > 0 else 0)
     return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()

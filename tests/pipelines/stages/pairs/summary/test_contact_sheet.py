@@ -30,7 +30,7 @@ GREY, RED = (238, 238, 238), (200, 120, 120)
 
 
 def noise_tar(storage: Storage, name: str, samples: int, size: int) -> Tar:
-    """A tar of samples of so many random bytes each."""
+    """Write a tar of samples of random bytes, each of the given size."""
     draw = random.Random(name)
     with storage.writer(name) as path:
         write_shard(
