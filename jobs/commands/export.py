@@ -42,7 +42,8 @@ def export(checkpoint: str, folder: str, layout: str, max_shard_gib: float, as_j
     """
     # Import torch, which takes seconds that `ldm export --help` should not cost.
     from ldm_core.checkpoint import new_folder
-    from pipelines.stages.diffusion.find_model import find_model, local_folder
+    from pipelines.stages.diffusion.find_model import find_model
+    from pipelines.stages.diffusion.model_folder import local_folder
 
     if "://" in folder:
         raise UserError(f"FOLDER must be on this machine, got {folder}: export here, then copy it there")

@@ -28,7 +28,7 @@ def load_model(artifact: Artifact, device: Any = "cpu") -> tuple[LatentDiffusion
         UserError: the artifact is another stage's, of another format version, or damaged.
     """
     # The stage's declaration imports this module for the names above, and must not wait for torch.
-    from pipelines.stages.diffusion.find_model import load_folder
+    from pipelines.stages.diffusion.model_folder import load_folder
 
     artifact.require(STAGE_NAME, FORMAT_VERSION)
     return load_folder(artifact.storage / FOLDER, device)

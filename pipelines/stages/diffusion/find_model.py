@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import fnmatch
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
 import torch
 
-from ldm_core import checkpoint
 from ldm_core.latent_diffusion import LatentDiffusion
-from ldm_core.model_files import MODEL_FILES, WEIGHTS_FILE, WEIGHTS_INDEX_FILE
+from ldm_core.model_files import WEIGHTS_FILE, WEIGHTS_INDEX_FILE
 from ldm_core.tokenizers.tokenizer import Tokenizer
 from pipelines.errors import UserError
 from pipelines.stages.diffusion.artifact import FOLDER, STAGE_NAME
+from pipelines.stages.diffusion.model_folder import load_folder
 from pipelines.store.ledger import MANIFEST, Ledger
 from pipelines.store.storage import Storage
 
@@ -64,25 +57,3 @@ def open_model(place: str, device: str | None = None) -> tuple[LatentDiffusion, 
     """
     folder = find_model(place)
     return *load_folder(folder, device or ("cuda" if torch.cuda.is_available() else "cpu")), folder.url
-
-
-def load_folder(folder: Storage, device: Any) -> tuple[LatentDiffusion, Tokenizer]:
-    """Load the model in a folder, in evaluation mode, and its tokenizer. Raises as `open_model`."""
-    try:
-        with local_folder(folder) as local:
-            return checkpoint.load(local, device=torch.device(device)), checkpoint.load_tokenizer(local)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        raise UserError(f"cannot load the model in {folder.url}: {' '.join(str(error).split())[:400]}") from error
-
-
-@contextlib.contextmanager
-def local_folder(folder: Storage) -> Iterator[Path]:
-    """Yield a local folder with a model's files: the folder itself, or a download that is deleted afterwards."""
-    if folder.is_local:
-        yield Path(folder.path())
-        return
-    with tempfile.TemporaryDirectory(prefix="ldm-") as scratch:
-        for name in folder.names():
-            if any(fnmatch.fnmatch(name, pattern) for pattern in MODEL_FILES):
-                folder.download(name, Path(scratch) / name)
-        yield Path(scratch)

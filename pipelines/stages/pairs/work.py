@@ -102,7 +102,7 @@ class _PairsRun:
         self.context.writer.storage.remove(WORK)
 
     def _files(self, shard: int) -> set[str]:
-        """Return the files that every committed shard has; with buckets, tars differ and the parquet stands for them."""
+        """Return the files that every committed shard has; with buckets the tars differ: its table stands for them."""
         return {table_name(shard), *([] if self.config.resize == "buckets" else [tar_name(shard)])}
 
     def _make(self, shards: Sequence[int]) -> None:
