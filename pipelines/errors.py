@@ -49,7 +49,7 @@ def explain(error: BaseException) -> UserError | None:
 
 
 def _inner(error: BaseException) -> list[BaseException]:
-    """Return the exceptions that one was raised for, the most telling first."""
+    """Return the causes of an exception, the most informative first."""
     # Ray Train: the failures of the workers by rank, that of its controller, a worker's exception with its traceback.
     failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
     wrapped = [getattr(error, name, None) for name in ("controller_failure", "_base_exc")]

@@ -1,4 +1,4 @@
-"""The contract between a stage and whoever runs it.
+"""The interface between a stage and the pipeline that runs it.
 
 A stage is a function from its section of the recipe and finished upstream artifacts to one artifact. It says all about
 itself here: the walk, the plan, the report, `ldm inspect` and `ldm submit` loop over stages and know none by name. A
@@ -64,7 +64,7 @@ class StageContext(Generic[ConfigT]):
 
 @dataclass(frozen=True)
 class Estimate:
-    """Rows, bytes and seconds that a stage comes to; None for what is unknown."""
+    """Estimated rows, bytes and seconds of a stage; None if unknown."""
 
     rows: int | None = None
     bytes: int | None = None
@@ -130,7 +130,7 @@ class Stage(Generic[ConfigT]):
         local_inputs: dotted fields of its config that may name files of the submitting machine.
         logs: committed files, or folders ending in "/", whose contents depend on how often something is logged; they
             do not count when two artifacts are compared.
-        outputs: files that a person opens, by what they are called.
+        outputs: files that a person opens, by display name.
         survey: facts of an artifact that is not finished yet, for `ldm inspect`.
         view: facts of an artifact, as `ldm inspect` gives them, for a terminal; None shows them as they are.
         contact_sheet: random samples with their captions as one picture, from an artifact's folder or (by file name)

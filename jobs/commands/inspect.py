@@ -9,7 +9,7 @@ from rich.console import Console
 
 from jobs.console import console, emit_json, json_option
 from pipelines.drawing.printable import printable
-from pipelines.looking.inspect import inspect_path, view, write_contact_sheet
+from pipelines.inspection.inspect import inspect_path, view, write_contact_sheet
 
 
 @click.command()

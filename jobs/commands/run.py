@@ -73,7 +73,6 @@ def result_json(result: RunResult) -> dict[str, Any]:
         "tracking_uri": result.tracking_uri,
         "run_id": result.run_id,
         "report": result.report,
-        "checkpoint": None,
         **_outputs(result),
     }
 

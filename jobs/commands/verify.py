@@ -7,7 +7,7 @@ import click
 from jobs.console import console, emit_json, json_option
 from pipelines.drawing.formatting import format_bytes
 from pipelines.errors import UserError
-from pipelines.looking.verify import verify_path
+from pipelines.inspection.verify import verify_path
 
 
 @click.command()

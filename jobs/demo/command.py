@@ -41,7 +41,7 @@ def demo(
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Run the whole pipeline, from a table of URLs to a text-to-image model, in about ten minutes on two cores.
+    """Run the whole pipeline, from a table of URLs to a text-to-image model.
 
     Renders captioned pictures of coloured shapes, serves them over HTTP on this machine together with what the real
     web serves (404s, truncated files, duplicates, …), and runs every stage on them. Called again, everything is

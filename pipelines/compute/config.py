@@ -4,7 +4,7 @@ from pipelines.config import Config, runtime
 
 
 class ClusterConfig(Config):
-    """The Ray cluster that the work runs on.
+    """The Ray cluster to connect to, or to start.
 
     Args:
         address: address of a running cluster (`auto`, `10.0.0.1:6379`, `ray://…`). None takes RAY_ADDRESS, which a

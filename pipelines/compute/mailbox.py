@@ -38,8 +38,8 @@ class Mailbox(Generic[M]):
         """
         try:
             messages: list[M] = ray.get(self._actor.take.remote(timeout_s), timeout=timeout_s + ANSWER_S)
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
-            # The actor has died and is being started again, or its node cannot be reached.
+        except ray.exceptions.RayError:
+            # The actor has died and is being started again, or its node, or the answer, is gone.
             time.sleep(timeout_s)
             return []
         return messages

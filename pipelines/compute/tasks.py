@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
-
-import ray.data
 
 T = TypeVar("T")
 
@@ -20,22 +19,27 @@ def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
         yield items[start : start + size]
 
 
-def for_each(function: Callable[[int], Any], items: Sequence[int]) -> Iterator[Any]:
+def for_each(
+    function: Callable[[int], Any], items: Sequence[int], check: Callable[[], None] = lambda: None
+) -> Iterator[Any]:
     """Call a function on every item, as tasks of Ray Data; a single item is done in this process.
 
     Args:
         function: takes one item and returns a JSON value; must be picklable. A task that dies is run again, so it must
             be safe to repeat.
         items: one task each.
+        check: called at the start and after every task; whatever it raises ends the work.
 
     Returns:
         The results in the order of the items, each as soon as it and all before it are there.
     """
+    check()
     if len(items) <= 1:
         yield from map(function, items)
         return
-
     # Most users of this module only want `chunks`: `ldm inspect` must not wait seconds for Ray.
+    import ray.data
+
     def call(row: dict[str, Any]) -> dict[str, Any]:
         # Rows of Ray Data are dicts of Arrow values; JSON keeps nested results as they were returned.
         return {"position": row["position"], "result": json.dumps(function(row["item"]))}
@@ -45,8 +49,11 @@ def for_each(function: Callable[[int], Any], items: Sequence[int]) -> Iterator[A
     # Ray Data yields whatever is ready first.
     waiting: dict[int, Any] = {}
     following = 0
-    for row in results:
-        waiting[row["position"]] = json.loads(row["result"])
-        while following in waiting:
-            yield waiting.pop(following)
-            following += 1
+    # Closed when the caller stops early, so that no task runs on behind its back.
+    with contextlib.closing(iter(results)) as rows_done:  # type: ignore[type-var]
+        for row in rows_done:
+            check()
+            waiting[row["position"]] = json.loads(row["result"])
+            while following in waiting:
+                yield waiting.pop(following)
+                following += 1

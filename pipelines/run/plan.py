@@ -25,7 +25,7 @@ State = Literal["cached", "resumed", "retried", "run", "skipped"]
 
 @dataclass(frozen=True)
 class Selection:
-    """The stages that a command is about: `only` one, or a range; and those to run again although they are cached."""
+    """The stages that a command selects: `only` one, or a range; and those to run again although they are cached."""
 
     only: str | None = None
     first: str | None = None
@@ -69,7 +69,7 @@ class PlannedStage:
         stage: the stage.
         config: its section of the recipe.
         inputs: digests of what it reads besides artifacts.
-        key: the key of the artifact that stands for this config today.
+        key: the key of the current artifact of this config, which is the latest generation.
         identity: what the key is a hash of.
         state: what a run will do, or has done.
         artifact: the finished one, if there is one.
@@ -85,7 +85,7 @@ class PlannedStage:
 
     @property
     def reference(self) -> str:
-        """The key, and a counter of additions if there were any: the keys of later stages hash it."""
+        """The value that later stages' keys hash: this key, and `+N` after N retries that added samples."""
         return self.artifact.reference if self.artifact else self.key
 
 
@@ -106,7 +106,7 @@ def stages_of(recipe: Recipe) -> Iterator[Stage[Any]]:
 
 
 def check(recipe: Recipe, selection: Selection) -> None:
-    """Refuse a recipe whose sections do not fit each other where a selected stage needs them to.
+    """Raise MisuseError if the sections that a selected stage needs do not fit each other.
 
     Raises:
         MisuseError: the fields that disagree with their values; or a stage that was named but is not in the recipe.

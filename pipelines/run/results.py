@@ -33,7 +33,7 @@ class StageRow:
 
 @dataclass
 class RunResult:
-    """The artifacts, the report and the table that a pipeline run leaves behind."""
+    """The result of a pipeline run."""
 
     root: str
     rows: list[StageRow]
@@ -45,7 +45,7 @@ class RunResult:
 
 
 class RunObserver:
-    """Told what happens during a run; the command line draws it. Does nothing by itself."""
+    """Callbacks for the events of a run; the default ones do nothing."""
 
     def begin(self, planned: PlannedStage) -> None: ...
 

@@ -1,4 +1,4 @@
-"""The walk over the stages: what is cached stays, what was begun goes on, the rest runs.
+"""Run the stages in order: skip the cached ones, resume what was begun, run the rest.
 
 pairs -> autoencoder -> latents -> diffusion -> evaluate -> export
 """
@@ -180,7 +180,7 @@ class _Walk:
         return artifact if planned.state == "retried" else self._settle(ledger, planned, artifact)
 
     def _settle(self, ledger: Ledger, planned: PlannedStage, artifact: Artifact) -> Artifact:
-        """Decide between a forced re-run and the generation before it; return the one that stands."""
+        """Compare a forced re-run with the generation before it; return the artifact that stays current."""
         if generation := planned.identity.get("generation", 0):
             before = {**planned.identity, "generation": generation - 1}
             if generation == 1:

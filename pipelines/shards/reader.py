@@ -135,9 +135,11 @@ class ShardReader:
 
     def _fetch(self, shard: int) -> "Future[Path]":
         with self._lock:
-            if shard in self._fetched:
+            earlier = self._fetched.get(shard)
+            # A download that failed ahead of its use is tried again: the store may be back.
+            if earlier is not None and not (earlier.done() and earlier.exception()):
                 self._fetched.move_to_end(shard)
-                return self._fetched[shard]
+                return earlier
             # Two threads that want the same shard share one download through its future.
             if self._cache is None:
                 self._cache = tempfile.TemporaryDirectory(prefix="ldm-shards-")

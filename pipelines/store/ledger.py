@@ -278,9 +278,9 @@ class ArtifactWriter:
             config: the stage's section of the recipe.
             identity: what the key is the hash of.
             upstream: keys of the artifacts it was made from, by stage.
-            details: what the stage has to say of its result.
+            details: the stage's own facts about its result.
             seconds: how long the stage took.
-            code_version: of this package.
+            code_version: version of this package.
         """
         manifest = Manifest(
             stage=self.stage,

@@ -38,7 +38,7 @@ PATIENCE_BEATS = 60
 
 
 class Hold(Protocol):
-    """A root that is ours."""
+    """A held lock on a root."""
 
     def check(self) -> None:
         """Raise UserError if it is ours no longer."""
@@ -110,7 +110,7 @@ class _Lease:
         self.root, self.beat_s = root, beat_s
         self.token, self.holder = uuid.uuid4().hex, _identity()
         self.beat = 0
-        # Of what we wrote last; None if that is not known because an answer was lost.
+        # The version of what we wrote last; None if the response was lost.
         self.version: str | None = None
         self.thief: str | None = None
         self.renewed_at = time.monotonic()

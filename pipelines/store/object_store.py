@@ -178,7 +178,11 @@ def put_if(store: FileSystem, path: str, data: bytes, *, expected: str | None, w
         if status != 412:
             raise
         # The condition failed, perhaps only on s3fs's second try, after the answer to a first that succeeded was lost.
-        found = store.call_s3("head_object", Bucket=bucket, Key=key)
+        try:
+            found = store.call_s3("head_object", Bucket=bucket, Key=key)
+        except FileNotFoundError:
+            # Removed between the two requests: not ours.
+            return None
         return str(found["ETag"]) if found.get("Metadata", {}).get("writer") == writer else None
     return str(put["ETag"])
 

@@ -4,7 +4,7 @@ from pipelines.config import Config, runtime
 
 
 class TrackingConfig(Config):
-    """The MLflow server, or store, that runs are logged to. Nothing here can change an artifact.
+    """MLflow settings. They never change an artifact.
 
     Args:
         uri: an MLflow tracking URI; None takes an SQLite store beside the run's artifacts.

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from jobs.recipes import recipe_path
-from pipelines.looking.verify import verify_path
+from pipelines.inspection.verify import verify_path
 from pipelines.run.plan import Selection
 from pipelines.run.recipe import load_recipe
 from pipelines.run.walk import run

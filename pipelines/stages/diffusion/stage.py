@@ -46,10 +46,17 @@ def _check(sections: Sections) -> None:
             f"diffusion.unet.in_channels must be autoencoder.model.embed_dim, {first_stage.embed_dim}, "
             f"got {unet.in_channels}"
         )
+    check_steps(config.preview.num_steps, sections, "diffusion.preview.num_steps")
     if unet.context_dim != config.text.width:
         raise ValueError(
             f"diffusion.unet.context_dim must be diffusion.text.width, {config.text.width}, got {unet.context_dim}"
         )
+
+
+def check_steps(steps: int, sections: Sections, field: str) -> None:
+    """Raise ValueError if a sampler is to visit more timesteps than the noise schedule has."""
+    if steps > (timesteps := sections[STAGE_NAME].schedule.timesteps):
+        raise ValueError(f"{field} must be at most diffusion.schedule.timesteps, {timesteps}, got {steps}")
 
 
 def _estimate(sections: Sections, before: Mapping[str, Estimate]) -> Estimate:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipelines.stage import Section, Stage, StageContext
+from pipelines.stage import Section, Sections, Stage, StageContext
+from pipelines.stages.diffusion.stage import check_steps
 from pipelines.stages.evaluate.config import EvaluateConfig
 from pipelines.stages.evaluate.prompts import prompts_digest
 from pipelines.store.ledger import Artifact
@@ -29,12 +30,17 @@ def _section(artifact: Artifact) -> Section:
     return section(artifact)
 
 
+def _check(sections: Sections) -> None:
+    check_steps(sections["evaluate"].sampling.num_steps, sections, "evaluate.sampling.num_steps")
+
+
 STAGE = Stage(
     name="evaluate",
     format_version=FORMAT_VERSION,
     upstream=("pairs", "diffusion"),
     run=_run,
     section=_section,
+    check=_check,
     inputs=prompts_digest,
     unit="pictures",
     headlines=("alignment_accuracy",),

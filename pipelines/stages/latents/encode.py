@@ -87,7 +87,8 @@ class EncodeShard:
                 is not finite.
         """
         shard = item["shard"]
-        if not item["encoded"]:
+        # Looked up again: Ray repeats what a dead actor had finished, and a committed file is never replaced.
+        if not item["encoded"] and not self.writer.is_committed(shard):
             self._check_source(shard, item["bytes"])
             with self.writer.storage.writer(shard) as path:
                 rows = write_shard(path, self._encoded_samples(shard))
@@ -97,7 +98,8 @@ class EncodeShard:
                     "it is damaged; run `ldm run RECIPE --force pairs` to rebuild it"
                 )
             self.writer.commit(shard, rows=rows)
-        self._commit_statistics(shard)
+        if not self.writer.is_committed(statistics_name(shard)):
+            self._commit_statistics(shard)
         return {"shard": shard, "rows": item["rows"]}
 
     def _check_source(self, shard: str, expected_bytes: int) -> None:

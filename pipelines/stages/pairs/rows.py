@@ -63,7 +63,7 @@ class Source(Protocol):
 
     @property
     def downloads(self) -> bool:
-        """True if pictures are behind URLs."""
+        """True if pictures must be downloaded."""
         ...
 
     def read(self, start: int, stop: int) -> list[Row]:

@@ -26,7 +26,7 @@ JPEG_BYTES_PER_PIXEL = 0.31
 TAR_OVERHEAD_BYTES = 3_500
 
 
-# What works is imported when it is called: a recipe or a plan needs neither Ray nor matplotlib.
+# The modules that do the work are imported when they are called: a recipe or a plan needs neither Ray nor matplotlib.
 def _run(context: StageContext[PairsConfig]) -> dict[str, Any]:
     from pipelines.stages.pairs import work
 

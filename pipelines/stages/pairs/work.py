@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pipelines.compute.actor_pool import map_on_actors, pool_size
@@ -26,7 +27,7 @@ from pipelines.stages.pairs.making.progress_board import ProgressBoard
 from pipelines.stages.pairs.making.worker import ShardMaker
 from pipelines.stages.pairs.publishing.duplicate_search import DuplicateSearch, ShardsOfRun
 from pipelines.stages.pairs.publishing.publish import publish
-from pipelines.stages.pairs.publishing.retries import PastRuns
+from pipelines.stages.pairs.retries import PastRuns
 from pipelines.stages.pairs.rows import Source
 from pipelines.stages.pairs.shard.files import shard_name, table_name, tar_name
 from pipelines.stages.pairs.shard.staged import StagedShard, staged_shards
@@ -147,15 +148,15 @@ class _PairsRun:
         context.check()
         search = self._duplicate_search() if config.deduplicate else None
         if search is not None:
-            search.run(for_each)
+            search.run(partial(for_each, check=context.check))
         groups = list(chunks(pending, _SHARDS_PER_PUBLISHING_TASK))
         writer = context.writer
 
         def publish_group(group: int) -> None:
             publish([StagedShard.open(work, shard) for shard in groups[group]], config, writer, search)
 
-        for _ in for_each(publish_group, range(len(groups))):
-            context.check()
+        for _ in for_each(publish_group, range(len(groups)), context.check):
+            pass
 
     def _duplicate_search(self) -> DuplicateSearch:
         run = len(self.past.shards)
@@ -182,7 +183,9 @@ def _require_columns(source: Source, config: PairsConfig) -> None:
 def _summarise(context: StageContext, runs: PastRuns) -> dict[str, Any]:
     config: PairsConfig = context.config
     storage = context.writer.storage
-    details = summarise(storage, runs.shards, image_size=config.image_size, for_each=for_each)
+    details = summarise(
+        storage, runs.shards, image_size=config.image_size, for_each=partial(for_each, check=context.check)
+    )
     details["rounds"] = list(runs.first_shards)
     details["additions"] = _additions(context, runs)
     if not details["samples"]:

@@ -50,6 +50,7 @@ def test_a_wrong_override_is_refused_in_one_line_that_says_what_to_do(override: 
             "pairs.image_size must be diffusion.unet.latent_size x the first stage's downsampling",
         ),
         ("autoencoder.model.embed_dim=3", "diffusion.unet.in_channels must be autoencoder.model.embed_dim, 3, got 4"),
+        ("diffusion.preview.num_steps=1001", "num_steps must be at most diffusion.schedule.timesteps, 1000, got 1001"),
         ("diffusion.text.width=64", "diffusion.unet.context_dim must be diffusion.text.width, 64, got 128"),
     ],
 )
@@ -62,6 +63,13 @@ def test_sections_that_do_not_fit_are_refused_only_for_the_stages_that_need_them
         assert "\n" not in str(caught.value)
     check(recipe, Selection(only="pairs"))
     check(recipe, Selection(last="latents"))
+
+
+def test_evaluation_visits_no_more_timesteps_than_there_are() -> None:
+    recipe = load_recipe(DEMO, ("evaluate.sampling.num_steps=5000",))
+    with pytest.raises(MisuseError, match=r"evaluate\.sampling\.num_steps must be at most .*timesteps, 1000, got 5000"):
+        check(recipe, Selection())
+    check(recipe, Selection(last="diffusion"))
 
 
 def test_a_recipe_of_pairs_alone_has_one_stage_and_refuses_the_others_by_name() -> None:

@@ -8,7 +8,7 @@ import pytest
 import webdataset
 
 from pipelines.errors import UserError
-from pipelines.looking.verify import verify_shard
+from pipelines.inspection.verify import verify_shard
 from pipelines.shards.format import read_shard
 from pipelines.shards.reader import ShardReader
 from pipelines.shards.samples import split_name

@@ -30,8 +30,8 @@ from pipelines.stages.pairs.filters import check_row
 from pipelines.stages.pairs.making.progress_board import ProgressBoard, WorkerCounts
 from pipelines.stages.pairs.memory import WORKER_MEMORY, Allowance
 from pipelines.stages.pairs.pictures.transcode import make_picture
-from pipelines.stages.pairs.publishing.duplicate_tokens import Tokens, make_tokens
 from pipelines.stages.pairs.rows import RejectedError, Row, Source
+from pipelines.stages.pairs.shard.duplicate_tokens import Tokens, make_tokens
 from pipelines.stages.pairs.shard.files import Spool
 from pipelines.stages.pairs.shard.outcome import OK, Outcome
 from pipelines.stages.pairs.shard.staged import StagedShard, is_staged, stage_shard
@@ -53,7 +53,7 @@ class ShardMaker:
         source, config, assignment: the input, the stage's section of the recipe, and which rows make which shard.
         work: the folder of staged shards.
         writer: the artifact's, to publish each shard at once; None if shards stay staged until all of them are.
-        board: is told how far the work is.
+        board: receives the counts of finished rows.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class Processor:
         config: the stage's section of the recipe.
         downloads: whether pictures are behind URLs.
         remote: whether pictures are read from a remote store.
-        counts: is told of every finished row.
+        counts: receives every finished row.
     """
 
     def __init__(self, config: PairsConfig, *, downloads: bool, remote: bool, counts: WorkerCounts) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from pipelines.compute.tasks import ForEach, chunks
 from pipelines.shards.format import decode_npy, encode_npy
-from pipelines.stages.pairs.publishing.duplicate_tokens import (
+from pipelines.stages.pairs.shard.duplicate_tokens import (
     NO_TOKENS,
     Tokens,
     Verdicts,

@@ -12,8 +12,8 @@ import numpy as np
 from pipelines.stages.pairs.config import PairsConfig
 from pipelines.stages.pairs.filters import check_values
 from pipelines.stages.pairs.publishing.duplicate_search import DuplicateSearch
-from pipelines.stages.pairs.publishing.duplicate_tokens import NO_VERDICTS, Verdicts
 from pipelines.stages.pairs.rows import RejectedError
+from pipelines.stages.pairs.shard.duplicate_tokens import NO_VERDICTS, Verdicts
 from pipelines.stages.pairs.shard.outcome import DUPLICATE, NEAR_DUPLICATE, OK
 from pipelines.stages.pairs.shard.staged import Change, StagedShard
 from pipelines.store.ledger import ArtifactWriter
@@ -25,9 +25,9 @@ def publish(
     """Decide what is left out of each shard, then put the rest into the artifact and commit it.
 
     Args:
-        shards: neighbours, so that one look at the verdicts serves them all.
+        shards: consecutive shards, so that the verdicts are read once for all of them.
         config: the stage's section of the recipe.
-        writer: the artifact's.
+        writer: writes the artifact.
         search: a finished search; None if duplicates are kept.
     """
     verdicts = NO_VERDICTS

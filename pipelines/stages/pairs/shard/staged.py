@@ -157,7 +157,7 @@ class StagedShard:
         """Put the final files into the artifact and commit them.
 
         Args:
-            writer: the artifact's.
+            writer: writes the artifact.
             changes: rows that change, by sample key. Without any the files are published as they are.
 
         Raises:

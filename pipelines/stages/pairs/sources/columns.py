@@ -123,7 +123,7 @@ def first_of(names: Iterable[str], usual: tuple[str, ...]) -> str | None:
 
 
 def headless_names(cells: list[str]) -> list[str] | None:
-    """Name the columns of a table without a header, which a URL in its first line tells; None if there is a header.
+    """Name the columns of a table without a header (its first line has a URL); return None if there is a header.
 
     Of two columns the other one is the caption (CC3M, CC12M); others are `column_1`… by their place from 0.
     """

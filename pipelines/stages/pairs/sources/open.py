@@ -101,7 +101,7 @@ def _named(location: Location, config: PairsConfig) -> _Listing:
     patterns = _expand(config.source)
     listings = list(map_in_threads(lambda pattern: _matches(Location.of(pattern)), patterns))
     missing = [pattern for pattern, listing in zip(patterns, listings, strict=True) if not listing]
-    # All or nothing: who writes {000000..000123} means 124 files, and would not notice that three were left out.
+    # All or nothing: {000000..000123} means 124 files, and three missing ones would go unnoticed.
     if missing:
         raise UserError(
             f"{config.source} stands for {len(patterns)} files or patterns, of which {len(missing)} match nothing, "
@@ -111,7 +111,7 @@ def _named(location: Location, config: PairsConfig) -> _Listing:
 
 
 def _expand(pattern: str) -> list[str]:
-    # By what WebDataset expands the names of shards with; `webdataset` itself would import torch for it.
+    # With braceexpand, as webdataset does: importing webdataset itself would import torch.
     try:
         expanded = list(itertools.islice(braceexpand(pattern), _MOST_EXPANDED + 1))
     except ValueError:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines.compute.tasks import ForEach, chunks
-from pipelines.stages.pairs.publishing.retries import replaced_rows
+from pipelines.stages.pairs.retries import replaced_rows
 from pipelines.stages.pairs.shard.files import table_name
 from pipelines.stages.pairs.shard.outcome import OK
 from pipelines.stages.pairs.summary.histogram import Histogram

@@ -149,7 +149,7 @@ class Client:
 
     def _pump(self) -> None:
         """Start as many requests as may run now."""
-        # The more bodies wait to be decoded, the fewer are asked for: many half-read answers cost more than few.
+        # Back-pressure: the more bodies wait to be decoded, the fewer are requested: half-read answers cost.
         while self._ready and self._active < self._config.connections * self._room.free:
             sequence, name = heapq.heappop(self._ready)
             host = self._hosts.get(name)

@@ -11,8 +11,8 @@ from pipelines.stages.pairs.config import PairsConfig
 from pipelines.stages.pairs.making.progress_board import WorkerCounts
 from pipelines.stages.pairs.making.worker import Processor, ShardMaker
 from pipelines.stages.pairs.publishing.duplicate_search import ShardsOfRun
-from pipelines.stages.pairs.publishing.duplicate_tokens import Tokens, tokens_of_table
 from pipelines.stages.pairs.rows import Row
+from pipelines.stages.pairs.shard.duplicate_tokens import Tokens, tokens_of_table
 from pipelines.stages.pairs.shard.staged import StagedShard, staged_shards
 from pipelines.stages.pairs.sources.open import open_source
 from pipelines.store.storage import Storage

@@ -10,7 +10,7 @@ import pytest
 
 from pipelines.stages.pairs.publishing import duplicate_search
 from pipelines.stages.pairs.publishing.duplicate_search import DuplicateSearch, ShardsOfRun
-from pipelines.stages.pairs.publishing.duplicate_tokens import find_duplicates, merge, split
+from pipelines.stages.pairs.shard.duplicate_tokens import find_duplicates, merge, split
 from pipelines.stages.pairs.shard.files import write_table
 from pipelines.store.storage import Storage
 

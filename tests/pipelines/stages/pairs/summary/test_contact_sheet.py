@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.errors import UserError
-from pipelines.looking.inspect import inspect_path, write_contact_sheet
+from pipelines.inspection.inspect import inspect_path, write_contact_sheet
 from pipelines.shards import tar_windows
 from pipelines.shards.format import write_shard
 from pipelines.shards.tar_windows import Tar, random_samples

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.compute.tasks import for_each
-from pipelines.looking.inspect import inspect_path
+from pipelines.inspection.inspect import inspect_path
 from pipelines.stages.pairs.making.progress import RecentRate
 from pipelines.stages.pairs.shard.files import write_table
 from pipelines.stages.pairs.shard.staged import StagedShard

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.errors import UserError
-from pipelines.looking.inspect import inspect_path
+from pipelines.inspection.inspect import inspect_path
 from tests.tiny_artifacts import diffusion_artifact, pairs_artifact
 
 

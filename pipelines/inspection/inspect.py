@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ldm_core.model_files import CONFIG_FILE, WEIGHTS_FILE
 from pipelines.drawing.grids import encode_png
 from pipelines.errors import UserError
-from pipelines.looking.verify import finished_artifacts
+from pipelines.inspection.verify import finished_artifacts
 from pipelines.run.plan import STAGES
 from pipelines.shards.format import decode_npy, read_shard
 from pipelines.store.ledger import COMMITS, MANIFEST, WORK, read_manifest

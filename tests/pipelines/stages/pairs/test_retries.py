@@ -15,7 +15,7 @@ from pipelines.run.walk import run
 from pipelines.shards.format import read_shard
 from pipelines.stages.pairs.assignment import Assignment
 from pipelines.stages.pairs.making.worker import read_rows
-from pipelines.stages.pairs.publishing.retries import failed_rows, replaced_rows
+from pipelines.stages.pairs.retries import failed_rows, replaced_rows
 from pipelines.stages.pairs.rows import Row
 from pipelines.stages.pairs.shard.files import write_table
 from pipelines.stages.pairs.shard.outcome import is_transient

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipelines.errors import UserError
-from pipelines.looking.verify import verify_path, verify_shard
+from pipelines.inspection.verify import verify_path, verify_shard
 from pipelines.shards.format import encode_npy, write_shard
 from tests.tiny_artifacts import pairs_artifact
 

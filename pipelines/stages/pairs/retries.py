@@ -36,7 +36,7 @@ class PastRuns:
         """Read the runs of a finished artifact; none without one."""
         if artifact is None:
             return cls()
-        # Under its first name: manifests written since then have it.
+        # Kept as `rounds`: manifests have had this key since the first retry was written.
         return cls(tuple(artifact.details["rounds"]), len(artifact.shards(".parquet")))
 
     @property

@@ -1,0 +1,1 @@
+"""Facts about artifacts, shards and models (`inspect`), and checks of their integrity (`verify`)."""
