@@ -80,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device(options.device)
     if device.type == "cpu":
         torch.set_num_threads(CPU_THREADS)
-    torch.backends.cudnn.benchmark = True  # for both sides
+    else:
+        torch.backends.cudnn.benchmark = True  # for both sides
     peers.be_quiet()
     plan = plan_for(device, quick=options.quick, batch_sizes=options.batch_sizes)
     report = Report()
