@@ -51,7 +51,8 @@ def open_pairs(
         shuffle: samples held back to be drawn from at random, and shards are read in random order; 0 keeps the stored
             order.
         seed: makes the shuffle repeatable: the order then depends on it and on how often this process has gone through
-            the samples. None for another order each time.
+            the samples. A `DataLoader` starts new worker processes for each epoch, which begin to count anew, unless it
+            is given `persistent_workers=True`. None for another order each time.
         nodesplitter: which shards this node reads, as for `webdataset.WebDataset`: by default each node of a
             `torch.distributed` job its own share, and each `DataLoader` worker its part of that.
 
@@ -111,7 +112,7 @@ def _open(
     shards = [record.name for record in artifact.shards() if record.rows]
     if not shards:
         raise UserError(f"{storage.url} holds no samples")
-    steps = [webdataset.SimpleShardList(shards), nodesplitter, webdataset.split_by_worker]
+    steps = [webdataset.SimpleShardList(shards), nodesplitter, _not_empty, webdataset.split_by_worker]
     if shuffle:
         steps.append(_shuffled(len(shards), seed))
     steps.append(partial(_read, storage))
@@ -119,6 +120,16 @@ def _open(
         # Before they are decoded: a picture is many times larger than its file.
         steps.append(_shuffled(shuffle, seed))
     return Samples(*steps, webdataset.map(partial(_decode, decode)))
+
+
+def _not_empty(shards: Iterable[dict[str, str]]) -> Iterator[dict[str, str]]:
+    """Pass shards on. A node without any would take no step, and the others would wait for it for ever."""
+    empty = True
+    for shard in shards:
+        empty = False
+        yield shard
+    if empty:
+        raise UserError("this node has no shard to read: there are more nodes than shards; give another nodesplitter")
 
 
 def _shuffled(buffer: int, seed: int | None) -> Any:

@@ -1,6 +1,7 @@
 """Errors that a user can mend, as opposed to bugs: one line each, with an exit code."""
 
 import errno
+from collections.abc import Iterator
 
 # A full disk in the words of safetensors, and of torch.save, which never names its reason.
 DISK_FULL_WORDS = (("No space left on device",), ("inline_container.cc", "unexpected pos"))
@@ -27,6 +28,23 @@ def explain(error: BaseException) -> UserError | None:
 
     None if there is none: the exception is then a bug and deserves its traceback.
     """
+    for current in _chain(error):
+        if isinstance(current, UserError):
+            return current
+        if isinstance(current, OSError) and (known := _explain_os_error(current)):
+            return known
+        if any(all(word in str(current) for word in words) for words in DISK_FULL_WORDS):
+            return UserError(f"disk full: {DISK_FULL_ADVICE}")
+    return None
+
+
+def raised_as_user_error(error: BaseException) -> UserError | None:
+    """Return the UserError that was raised as such behind an exception; not what `explain` makes of a full disk."""
+    return next((found for found in _chain(error) if isinstance(found, UserError)), None)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an exception and its causes, each once, the most informative first."""
     seen: set[int] = set()
     waiting: list[BaseException] = [error]
     while waiting:
@@ -38,14 +56,8 @@ def explain(error: BaseException) -> UserError | None:
         if isinstance(cause := getattr(current, "cause", None), BaseException):
             waiting.append(cause)
             continue
-        if isinstance(current, UserError):
-            return current
-        if isinstance(current, OSError) and (known := _explain_os_error(current)):
-            return known
-        if any(all(word in str(current) for word in words) for words in DISK_FULL_WORDS):
-            return UserError(f"disk full: {DISK_FULL_ADVICE}")
+        yield current
         waiting += reversed(_inner(current))
-    return None
 
 
 def _inner(error: BaseException) -> list[BaseException]:

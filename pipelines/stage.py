@@ -156,23 +156,20 @@ class Stage(Generic[ConfigT]):
     view: Callable[[Mapping[str, Any]], RenderableType] | None = None
     contact_sheet: Callable[[Storage, str | None], NDArray[np.uint8] | None] | None = None
 
-    def identity(
-        self, config: ConfigT, seed: int, upstream_keys: Mapping[str, str], *, inputs: dict[str, str] | None = None
-    ) -> dict[str, Any]:
+    def identity(self, config: ConfigT, seed: int, upstream_keys: Mapping[str, str]) -> dict[str, Any]:
         """Return everything that can change the output, as JSON values.
 
         Args:
             config: the stage's section of the recipe.
             seed: the recipe's seed.
             upstream_keys: the reference of each upstream artifact.
-            inputs: what `self.inputs(config)` gave before; computed if not given.
         """
         return {
             "stage": self.name,
             "format_version": self.format_version,
             "config": config.identity(),
             "upstream": dict(upstream_keys),
-            "inputs": self.inputs(config) if inputs is None else inputs,
+            "inputs": self.inputs(config),
             **({"seed": seed} if self.uses_seed else {}),
         }
 

@@ -82,7 +82,7 @@ def with_absolute_paths(recipe: Recipe, address: str) -> Recipe:
             f"root {recipe.root} is relative: the cluster at {address} needs an absolute path that all its nodes "
             "share, or a URL: --root s3://…"
         )
-    values = recipe.model_dump(mode="json")
+    values = recipe.resolved()
     for stage in stages_of(recipe):
         for field in stage.local_inputs:
             *parents, name = field.split(".")

@@ -68,7 +68,6 @@ class PlannedStage:
     Attributes:
         stage: the stage.
         config: its section of the recipe.
-        inputs: digests of what it reads besides artifacts.
         key: the key of the current artifact of this config, which is the latest generation.
         identity: what the key is a hash of.
         state: what a run will do, or has done.
@@ -77,7 +76,6 @@ class PlannedStage:
 
     stage: Stage[Any]
     config: Config
-    inputs: dict[str, str]
     key: str
     identity: dict[str, Any]
     state: State
@@ -146,12 +144,7 @@ def plan(recipe: Recipe, selection: Selection | None = None) -> list[PlannedStag
 
 
 def plan_stage(
-    recipe: Recipe,
-    ledger: Ledger,
-    stage: Stage[Any],
-    keys: dict[str, str],
-    selection: Selection,
-    inputs: dict[str, str] | None = None,
+    recipe: Recipe, ledger: Ledger, stage: Stage[Any], keys: dict[str, str], selection: Selection
 ) -> PlannedStage:
     """Return key and state of one stage.
 
@@ -161,12 +154,9 @@ def plan_stage(
         stage: the stage to plan.
         keys: references of the stages before it.
         selection: which stages are to run.
-        inputs: its digests, if an earlier plan has computed them: a source may be large.
     """
     config: Config = getattr(recipe, stage.name)
-    if inputs is None:
-        inputs = stage.inputs(config)
-    identity = stage.identity(config, recipe.seed, {name: keys[name] for name in stage.upstream}, inputs=inputs)
+    identity = stage.identity(config, recipe.seed, {name: keys[name] for name in stage.upstream})
     key, identity = ledger.resolve(stage.name, identity)
     artifact = ledger.find(stage.name, key)
     if artifact and stage.name in selection.force:
@@ -181,4 +171,4 @@ def plan_stage(
         state = "skipped"
     else:
         state = "resumed" if ledger.started(stage.name, key) else "run"
-    return PlannedStage(stage, config, inputs, key, identity, state, artifact)
+    return PlannedStage(stage, config, key, identity, state, artifact)

@@ -51,15 +51,27 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _sections_are_there(self) -> "Recipe":
         # Whether sections fit each other is for the stages to say that a command selects (`plan.check`).
+        for name in ("autoencoder", "diffusion"):
+            if name in self.model_fields_set and getattr(self, name) is None:
+                raise ValueError(f"section `{name}` is empty: fill it in, or take it out to leave the stage out")
         if self.diffusion is not None and self.autoencoder is None:
             raise ValueError("diffusion needs a first stage: add a section `autoencoder` to the recipe")
+        for name, needed in (("latents", "autoencoder"), ("evaluate", "diffusion"), ("export", "diffusion")):
+            if name in self.model_fields_set and getattr(self, needed) is None:
+                raise ValueError(f"section `{name}` needs a section `{needed}`: add it, or take `{name}` out")
         if "://" not in self.pairs.source + self.root and _inside(self.root, self.pairs.source):
             raise ValueError(f"root {self.root} must not lie inside pairs.source {self.pairs.source}: choose another")
         return self
 
+    def resolved(self) -> dict[str, Any]:
+        """Return the recipe with every default written out, as JSON values, without the stages that it leaves out."""
+        left_out = {"autoencoder", "latents"} if self.autoencoder is None else set()
+        left_out |= {"diffusion", "evaluate", "export"} if self.diffusion is None else set()
+        return {name: value for name, value in self.model_dump(mode="json").items() if name not in left_out}
+
     def to_yaml(self) -> str:
-        """Return the resolved recipe with every default written out; it is a runnable recipe itself."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """Return the resolved recipe, which is a runnable recipe itself."""
+        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:

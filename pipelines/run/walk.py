@@ -51,9 +51,9 @@ def run(
     started = time.monotonic()
     root = Storage(recipe.root)
     # Said before the first stage runs: whatever is wrong with any stage's section or inputs.
-    planned = plan(recipe, selection)
+    stages = tuple(planned.stage for planned in plan(recipe, selection))
     with exclusive(root) as hold:
-        walk = _Walk(recipe, selection or Selection(), observer or RunObserver(), debug, root, hold, planned)
+        walk = _Walk(recipe, selection or Selection(), observer or RunObserver(), debug, root, hold, stages)
         result = walk.run()
     result.wall_s = round(time.monotonic() - started, 3)
     return result
@@ -69,7 +69,7 @@ class _Walk:
     debug: bool
     root: Storage
     hold: Hold
-    planned: list[PlannedStage]
+    stages: tuple[Stage[Any], ...]
     tracker: Tracker | None = None
     rows: list[StageRow] = field(default_factory=list)
     artifacts: dict[str, Artifact] = field(default_factory=dict)
@@ -94,11 +94,11 @@ class _Walk:
 
     def _walk(self, stack: contextlib.ExitStack) -> None:
         ledger = Ledger(self.root)
-        for before in self.planned:
+        for stage in self.stages:
             self.hold.check()
-            stage = before.stage
-            # Planned again, because a stage that ran since may have settled on another key; not digested again.
-            planned = plan_stage(self.recipe, ledger, stage, self.keys, self.selection, before.inputs)
+            # Planned again: a stage that ran since may have settled on another key, and hours later a vocabulary or a
+            # file of prompts may be another one. What has not changed is remembered, not digested again.
+            planned = plan_stage(self.recipe, ledger, stage, self.keys, self.selection)
             self.keys[stage.name] = planned.reference
             if planned.state in ("cached", "skipped"):
                 self._record(planned, planned.artifact, 0.0)
@@ -205,7 +205,7 @@ class _Walk:
         """Begin the MLflow run of this pipeline run, or go on in the one that a killed or failed run began."""
         spool = Path(self.root.path() if self.root.is_local else ".") / ".tracking"
         tracker = Tracker(self.recipe.tracking, self.root, spool)
-        values = self.recipe.model_dump(mode="json")
+        values = self.recipe.resolved()
         tracker.start_pipeline(self.recipe.name, values, {"ldm.root": self.root.url}, resume_run_id=self._unfinished())
         if tracker.run_id:
             self.root.write_json(UNFINISHED, {"run_id": tracker.run_id, "recipe": self._digest})

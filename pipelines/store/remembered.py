@@ -43,7 +43,8 @@ def remember_by_stamp(
             stamp = location.stamp()
             if (stamp is None and not unstamped) or (stamp is not None and is_fresh(stamp[1] / 1e9)):
                 return function(location)
-            key = (location, stamp)
+            # By URL: fsspec has an object of its own for each thread, and these are not equal.
+            key = (location.url, stamp)
             with lock:
                 future = known.get(key)
                 mine = future is None

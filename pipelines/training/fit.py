@@ -18,7 +18,7 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig,
 from ray.train.torch import TorchTrainer
 
 from pipelines.compute.host_memory import keep_freed_memory
-from pipelines.errors import UserError, explain
+from pipelines.errors import UserError, explain, raised_as_user_error
 from pipelines.store.ledger import ArtifactWriter
 from pipelines.training.checkpoints import Checkpoints, discard_attempts, newest
 from pipelines.training.config import TrainingConfig
@@ -119,7 +119,8 @@ class _StopOnUserError(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         # Without a callback that raises, every exception of a worker counts as a failure and is tried again.
         for error in worker_exceptions.values():
-            if (known := explain(error)) is not None:
+            # Only for errors that were raised as such: a full disk on one node may pass with another worker.
+            if (known := raised_as_user_error(error)) is not None:
                 raise known
 
 

@@ -42,12 +42,23 @@ def _estimate(sections: Sections, before: Mapping[str, Estimate]) -> Estimate:
     return Estimate(rows=0, bytes=FP32_BYTES * first_stage_parameters(sections[STAGE_NAME].model))
 
 
+def _check(sections: Sections) -> None:
+    """Raise ValueError if the first stage cannot halve the pictures as often as it must."""
+    pairs, factor = sections["pairs"], sections[STAGE_NAME].model.downsampling_factor
+    if pairs.resize in ("center_crop", "border") and pairs.image_size % factor:
+        raise ValueError(
+            f"pairs.image_size must be a multiple of the first stage's downsampling factor, {factor}, "
+            f"got {pairs.image_size}"
+        )
+
+
 STAGE = Stage(
     name=STAGE_NAME,
     format_version=FORMAT_VERSION,
     upstream=("pairs",),
     run=_run,
     section=_section,
+    check=_check,
     inputs=_inputs,
     estimate=_estimate,
     unit="steps",

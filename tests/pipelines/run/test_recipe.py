@@ -80,6 +80,30 @@ def test_a_recipe_of_pairs_alone_has_one_stage_and_refuses_the_others_by_name() 
         check(recipe, Selection(only="latents"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"diffusion": None}, "section `diffusion` is empty: fill it in, or take it out"),
+        ({"autoencoder": None}, "section `autoencoder` is empty"),
+    ],
+)
+def test_an_empty_section_is_refused_and_not_taken_for_a_stage_left_out(changes: dict[str, None], message: str) -> None:
+    with pytest.raises(MisuseError, match=message):
+        parse_recipe(yaml.safe_load(DEMO.read_text()) | changes)
+
+
+@pytest.mark.parametrize(("gone", "left"), [("diffusion", "evaluate"), ("autoencoder", "latents")])
+def test_a_section_without_the_one_it_needs_is_refused(gone: str, left: str) -> None:
+    values = yaml.safe_load(DEMO.read_text())
+    values.pop(gone)
+    values.pop("diffusion", None)
+    if left == "latents":
+        values.pop("evaluate", None)
+        values.pop("export", None)
+    with pytest.raises(MisuseError, match=f"section `{left}` needs a section `{gone}`: add it, or take `{left}` out"):
+        parse_recipe(values)
+
+
 def test_a_diffusion_model_without_a_first_stage_is_refused() -> None:
     values = yaml.safe_load(DEMO.read_text())
     values.pop("autoencoder")

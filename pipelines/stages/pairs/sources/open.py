@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import posixpath
 import re
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,15 +18,12 @@ from pipelines.stages.pairs.sources.tables import TABLE_SUFFIXES, TableSource
 from pipelines.stages.pairs.sources.tars import TarSource
 from pipelines.store.failures import readable
 from pipelines.store.location import Location
-from pipelines.store.remembered import is_fresh
 from pipelines.store.threads import map_in_threads
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _CHANGE = "say `--set pairs.source=PATH`"
 # `{0..9999999999}` is a slip of the pen, not a data set.
 _MOST_EXPANDED = 1_000_000
-# What stores say of a file that changes when it is written again.
-_VERSIONS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "created")
 
 # Files by their path in the file system, with what the store says of each.
 _Listing = Mapping[str, Mapping[str, Any]]
@@ -37,9 +31,6 @@ _Listing = Mapping[str, Mapping[str, Any]]
 
 def open_source(config: PairsConfig) -> Source:
     """Open the source that a recipe names; nothing but listings and the head of a table is read.
-
-    As long as the same files are found in the same state, the same object is returned: a plan, an estimate and the run
-    then share what was learnt of it.
 
     Raises:
         UserError: nothing is there, or nothing that this stage reads.
@@ -53,38 +44,7 @@ def open_source(config: PairsConfig) -> Source:
         listing = _below(location) if is_folder else _named(location, config)
     if not listing and not is_folder:
         raise UserError(f"no file, folder or match at {config.source}: {_CHANGE}")
-    with _last.lock:
-        key = _key(config, listing)
-        if key is None or _last.key != key:
-            opener = _open_folder if is_folder else _open_files
-            _last.key, _last.source = key, opener(location, sorted(listing), config)
-        return _last.source
-
-
-class _Last:
-    """The source opened last by this process."""
-
-    lock = threading.Lock()
-    key: str | None = None
-    source: Source
-
-
-_last = _Last()
-
-
-def _key(config: PairsConfig, listing: _Listing) -> str | None:
-    """Digest what decides which rows a source has: what the recipe says of it, and the state of every file.
-
-    None if the state of a file is not known, so that it could change without our noticing.
-    """
-    key = hashlib.sha256(json.dumps([config.source, config.format, config.columns.model_dump()]).encode())
-    for path, facts in listing.items():
-        versions = [facts.get(name) for name in _VERSIONS]
-        modified_at = facts.get("mtime")
-        if not any(versions) or (isinstance(modified_at, float) and is_fresh(modified_at)):
-            return None
-        key.update(repr((path, facts.get("size"), facts.get("ino"), versions)).encode("utf-8", "surrogateescape"))
-    return key.hexdigest()
+    return (_open_folder if is_folder else _open_files)(location, sorted(listing), config)
 
 
 def _below(folder: Location) -> _Listing:

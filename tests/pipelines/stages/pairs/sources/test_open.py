@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -119,27 +118,3 @@ def test_an_unchanged_table_is_hashed_and_indexed_once_a_process(
     write_table(tmp_path / "b.jsonl", "c")
     assert source_digests(config) != first
     assert sorted(hashed) == ["a.jsonl", "b.jsonl", "b.jsonl"]
-
-
-def change_contents(folder: Path) -> None:
-    write_table(folder / "a.jsonl", "two")
-
-
-def change_time(folder: Path) -> None:
-    write_table(folder / "a.jsonl", "one", age_s=20)
-
-
-def add_file(folder: Path) -> None:
-    write_table(folder / "b.jsonl", "two")
-
-
-@pytest.mark.parametrize("change", [change_contents, change_time, add_file])
-def test_a_source_is_opened_anew_once_a_file_has_changed(tmp_path: Path, change: Callable[[Path], None]) -> None:
-    write_table(tmp_path / "a.jsonl", "one")
-    config = PairsConfig(source=str(tmp_path))
-    first = open_source(config)
-    assert open_source(config) is first
-    assert open_source(config.model_copy(update={"format": "table"})) is not first
-    first = open_source(config)
-    change(tmp_path)
-    assert open_source(config) is not first
