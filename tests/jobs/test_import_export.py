@@ -169,6 +169,8 @@ def test_a_hostile_checkpoint_runs_nothing(ldm: Ldm, tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys
+# Ignored in what a shell runs in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from ldm_core.weights import weights_files
 save = weights_files.save_file
 def save_then_die(weights, path, **options):

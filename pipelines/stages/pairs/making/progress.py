@@ -29,6 +29,7 @@ class ProgressDisplay:
         self._rates = {"rows": RecentRate(), "bytes": RecentRate()}
         self._now = {"rows": 0.0, "bytes": 0.0}
         self._rows = 0
+        self._facts: dict[str, str] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="progress")
 
@@ -37,11 +38,14 @@ class ProgressDisplay:
         self._thread.start()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._stop.set()
         self._thread.join()
         self._show()
         self.track()
+        if kind is None:
+            # Workers post once a second: the rows of the last one may not have been counted.
+            self._context.progress(self._total, self._total, **self._facts)
 
     def track(self) -> None:
         """Log the present rates to the tracker."""
@@ -61,15 +65,14 @@ class ProgressDisplay:
             return
         self._rows = counts["rows"]
         self._now = {name: rate.update(counts[name]) for name, rate in self._rates.items()}
-        facts = {}
         if self._rows:
-            facts = {
+            self._facts = {
                 "rows/s": f"{self._now['rows']:,.0f}",
                 "MB/s": f"{self._now['bytes'] / 1e6:.1f}",
                 OK: f"{100 * counts[f'status:{OK}'] / self._rows:.1f} %",
                 **_most_frequent_failures(counts, self._rows),
             }
-        self._context.progress(min(self._before + self._rows, self._total), self._total, **facts)
+        self._context.progress(min(self._before + self._rows, self._total), self._total, **self._facts)
 
 
 def _most_frequent_failures(counts: Counter[str], rows: int, most: int = 3) -> dict[str, str]:

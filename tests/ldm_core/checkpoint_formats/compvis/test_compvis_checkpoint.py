@@ -323,7 +323,7 @@ def test_half_precision_is_widened_exactly(tmp_path: Path) -> None:
 
 
 def test_a_conditioner_that_the_release_lacks_is_refused() -> None:
-    from ldm_core.checkpoint_formats.compvis.checkpoint.names import model_entries
+    from ldm_core.checkpoint_formats.compvis.names import model_entries
 
     model = build(UNCONDITIONAL)
     model.conditioner = nn.Identity()  # type: ignore[assignment]
