@@ -153,8 +153,10 @@ class ShardReader:
         path = folder / f"{shard:06d}.tar"
         # Before it is fetched: a shard that is missing or cut is not worth its way over the network.
         self._check_size(record, self.storage.size(record.name))
-        self.storage.download(record.name, path)
-        return path
+        # Under its name only when whole: a thread that was told of an earlier download, evicted since, may open it.
+        partial = path.with_suffix(".partial")
+        self.storage.download(record.name, partial)
+        return partial.replace(path)
 
     def _evict(self) -> None:
         """Forget the shards used longest ago until the rest fits; called with the lock held."""

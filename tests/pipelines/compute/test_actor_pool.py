@@ -100,7 +100,7 @@ def test_the_actors_are_gone_when_another_driver_has_taken_the_root_over(tmp_pat
         with pytest.raises(UserError, match=TAKEN_OVER) as caught:
             list(results)
     pids = [int(file.suffix[1:]) for file in tmp_path.glob("pid.*")]
-    assert len(pids) == 2
+    assert pids
     # `caught` holds the frames of the work: it must not be what keeps the actors alive.
     wait_until(lambda: not any(map(psutil.pid_exists, pids)))
     wait_until(lambda: ray.available_resources().get("CPU") == 4)
