@@ -121,6 +121,7 @@ class _Walk:
     def _run_stage(self, ledger: Ledger, planned: PlannedStage, tracker: Tracker) -> None:
         stage, storage = planned.stage, ledger.storage(planned.stage.name, planned.key)
         self.observer.begin(planned)
+        # Whoever wrote them is dead: the root is ours, and this stage has no worker yet.
         storage.remove_leftovers()
         started = time.monotonic()
         writer = ArtifactWriter(stage.name, planned.key, storage)
@@ -128,6 +129,8 @@ class _Walk:
         stage_tracker = self._track_stage(tracker, planned, storage)
         details = self._call(planned, writer, count, stage_tracker)
         seconds = time.monotonic() - started
+        # A driver that slept too long was taken for dead: another one makes this artifact now, and it is not ours to
+        # finish.
         self.hold.check()
         artifact = self._finish(ledger, planned, writer, details, seconds)
         stage_tracker.finish("FINISHED")
@@ -241,6 +244,7 @@ class _Walk:
     def _report(self) -> str | None:
         if not self.artifacts:
             return None
+        # With everything cached the page would say the same, but for a table of what this run did: nothing.
         if self.tracker or not self.root.exists(REPORT):
             html = build_report(self.root, self.recipe.to_yaml(), self.rows, self.artifacts)
             self.root.write_bytes(REPORT, html.encode())

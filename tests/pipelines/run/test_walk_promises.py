@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +32,7 @@ from pipelines.store.lock import LEASE, exclusive
 from pipelines.store.storage import Storage
 from pipelines.tracking import null_stage_tracker
 from pipelines.training.fit import finished
+from tests.aged import aged
 from tests.pipelines.training import toy
 from tests.tiny import tiny_recipe, write_pictures
 from tests.tiny_artifacts import diffusion_artifact, first_stage_artifact, pairs_artifact
@@ -64,10 +64,7 @@ def write_padded_table(folder: Path) -> Path:
         writer.write_table(pa.Table.from_pylist(rows * 8, schema))
         for _ in range(PADDING_ROWS):
             writer.write_table(pa.Table.from_pylist([{"padding": random.bytes(1 << 20)}], schema))
-    # What was written this very moment could be written again without its time telling: it is not remembered.
-    written = table.stat().st_mtime_ns - 10 * 10**9
-    os.utime(table, ns=(written, written))
-    return table
+    return aged(table)
 
 
 def test_a_run_reads_a_local_table_once_to_know_it(ray_cluster: None, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from pipelines.store import remembered
 from pipelines.store.location import Location
 from pipelines.store.remembered import remember_by_stamp
+from tests.aged import aged
 
 
 def counted(most: int = 10, *, unstamped: bool = False) -> tuple[Callable[[Location], bytes], list[str]]:
@@ -29,9 +30,7 @@ def counted(most: int = 10, *, unstamped: bool = False) -> tuple[Callable[[Locat
 def settled(path: Path, data: bytes, age_s: int = 10) -> Location:
     """Write a file that looks as if it had been written a while ago."""
     path.write_bytes(data)
-    written = path.stat().st_mtime_ns - age_s * 10**9
-    os.utime(path, ns=(written, written))
-    return Location.of(str(path))
+    return Location.of(str(aged(path, age_s)))
 
 
 def test_an_unchanged_file_is_read_once(tmp_path: Path) -> None:

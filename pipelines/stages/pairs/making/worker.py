@@ -154,6 +154,7 @@ class Processor:
         self._config, self._counts = config, counts
         self._allowance = Allowance(WORKER_MEMORY.encoded_bytes)
         self._read_bodies = threading.BoundedSemaphore(WORKER_MEMORY.remote_bodies)
+        # Unbounded: what waits in it is bounded at its source, by the memory of the client or by `_read_bodies`.
         self._bodies: queue.SimpleQueue[_Body | None] = queue.SimpleQueue()
         self._resources = contextlib.ExitStack()
         self._client: Client | None = None
@@ -165,6 +166,7 @@ class Processor:
         elif remote:
             self._readers = ThreadPoolExecutor(_REMOTE_READERS, thread_name_prefix="read")
             self._resources.callback(self._readers.shutdown, wait=False, cancel_futures=True)
+        # One is enough: Ray runs a worker process for every core, and decoding keeps its core busy.
         threading.Thread(target=self._decode, daemon=True, name="decode").start()
         self._resources.callback(self._bodies.put, None)
 
@@ -258,6 +260,7 @@ class Processor:
                 self._read_bodies.release()
 
     def _outcome(self, data: bytes, spool: Spool) -> Outcome:
+        # Of the source's bytes, before anything is done to them: equal downloads are duplicates whatever the settings.
         digest = hashlib.sha256(data).hexdigest()
         try:
             picture = make_picture(data, self._config)

@@ -118,6 +118,7 @@ class StagedShard:
             "statuses": dict(sorted(statuses.items())),
             "has_tokens": has_tokens,
         }
+        # Created, never replaced: another attempt's record may have been read, or even published, already.
         work.create(_record_name(number), encode_json(record))
         return cls.open(work, number)
 
@@ -170,6 +171,8 @@ class StagedShard:
 
     def _copy(self, target: Storage) -> Sequence[FileRecord]:
         for file in self.files:
+            # Sizes alone: the digests were taken while the files were written, and reading them again would cost as
+            # much as making a copy.
             if (size := self.folder.size(file.name)) != file.bytes:
                 raise UserError(
                     f"{self.folder.url}/{file.name} was made with {file.bytes} bytes but has {max(size, 0)}: it was "
@@ -179,6 +182,8 @@ class StagedShard:
         return self.files
 
     def _rewrite(self, target: Storage, changes: Mapping[str, Change]) -> list[FileRecord]:
+        # From the staged tars into the artifact, not in place: a publication that is killed starts again from the same
+        # bytes and the same changes, so that it ends with the same files.
         unbucketed = tar_name(self.number)
         by_bucket = all(tar.name != unbucketed for tar in self.tars)
         with ShardTars(target, self.number, by_bucket=by_bucket) as tars:

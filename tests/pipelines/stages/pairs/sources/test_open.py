@@ -1,6 +1,5 @@
 """Opening a source: brace patterns, and that nothing is learnt twice of files that do not change."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from pipelines.stages.pairs.sources import fingerprint, text_tables
 from pipelines.stages.pairs.sources import open as opening
 from pipelines.stages.pairs.sources.open import open_source
 from pipelines.store import storage
+from tests.aged import aged
 from tests.pipelines.stages.pairs.sources.test_sources import opened, rows_of
 from tests.pipelines.store.s3 import BUCKET, S3
 
@@ -23,9 +23,7 @@ def write_table(path: Path, *texts: str, age_s: int = 10) -> Path:
     """Write a table of URLs that looks as if it had been written a while ago."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f'{{"url": "http://a.example/{text}", "text": "{text}"}}\n' for text in texts))
-    when = path.stat().st_mtime_ns - age_s * 10**9
-    os.utime(path, ns=(when, when))
-    return path
+    return aged(path, age_s)
 
 
 def captions(pattern: Path | str) -> list[str]:

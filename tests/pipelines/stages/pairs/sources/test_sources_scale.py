@@ -17,6 +17,7 @@ from pipelines.shards.format import write_shard
 from pipelines.stages.pairs.rows import RejectedError, Row
 from pipelines.stages.pairs.sources import parquet_parts, text_tables
 from pipelines.stages.pairs.sources.columns import find_column
+from tests.aged import aged
 from tests.pipelines.stages.pairs.sources.test_sources import load, opened, rows_of, write_parquet
 from tests.pipelines.stages.pairs.web_server import picture
 from tests.pipelines.store.s3 import BUCKET, S3, environment
@@ -47,7 +48,7 @@ def test_a_huge_row_group_is_read_once_and_never_held_whole(tmp_path: Path, monk
     # Pages are what Arrow reads at once.
     pq.write_table(table, path, row_group_size=200, write_batch_size=5, use_dictionary=False)
     del table
-    source, before, most = opened(path), pa.total_allocated_bytes(), 0
+    source, before, most = opened(aged(path)), pa.total_allocated_bytes(), 0
     assert not source.downloads
     started: list[int] = []
     batches = parquet_parts._batches
