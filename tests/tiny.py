@@ -37,7 +37,10 @@ def write_pictures(folder: Path, count: int, side: int = 48) -> Path:
 
 
 def tiny_recipe(source: Path | str, **changes: Any) -> dict[str, Any]:
-    """All six stages in seconds: 32-pixel pictures, networks of a few hundred thousand weights, a dozen steps."""
+    """All six stages in seconds: 32-pixel pictures, networks of a few hundred thousand weights, a dozen steps.
+
+    Training alone has two workers: each worker imports torch, which takes longer than all it does here.
+    """
     training = {"steps": 12, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 2, "ema_decay": 0.9, "workers": 2}
     training |= {"checkpoint_every_steps": 4, "sample_every_steps": 12, "log_every_steps": 2}
     recipe: dict[str, Any] = {
@@ -52,7 +55,7 @@ def tiny_recipe(source: Path | str, **changes: Any) -> dict[str, Any]:
             "model": {"preset": "tiny-kl-f8", "channel_mult": [1, 1, 2, 2]},
             "training": training,
         },
-        "latents": {"tokenizer": {"size": 256, "max_length": 16}, "batch_size": 8, "workers": 2},
+        "latents": {"tokenizer": {"size": 256, "max_length": 16}, "batch_size": 8, "workers": 1},
         "diffusion": {
             "unet": {**TINY_UNET},
             "text": {**TINY_TEXT},
@@ -63,6 +66,7 @@ def tiny_recipe(source: Path | str, **changes: Any) -> dict[str, Any]:
         "evaluate": {
             "prompts": ["a large red circle on the left", "a small blue star at the top"],
             "training_captions": 4,
+            "workers": 1,
             "sampling": {"num_steps": 4, "guidance_scale": 2.0},
         },
     }

@@ -12,6 +12,11 @@ import pytest
 from jobs import cli
 
 SMALL = (
+    # Each worker imports torch, for a few steps.
+    "autoencoder.training.workers=1",
+    "latents.workers=1",
+    "diffusion.training.workers=1",
+    "evaluate.workers=1",
     "autoencoder.training.steps=6",
     "autoencoder.training.batch_size=4",
     "diffusion.training.steps=6",

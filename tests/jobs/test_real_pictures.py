@@ -11,6 +11,11 @@ from pipelines.run.recipe import load_recipe
 from pipelines.run.walk import run
 
 TINY = (
+    # Each worker imports torch, for a few steps.
+    "autoencoder.training.workers=1",
+    "latents.workers=1",
+    "diffusion.training.workers=1",
+    "evaluate.workers=1",
     "pairs.limit=120",
     "pairs.image_size=32",
     "pairs.rows_per_shard=60",

@@ -28,7 +28,8 @@ TRAINING = {
     "learning_rate": 1e-3,
     "warmup_steps": 2,
     "ema_decay": 0.5,
-    "workers": 2,
+    # Two train in test_fit.py and tests/faults: most of the time of one is spent on importing torch.
+    "workers": 1,
     "use_gpu": False,
     "log_every_steps": 2,
     "sample_every_steps": 3,

@@ -50,7 +50,7 @@ def test_scores_are_kept_and_what_scores_low_is_left_out(
 ) -> None:
     head = write_head(tmp_path / "head.safetensors")
     source = write_set(tmp_path / "set", 12)
-    scoring = {"clip": str(clip_folder), "aesthetic_head": str(head), "batch_size": 5}
+    scoring = {"clip": str(clip_folder), "aesthetic_head": str(head), "batch_size": 5, "workers": 1}
     whole, all_of_them = run_pairs("all", source=source, rows_per_shard=6, scoring=scoring)
     assert whole["statuses"] == {"ok": 12}
     tables = [pq.read_table(io.BytesIO(all_of_them.read_bytes(f"00000{n}.parquet"))) for n in range(2)]
