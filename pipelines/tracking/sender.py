@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.tracking.database import SQLITE, make_database
 from pipelines.tracking.spool import Event, Session
 
 log = logging.getLogger(__name__)
@@ -164,6 +165,8 @@ class Sender(threading.Thread):
             from mlflow import MlflowClient
 
             logging.getLogger("mlflow").setLevel(logging.WARNING)
+            if self.uri.startswith(SQLITE) and self.artifacts is not None:
+                make_database(self.uri, self.artifacts)
             client = MlflowClient(tracking_uri=self.uri)
             experiment = client.get_experiment_by_name(self.experiment)
             if experiment is None:

@@ -14,6 +14,7 @@ import yaml
 
 from pipelines.store.storage import Storage
 from pipelines.tracking.config import TrackingConfig
+from pipelines.tracking.database import SQLITE
 from pipelines.tracking.sender import LARGEST_BATCH, Sender
 from pipelines.tracking.spool import Event, Session
 
@@ -192,11 +193,11 @@ class Tracker:
 def store(config: TrackingConfig, root: Storage) -> tuple[str, str | None]:
     """Return the tracking URI, and where a new experiment's artifacts go (None: the server decides)."""
     folder = Path(root.path()) if root.is_local else Path.cwd()
-    uri = config.uri or f"sqlite:///{folder}/mlflow.db"
-    if not uri.startswith("sqlite:///"):
+    uri = config.uri or f"{SQLITE}{folder}/mlflow.db"
+    if not uri.startswith(SQLITE):
         return uri, None
-    database = Path(uri.removeprefix("sqlite:///")).absolute()
-    return f"sqlite:///{database}", (database.parent / "mlartifacts").as_uri()
+    database = Path(uri.removeprefix(SQLITE)).absolute()
+    return f"{SQLITE}{database}", (database.parent / "mlartifacts").as_uri()
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -149,6 +149,21 @@ WORK = """
 """
 
 
+def test_the_store_of_a_process_that_was_killed_as_it_appeared_can_be_used(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(WORK), str(tmp_path)], stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    while not (tmp_path / "mlflow.db").exists():
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    tracker = tracker_at(tmp_path)
+    tracker.start_pipeline("after the kill", {}, {})
+    tracker.finish()
+    assert tracker.close(60)
+    assert run_named(tmp_path, "after the kill").info.status == "FINISHED"
+
+
 def test_what_a_killed_process_left_is_sent_by_the_next_one_exactly_once(root: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(WORK), str(root)], stdout=subprocess.PIPE, text=True
