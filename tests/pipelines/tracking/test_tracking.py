@@ -149,14 +149,24 @@ WORK = """
 """
 
 
-def test_the_store_of_a_process_that_was_killed_as_it_appeared_can_be_used(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(WORK), str(tmp_path)], stdout=subprocess.DEVNULL, start_new_session=True
-    )
-    while not (tmp_path / "mlflow.db").exists():
-        assert process.poll() is None
-    process.kill()
-    process.wait()
+DIES_IN_A_MIGRATION = """
+    import os, signal
+    from alembic.operations import Operations
+
+    create_table = Operations.create_table
+
+    def create_table_and_die(*arguments, **options):
+        create_table(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Operations.create_table = create_table_and_die
+"""
+
+
+def test_the_store_of_a_process_that_was_killed_while_mlflow_made_it_can_be_used(tmp_path: Path) -> None:
+    program = textwrap.dedent(DIES_IN_A_MIGRATION) + textwrap.dedent(WORK)
+    process = subprocess.run([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.DEVNULL, check=False)
+    assert process.returncode == -signal.SIGKILL
     tracker = tracker_at(tmp_path)
     tracker.start_pipeline("after the kill", {}, {})
     tracker.finish()
