@@ -102,7 +102,7 @@ def test_an_import_is_its_weights_and_its_model_and_nothing_else(weights: Path) 
     identity = STAGE.identity(given, 0, {"pairs": "k"})
     assert identity == STAGE.identity(given, 7, {"pairs": "k+1"})
     assert identity == STAGE.identity(config(weights=str(weights), kl_weight=1, reconstruction_loss="l2"), 0, {})
-    other = config(weights=str(weights), model={"preset": "tiny-kl-f8", "base_channels": 8})
+    other = config(weights=str(weights), model={"preset": "tiny-kl-f8", "base_channels": 32})
     assert identity != STAGE.identity(other, 0, {"pairs": "k"})
 
 
