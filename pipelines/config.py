@@ -1,11 +1,10 @@
 """The base of every typed configuration: unknown keys are refused; each field says whether it can change the output."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
-from pydantic_core import to_jsonable_python
 
 
 class Config(BaseModel):
@@ -14,55 +13,13 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     def identity(self) -> dict[str, Any]:
-        """Return what an artifact's key is made of: the settings that differ from their defaults, as JSON values.
-
-        So a field that is added later, with what was done before as its default, keeps every key. In return, a default
-        that changes must raise the format version of its stage (held by tests/jobs/test_golden_defaults.py).
-        """
-        found = {}
-        for name, field in type(self).model_fields.items():
-            value = identity_of(getattr(self, name))
-            is_default = not field.is_required() and value == identity_of(field.get_default(call_default_factory=True))
-            if not is_runtime(field) and not is_default:
-                found[name] = value
-        return found
-
-    def settings(self) -> dict[str, Any]:
-        """Return all fields that can change the output, defaults too, as JSON values."""
+        """Return the fields that can change the output, as JSON values, for the artifact's key."""
         values = self.model_dump(mode="json")
         return {
-            name: (inner.settings() if isinstance(inner := getattr(self, name), Config) else values[name])
+            name: (inner.identity() if isinstance(inner := getattr(self, name), Config) else values[name])
             for name, field in type(self).model_fields.items()
             if not is_runtime(field)
         }
-
-
-def identity_of(value: Any) -> Any:
-    """Return the JSON value that stands for a setting in a key; of configurations only what differs from defaults."""
-    if isinstance(value, Config):
-        return value.identity()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            field.name: found
-            for field in dataclasses.fields(value)
-            if (found := identity_of(getattr(value, field.name))) != identity_of(_default(field))
-        }
-    if isinstance(value, Mapping):
-        return {str(name): identity_of(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [identity_of(inner) for inner in value]
-    return to_jsonable_python(value)
-
-
-def _default(field: "dataclasses.Field[Any]") -> Any:
-    """Return a dataclass field's default; for one without, a value that equals no setting."""
-    if field.default is not dataclasses.MISSING:
-        return field.default
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else _NO_DEFAULT
-
-
-# In the form that it takes in a key, where no setting is such a list.
-_NO_DEFAULT = ["no default"]
 
 
 def runtime(default: Any = ..., **options: Any) -> Any:

@@ -104,10 +104,6 @@ def _no_inputs(config: Any) -> dict[str, str]:
     return {}
 
 
-def _depends_on_all(config: Any) -> None:
-    return None
-
-
 def _unknown(sections: Sections, before: Mapping[str, Estimate]) -> Estimate:
     return Estimate()
 
@@ -128,8 +124,6 @@ class Stage(Generic[ConfigT]):
         estimate: what it will come to, from the recipe's sections and the estimates of earlier stages. Leaves out
             seconds, which are scaled from earlier runs.
         uses_seed: whether the recipe's seed can change its output.
-        self_contained: the settings that, with `inputs`, are all that can change the output under this config; None if
-            the other settings, the seed and the upstream artifacts count too.
         may_grow: whether this config asks to add to a finished artifact; None if that never happens.
         unit: what `progress` counts, in the plural; None if a rate of it says nothing.
         headlines: keys of `details` that the pipeline's MLflow run shows, so that runs can be compared in one table.
@@ -152,7 +146,6 @@ class Stage(Generic[ConfigT]):
     check: Callable[[Sections], None] = _nothing_to_check
     estimate: Callable[[Sections, Mapping[str, Estimate]], Estimate] = _unknown
     uses_seed: bool = True
-    self_contained: Callable[[ConfigT], dict[str, Any] | None] = _depends_on_all
     may_grow: Callable[[ConfigT, Artifact], bool] | None = None
     unit: str | None = None
     headlines: tuple[str, ...] = ()
@@ -171,35 +164,12 @@ class Stage(Generic[ConfigT]):
             seed: the recipe's seed.
             upstream_keys: the reference of each upstream artifact.
         """
-        inputs = self.inputs(config)
-        if (settings := self.self_contained(config)) is not None:
-            return {"stage": self.name, "format_version": self.format_version, "config": settings, "inputs": inputs}
-        return self._identity(config.identity(), seed, upstream_keys, inputs)
-
-    def earlier_identity(
-        self, config: ConfigT, seed: int, upstream_keys: Mapping[str, str], inputs: dict[str, str]
-    ) -> dict[str, Any]:
-        """Return what version 0.1 hashed instead: every setting, default or not, and all that is upstream.
-
-        What was made or begun under such a key is still found by it.
-
-        Args:
-            config: the stage's section of the recipe.
-            seed: the recipe's seed.
-            upstream_keys: the reference of each upstream artifact.
-            inputs: those of `identity`, which can take long to digest.
-        """
-        return self._identity(config.settings(), seed, upstream_keys, inputs)
-
-    def _identity(
-        self, settings: dict[str, Any], seed: int, upstream_keys: Mapping[str, str], inputs: dict[str, str]
-    ) -> dict[str, Any]:
         return {
             "stage": self.name,
             "format_version": self.format_version,
-            "config": settings,
+            "config": config.identity(),
             "upstream": dict(upstream_keys),
-            "inputs": inputs,
+            "inputs": self.inputs(config),
             **({"seed": seed} if self.uses_seed else {}),
         }
 

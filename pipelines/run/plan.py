@@ -156,14 +156,8 @@ def plan_stage(
         selection: which stages are to run.
     """
     config: Config = getattr(recipe, stage.name)
-    upstream = {name: keys[name] for name in stage.upstream}
-    key, identity = ledger.resolve(stage.name, stage.identity(config, recipe.seed, upstream))
-    if not ledger.started(stage.name, key):
-        # Made, or begun, by version 0.1: it goes on under its own key.
-        earlier = stage.earlier_identity(config, recipe.seed, upstream, identity["inputs"])
-        earlier_key, earlier = ledger.resolve(stage.name, earlier)
-        if ledger.started(stage.name, earlier_key):
-            key, identity = earlier_key, earlier
+    identity = stage.identity(config, recipe.seed, {name: keys[name] for name in stage.upstream})
+    key, identity = ledger.resolve(stage.name, identity)
     artifact = ledger.find(stage.name, key)
     if artifact and stage.name in selection.force:
         identity = {**identity, "generation": identity.get("generation", 0) + 1}

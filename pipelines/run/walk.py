@@ -228,7 +228,7 @@ class _Walk:
         begun = storage.read_json(TRACKING) if storage.exists(TRACKING) else {}
         stage_tracker = tracker.stage(planned.stage.name, planned.key, resume_run_id=begun.get("run_id"))
         if not begun:
-            stage_tracker.params(planned.config.settings())
+            stage_tracker.params(planned.identity["config"])
             storage.write_json(TRACKING, {"run_id": stage_tracker.run_id})
         return stage_tracker
 

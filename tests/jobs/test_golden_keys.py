@@ -5,9 +5,6 @@ change nothing, such as a renamed field or a new default, can change a key all t
 computes that stage again. After an intended change rewrite the file:
 
     python -m tests.jobs.test_golden_keys
-
-Keys of version 0.1, which hashed every setting, are in a file of their own, never to be rewritten: what was made under
-them is still found.
 """
 
 import json
@@ -20,11 +17,8 @@ import pytest
 from jobs.recipes import FOLDER, recipe_path
 from pipelines.run.plan import PlannedStage, plan
 from pipelines.run.recipe import load_recipe
-from pipelines.store.ledger import ArtifactWriter
-from pipelines.store.storage import Storage
 
 GOLDEN = Path(__file__).with_name("golden_keys.json")
-OF_VERSION_0_1 = Path(__file__).with_name("keys_of_version_0_1.json")
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 REWRITE = "python -m tests.jobs.test_golden_keys"
 PICTURES = {"red.png": b"a red circle's bytes", "blue.png": b"a blue square's bytes"}
@@ -124,38 +118,6 @@ def test_another_source_changes_the_key_of_every_stage(
     monkeypatch.setitem(CAPTIONS, "red.png", ["another caption", "ein roter Kreis"])
     changed = keys(plan_of(recipe, tmp_path))
     assert [name for name, key in golden_keys()[recipe].items() if changed[name] == key] == []
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_what_version_0_1_made_or_began_is_found_under_its_own_key(recipe: str, tmp_path: Path) -> None:
-    earlier = json.loads(OF_VERSION_0_1.read_text())[recipe]
-    root = Storage(str(tmp_path / "root"))
-    begun = (root / "pairs" / earlier["pairs"]) / "work"
-    begun.write_bytes("000000.json", b"{}")
-    first = plan_of(recipe, tmp_path)[0]
-    assert (first.state, first.key) == ("resumed", earlier["pairs"])
-    for planned in plan_of(recipe, tmp_path):
-        name = planned.stage.name
-        ArtifactWriter(name, earlier[name], root / name / earlier[name]).finish(
-            format_version=planned.stage.format_version,
-            config={},
-            identity={},
-            upstream={},
-            details={},
-            seconds=0,
-            code_version="0.1.0",
-        )
-    walk = plan_of(recipe, tmp_path)
-    assert {planned.state for planned in walk} == {"cached"}
-    assert keys(walk) == earlier
-
-
-def test_what_is_made_now_is_preferred_to_what_version_0_1_made(tmp_path: Path) -> None:
-    earlier = json.loads(OF_VERSION_0_1.read_text())["pairs"]["pairs"]
-    (planned,) = plan_of("pairs", tmp_path)
-    for key in (earlier, planned.key):
-        Storage(str(tmp_path / "root" / "pairs" / key)).write_bytes("begun", b"")
-    assert plan_of("pairs", tmp_path)[0].key == planned.key != earlier
 
 
 def rewrite() -> None:

@@ -97,27 +97,6 @@ def test_other_weights_make_another_key(tmp_path: Path, weights: Path) -> None:
     assert STAGE.identity(given, 0, {"pairs": "k"})["inputs"] != before["inputs"]
 
 
-def test_an_import_is_its_weights_and_its_model_and_nothing_else(weights: Path) -> None:
-    given = config(weights=str(weights))
-    identity = STAGE.identity(given, 0, {"pairs": "k"})
-    assert identity == STAGE.identity(given, 7, {"pairs": "k+1"})
-    assert identity == STAGE.identity(config(weights=str(weights), kl_weight=1, reconstruction_loss="l2"), 0, {})
-    other = config(weights=str(weights), model={"preset": "tiny-kl-f8", "base_channels": 32})
-    assert identity != STAGE.identity(other, 0, {"pairs": "k"})
-
-
-def test_a_trained_first_stage_is_all_that_it_was_trained_on() -> None:
-    given = config(training=TRAINING)
-    identity = STAGE.identity(given, 0, {"pairs": "k"})
-    others = [
-        STAGE.identity(given, 7, {"pairs": "k"}),
-        STAGE.identity(given, 0, {"pairs": "k+1"}),
-        STAGE.identity(config(training=TRAINING, kl_weight=1), 0, {"pairs": "k"}),
-        STAGE.identity(config(training={**TRAINING, "steps": 7}), 0, {"pairs": "k"}),
-    ]
-    assert identity not in others
-
-
 def test_weights_of_another_model_are_refused_by_name(tmp_path: Path, weights: Path) -> None:
     tensors = load_file(weights / "model.safetensors")
     del tensors["quant_conv.bias"]
