@@ -18,16 +18,18 @@ def make_database(uri: str, artifacts: str) -> None:
     used again.
 
     Args:
-        uri: `sqlite:///` and a path.
+        uri: MLflow's tracking URI; one that is not just `sqlite:///` and a path is left to MLflow.
         artifacts: URI for the artifacts of MLflow's default experiment.
     """
     path = Path(uri.removeprefix(SQLITE))
-    if path.exists():
+    if not uri.startswith(SQLITE) or "?" in uri or path.exists():
         return
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     with tempfile.TemporaryDirectory(prefix="ldm-mlflow-") as folder:
         made = Path(folder) / path.name
         SqlAlchemyStore(f"{SQLITE}{made}", artifacts)._dispose_engine()
+        # A journal whose database was removed would be played into the new one.
+        path.with_name(f"{path.name}-journal").unlink(missing_ok=True)
         # If another process was faster, its database stands.
         Storage(str(path.parent)).create(path.name, made.read_bytes())

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.tracking.database import SQLITE, make_database
+from pipelines.tracking.database import make_database
 from pipelines.tracking.spool import Event, Session
 
 log = logging.getLogger(__name__)
@@ -80,6 +80,8 @@ class Sender(threading.Thread):
             self._finished = True
         except _GaveUpError:
             pass
+        except OSError as error:
+            log.warning("the MLflow sender stopped (%s); what is not sent yet stays in %s", error, self.spool)
         except Exception:
             log.exception("the MLflow sender stopped; what is not sent yet stays in %s", self.spool)
         self.session.release(remove=self._finished)
@@ -164,8 +166,9 @@ class Sender(threading.Thread):
             logging.getLogger("alembic").setLevel(logging.WARNING)
             from mlflow import MlflowClient
 
-            logging.getLogger("mlflow").setLevel(logging.WARNING)
-            if self.uri.startswith(SQLITE) and self.artifacts is not None:
+            # What goes wrong is raised too, and said by us in one line; MLflow would add a traceback to each attempt.
+            logging.getLogger("mlflow").setLevel(logging.CRITICAL)
+            if self.artifacts is not None:
                 make_database(self.uri, self.artifacts)
             client = MlflowClient(tracking_uri=self.uri)
             experiment = client.get_experiment_by_name(self.experiment)
@@ -277,4 +280,6 @@ def _brief(event: Event) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+    # SQLAlchemy begins with advice to programmers, then says what happened.
+    lines = [line for line in str(error).splitlines() if not line.startswith("(raised as a result of")]
+    return (lines or [type(error).__name__])[0][:300]

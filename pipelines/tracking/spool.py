@@ -125,7 +125,9 @@ class Session:
         """Unlock the session; `remove` it if everything in it has arrived."""
         if remove:
             shutil.rmtree(self.folder, ignore_errors=True)
-        self._events.close()
+        # It tries once more to write what a full disk did not take; `append` has said that such events are lost.
+        with contextlib.suppress(OSError):
+            self._events.close()
         self._lock.close()
 
     def _sent(self) -> int:

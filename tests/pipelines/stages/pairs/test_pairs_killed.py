@@ -1,5 +1,6 @@
 """Ten kills at random moments, of workers and of drivers, in one run of the pairs stage over a real web."""
 
+import contextlib
 import io
 import json
 import os
@@ -38,10 +39,11 @@ def start(folder: Path, options: dict[str, Any]) -> subprocess.Popen[bytes]:
 def workers() -> list[psutil.Process]:
     """The processes of this session's Ray that make shards."""
     found = []
-    for process in psutil.process_iter(["cmdline"]):
-        title = " ".join(process.info["cmdline"] or [])
-        if title.startswith("ray::") and "MapWorker" in title:
-            found.append(process)
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            title = " ".join(process.cmdline())
+            if title.startswith("ray::") and "MapWorker" in title:
+                found.append(process)
     return found
 
 
