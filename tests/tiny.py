@@ -25,7 +25,7 @@ TINY_TEXT = {"width": 32, "layers": 1, "heads": 2, "head_dim": 16}
 
 
 def write_pictures(folder: Path, count: int, side: int = 48) -> Path:
-    """Rendered scenes with a metadata.jsonl beside them; returns the table."""
+    """Write rendered scenes with a metadata.jsonl beside them; return the table."""
     folder.mkdir(parents=True)
     rows = []
     for i, scene in enumerate(training_scenes(0, count)):
@@ -37,7 +37,7 @@ def write_pictures(folder: Path, count: int, side: int = 48) -> Path:
 
 
 def tiny_recipe(source: Path | str, **changes: Any) -> dict[str, Any]:
-    """All six stages in seconds: 32-pixel pictures, networks of a few hundred thousand weights, a dozen steps.
+    """Return a recipe of all six stages in seconds: 32-pixel pictures, tiny networks, a dozen steps.
 
     Training alone has two workers: each worker imports torch, which takes longer than all it does here.
     """

@@ -35,7 +35,7 @@ def finish(writer: ArtifactWriter, details: dict[str, Any], format_version: int 
 
 
 def pairs_artifact(root: Path, *, rows: tuple[int, ...] = (5, 0, 4), side: int = 32, name: str = "pairs") -> Artifact:
-    """Shards of `rows` samples each: noise with two captions."""
+    """Make shards of `rows` samples each: noise with two captions."""
     writer = ArtifactWriter("pairs", name, Storage(str(root)) / "pairs" / name)
     random = np.random.default_rng(0)
     for shard, count in enumerate(rows):
@@ -54,7 +54,7 @@ def pair_sample(random: np.random.Generator, key: str, side: int) -> tuple[str, 
 
 
 def first_stage_artifact(root: Path, *, preset: str = "tiny-kl-f8", name: str = "autoencoder") -> Artifact:
-    """A first stage with random weights."""
+    """Make a first stage with random weights."""
     import torch
 
     from ldm_core import checkpoint, presets
@@ -71,7 +71,7 @@ def first_stage_artifact(root: Path, *, preset: str = "tiny-kl-f8", name: str = 
 def latents_artifact(
     root: Path, encoder_sha256: str, *, rows: tuple[int, ...] = (9, 0, 12), max_length: int = 8, name: str = "latents"
 ) -> Artifact:
-    """Random latents of 32-pixel pictures, with two captions each, as if that encoder had made them."""
+    """Make random latents of 32-pixel pictures, with two captions each, as if that encoder had made them."""
     from ldm_core.tokenizers.tokenizer import Tokenizer
     from ldm_core.tokenizers.wordpiece import build_vocabulary
 
@@ -107,7 +107,7 @@ def latents_artifact(
 
 
 def encoded_latents_artifact(root: Path, pairs: Artifact, first_stage: Artifact, *, name: str = "latents") -> Artifact:
-    """Latents of the pairs, encoded as the stage encodes them, but in this process instead of Ray's."""
+    """Make latents of the pairs, encoded as the stage encodes them, but in this process instead of Ray's."""
     import torch
 
     from pipelines.stages.latents.artifact import FORMAT_VERSION
@@ -127,7 +127,7 @@ def encoded_latents_artifact(root: Path, pairs: Artifact, first_stage: Artifact,
 
 
 def diffusion_artifact(root: Path, *, max_length: int = 77, name: str = "diffusion") -> Artifact:
-    """A text-to-image model for 32-pixel pictures with random weights, none of them zero."""
+    """Make a text-to-image model for 32-pixel pictures with random weights, none of them zero."""
     import torch
 
     from ldm_core import checkpoint, presets
@@ -175,5 +175,5 @@ def run_stage(
 
 
 def contents(artifact: Artifact) -> dict[str, str]:
-    """sha256 of every committed file, by name."""
+    """Return sha256 of every committed file, by name."""
     return {record.name: record.sha256 for record in artifact.manifest.files}

@@ -24,7 +24,7 @@ keep_freed_memory()
 
 
 def bare_codec(data: bytes, size: int, *, antialias: bool = True) -> bytes:
-    """Scaled decode, resize, encode: the fastest way found to a shorter side of `size` pixels, JPEG quality 95, 4:4:4.
+    """Decode at a scale, resize, encode: the fastest way found to a shorter side of `size` px, JPEG quality 95, 4:4:4.
 
     Args:
         data: an upright colour JPEG of at least 3 x `size`, at most 6 x `size` pixels.
@@ -41,7 +41,7 @@ def bare_codec(data: bytes, size: int, *, antialias: bool = True) -> bytes:
 
 
 def cpu_ms(functions: dict[str, Callable[[bytes], object]], files: list[bytes], repeats: int = 7) -> dict[str, float]:
-    """The least mean CPU time of one call over some passes; the functions take turns."""
+    """Return the least mean CPU time of one call over some passes; the functions take turns."""
     passes: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():

@@ -35,17 +35,17 @@ class Report:
         self._started = time.perf_counter()
 
     def title(self, text: str) -> None:
-        """A heading, with the minutes so far."""
+        """Print a heading, with the minutes so far."""
         print(f"\n{text}   [{(time.perf_counter() - self._started) / 60:.1f} min]", flush=True)
 
     def row(self, part: str, name: str, **values: Any) -> None:
-        """One measurement; numbers are printed with three significant digits."""
+        """Print and keep one measurement; numbers have three significant digits."""
         self.rows.append({"part": part, "name": name} | values)
         shown = "  ".join(f"{key} {_short(value)}" for key, value in values.items() if value is not None)
         print(f"  {name:34s} {shown}", flush=True)
 
     def duel(self, part: str, result: Duel, images: int, **extra: Any) -> float | None:
-        """All candidates of a comparison, then its ratio."""
+        """Print and keep all candidates of a comparison, then its ratio."""
         for stage, timings in (("screening", result.screening), ("final", result.timings)):
             for name, timing in timings.items():
                 self.row(
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def train(plan: Plan, device: torch.device, report: Report) -> None:
-    """One training step of the UNet."""
+    """Measure one training step of the UNet."""
     batch = train_step.random_batch(plan.unet, plan.train_batch_size, 77, device)
     result = duel(train_step.sides(plan.unet, batch, device), device, rounds=plan.rounds)
     report.ratios["train_vs_diffusers"] = report.duel(
@@ -103,7 +103,7 @@ def train(plan: Plan, device: torch.device, report: Report) -> None:
 
 
 def sample(plan: Plan, device: torch.device, report: Report) -> None:
-    """Captions to images; the ratio is that of the batch size where we gain least."""
+    """Measure captions to images; the ratio is that of the batch size at which we gain least."""
     ratios = []
     mode = "reduce-overhead" if device.type == "cuda" else "default"
     for batch_size in plan.sample_batch_sizes:
@@ -120,7 +120,7 @@ def sample(plan: Plan, device: torch.device, report: Report) -> None:
 
 
 def encode(plan: Plan, device: torch.device, report: Report) -> None:
-    """Images to latents."""
+    """Measure images to latents."""
     result = duel(encoding.sides(plan.first_stage, plan.encode_batch_size, device), device, rounds=plan.rounds)
     first_stage = encoding.initial_first_stage(plan.first_stage, torch.device("meta"))
     side = plan.first_stage.trained_at_resolution
@@ -133,7 +133,7 @@ def encode(plan: Plan, device: torch.device, report: Report) -> None:
 
 
 def pixel(plan: Plan, device: torch.device, report: Report) -> None:
-    """Training throughput at f=1 and at f=4."""
+    """Measure training throughput at f=1 and at f=4."""
     shape = Shape("bf16", channels_last=device.type == "cuda", compiled=device.type == "cuda")
     timings, parameters = pixel_latent.throughput(
         plan.pixel_latent, plan.pixel_latent_batch_sizes, shape, device, rounds=plan.rounds
@@ -153,7 +153,7 @@ def pixel(plan: Plan, device: torch.device, report: Report) -> None:
 
 
 def sweep(plan: Plan, device: torch.device, report: Report) -> None:
-    """The whole network by batch size, and its share of what a matrix product reaches."""
+    """Measure the whole network by batch size, and its share of what a matrix product reaches."""
     flops = network.training_flops(plan.model)
     report.row("sweep", "FLOPs an image", **{f"{part}_gflop": count / 1e9 for part, count in flops.items()})
     ceiling = matmul_flops_per_s(device) if device.type == "cuda" else None

@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def compare(bench: Bench) -> dict[str, Any]:
-    """Ours, img2dataset and the codec on the same photographs, in turn."""
+    """Measure ours, img2dataset and the codec on the same photographs, in turn."""
     rows = bench.options.rows[0] if bench.options.rows else 6000
     peer = img2dataset_peer.environment(bench.scratch)
     with serving(bench.folder) as server:
@@ -130,7 +130,7 @@ def compare(bench: Bench) -> dict[str, Any]:
 def ratios(
     ours: list[ToolRun], theirs: list[ToolRun], codec: list[CodecRun], same_work: list[CodecRun]
 ) -> dict[str, float | None]:
-    """Ours over theirs, the median over rounds; None where the peer was not run."""
+    """Return ours over theirs, the median over rounds; None if the peer was not run."""
     own = [run.figures() for run in ours]
     peer = [run.figures() for run in theirs]
     bare, same = [run.figures() for run in codec], [run.figures() for run in same_work]
@@ -146,7 +146,7 @@ def ratios(
 
 
 def latency(bench: Bench) -> dict[str, Any]:
-    """Ours on a server that answers at once and on one that takes 200 ms, with more and more connections a worker."""
+    """Measure ours on a server that answers at once and on one that takes 200 ms, with more and more connections."""
     rows = bench.options.rows[0] if bench.options.rows else 6000
     found: dict[str, list[float]] = {}
     for _ in range(bench.options.rounds):
@@ -163,7 +163,7 @@ def latency(bench: Bench) -> dict[str, Any]:
 
 
 def scaling(bench: Bench) -> dict[str, Any]:
-    """Ours on ever longer tables of one tiny picture: rate, and the memory of driver and workers."""
+    """Measure ours on ever longer tables of one tiny picture: rate, and the memory of driver and workers."""
     folder = bench.scratch / "tiny"
     folder.mkdir(exist_ok=True)
     with Image.open(bench.files[0]) as image:
@@ -178,7 +178,7 @@ def scaling(bench: Bench) -> dict[str, Any]:
 
 
 def psnr(bench: Bench) -> dict[str, Any]:
-    """Scaled decoding against full decoding, on the photographs served and on those they were made from."""
+    """Compare scaled decoding with full decoding, on the photographs served and on those they were made from."""
     from tests.benchmarks.scaled_decoding import psnr_by_scale
 
     served = [path.read_bytes() for path in bench.files[: bench.options.rows[0] if bench.options.rows else 300]]
@@ -199,7 +199,7 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 
 
 def _best_threads(bench: Bench, peer: Path, server: RunningServer) -> int:
-    """The number of threads a process with which img2dataset does most images a second."""
+    """Return the number of threads a process with which img2dataset does most images a second."""
     if len(bench.options.threads) == 1:
         return int(bench.options.threads[0])
     urls = write_urls(bench.scratch / "screening.parquet", server, SCREENING_ROWS)
@@ -212,7 +212,7 @@ def _best_threads(bench: Bench, peer: Path, server: RunningServer) -> int:
 
 
 def _memory(run: ToolRun) -> dict[str, Any]:
-    """Peak MiB of the driver and of the largest process that Ray started for it, and who they all are."""
+    """Return peak MiB of the driver and of the largest process that Ray started for it, and name them all."""
     driver = next(each for each in run.tree.processes if "jobs.cli" in each.name)
     workers = [each.peak_rss_bytes for each in run.tree.processes if each.name.startswith("ray::")]
     return {

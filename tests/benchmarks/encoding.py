@@ -13,7 +13,7 @@ from tests.benchmarks.shapes import OURS, THEIRS, Call, Shape
 
 
 def sides(config: FirstStageConfig, batch_size: int, device: torch.device) -> dict[str, Callable[[Shape], Call]]:
-    """Both sides' encoders with the same weights on the same images; ours alone without diffusers."""
+    """Build both sides' encoders with the same weights for the same images; ours alone without diffusers."""
     torch.manual_seed(0)
     x = torch.rand(batch_size, 3, config.trained_at_resolution, config.trained_at_resolution, device=device) * 2 - 1
 
@@ -35,7 +35,7 @@ def sides(config: FirstStageConfig, batch_size: int, device: torch.device) -> di
 
 
 def initial_first_stage(config: FirstStageConfig, device: torch.device) -> AutoencoderKL:
-    """The first stage with the same random weights at every call."""
+    """Build the first stage with the same random weights at every call."""
     torch.manual_seed(1)
     with device:
         first_stage = build_first_stage(config)

@@ -19,7 +19,7 @@ _TOLD = ("img2dataset", "albumentations", "opencv-python-headless", "numpy", "py
 
 
 def environment(scratch: Path, *, install: bool = True) -> Path | None:
-    """The environment's folder, made on first use; None where it is not there and shall not be made, or cannot be."""
+    """Return the environment's folder, made on first use; None if it is absent and must not, or cannot, be made."""
     folder = scratch / "img2dataset-env"
     ready = folder / "ready"
     uv = shutil.which("uv", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
@@ -50,7 +50,7 @@ def environment(scratch: Path, *, install: bool = True) -> Path | None:
 
 
 def versions(folder: Path) -> dict[str, str]:
-    """Of the packages that its speed depends on."""
+    """Return the versions of the packages that its speed depends on."""
     code = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {_TOLD!r}}}))"
     found: dict[str, str] = json.loads(subprocess.check_output([folder / "bin" / "python", "-c", code]))
     return found
@@ -59,7 +59,7 @@ def versions(folder: Path) -> dict[str, str]:
 def run_peer(
     folder: Path, urls: Path, output: Path, server: RunningServer, *, rows: int, size: tuple[int, int], threads: int
 ) -> ToolRun:
-    """Its whole command at two processes; 256 px on the shorter side, JPEG 95, 1,000 a shard."""
+    """Run its whole command at two processes; 256 px on the shorter side, JPEG 95, 1,000 a shard."""
     shutil.rmtree(output, ignore_errors=True)
     settings = {
         "url_list": urls,

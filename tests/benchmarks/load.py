@@ -63,7 +63,7 @@ async def _read_for(port: int, first: int, seconds: float) -> None:
 
 
 def capacity(server: RunningServer, *, seconds: float = 3.0) -> Figures:
-    """What the server does for two clients that do nothing but read; they share this machine's cores with it."""
+    """Measure the server with two clients that do nothing but read; they share this machine's cores with it."""
     context = multiprocessing.get_context("spawn")
     clients = [context.Process(target=read_for, args=(server.port, first, seconds)) for first in (0, 1_000_000)]
     server.take_figures()

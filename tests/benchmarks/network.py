@@ -25,7 +25,7 @@ class NetworkRun:
 
 
 def training_flops(config: LatentDiffusionConfig) -> dict[str, int]:
-    """FLOPs an image of each part's forward pass, and of both passes through both, counted on the meta device.
+    """Count FLOPs an image of each part's forward pass, and of both passes through both, on the meta device.
 
     Recomputation by activation checkpointing is not counted: these are the model's FLOPs, not the hardware's.
     """
@@ -74,7 +74,7 @@ def sweep(
 def _time_step(
     config: LatentDiffusionConfig, batch_size: int, shape: Shape, checkpointing: bool, device: torch.device, rounds: int
 ) -> Timing | None:
-    """None where memory does not suffice; its own function, so that the network is gone when it returns."""
+    """Time a step; None if memory does not suffice. Its own function, so that the network is gone when it returns."""
     try:
         step = _step(config, batch_size, shape, checkpointing, device)
         return interleaved({"step": step}, device, rounds=rounds)["step"]

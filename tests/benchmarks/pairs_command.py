@@ -14,7 +14,7 @@ CONNECTIONS = 128
 
 
 def overrides(urls: Path, image_size: int, connections: int) -> tuple[str, ...]:
-    """What is laid over the shipped recipe `small`, whose other stages must fit the image size too."""
+    """Return what is laid over the recipe `small`, whose other stages must fit the image size too."""
     settings = {
         "pairs.source": urls,
         "pairs.image_size": image_size,
@@ -40,7 +40,7 @@ def run_ours(
     size: tuple[int, int],
     connections: int = CONNECTIONS,
 ) -> ToolRun:
-    """`ldm run small --only pairs` at two workers; `min(size)` px on the shorter side, JPEG 95, 1,000 a shard.
+    """Run `ldm run small --only pairs` at two workers; `min(size)` px on the shorter side, JPEG 95, 1,000 a shard.
 
     Deduplication stays on, as it is by default.
     """

@@ -64,7 +64,7 @@ class PictureServer:
         self._tails = [memoryview(data)[2:] for data in pictures]
 
     def answer(self, number: int) -> tuple[bytes, memoryview]:
-        """Head with the comment, and the rest of a picture; counted."""
+        """Return head with the comment, and the rest of a picture; counted."""
         figures, now = self.figures, time.monotonic()
         if figures.first_request is None:
             figures.first_request = now
@@ -133,7 +133,7 @@ class RunningServer:
     port: int
 
     def url(self, number: int) -> str:
-        """Where picture `number` is."""
+        """Return the URL of picture `number`."""
         return f"http://127.0.0.1:{self.port}/{number}.jpg"
 
     def take_figures(self) -> Figures:
@@ -144,7 +144,7 @@ class RunningServer:
 
 @contextlib.contextmanager
 def serving(folder: Path, *, latency_s: float = 0.0) -> Iterator[RunningServer]:
-    """A server for all JPEGs of a folder, for as long as the context lasts."""
+    """Serve all JPEGs of a folder for as long as the context lasts."""
     command = [sys.executable, "-m", "tests.benchmarks.pairs_server", str(folder), "--latency-s", str(latency_s)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:

@@ -20,7 +20,7 @@ from tests.diffusers_weights import diffusers_weights
 
 
 def available() -> bool:
-    """Whether diffusers is installed here."""
+    """Tell whether diffusers is installed."""
     return importlib.util.find_spec("diffusers") is not None
 
 
@@ -32,7 +32,7 @@ def be_quiet() -> None:
 
 
 def diffusers_unet(unet: UNet) -> Any:
-    """diffusers' UNet that computes what ours computes, on the same device."""
+    """Build diffusers' UNet that computes what ours computes, on the same device."""
     import diffusers
 
     settings = diffusers_config.unet_config(unet.config)
@@ -41,7 +41,7 @@ def diffusers_unet(unet: UNet) -> Any:
 
 
 def diffusers_first_stage(first_stage: AutoencoderKL | VQAutoencoder, *, scale_factor: float = 1.0) -> Any:
-    """diffusers' `AutoencoderKL` or `VQModel` that computes what ours computes, on the same device."""
+    """Build diffusers' `AutoencoderKL` or `VQModel` that computes what ours computes, on the same device."""
     import diffusers
 
     settings = diffusers_config.first_stage_config(first_stage.config, scale_factor=scale_factor)
@@ -50,7 +50,7 @@ def diffusers_first_stage(first_stage: AutoencoderKL | VQAutoencoder, *, scale_f
 
 
 def diffusers_pipeline(model: LatentDiffusion, vocabulary: Path) -> Any:
-    """`LDMTextToImagePipeline` with our model's weights and a BERT tokenizer of that vocab.txt, silent."""
+    """Build `LDMTextToImagePipeline` with our model's weights and a BERT tokenizer of that vocab.txt, silent."""
     import diffusers
     from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
     from transformers import BertTokenizer

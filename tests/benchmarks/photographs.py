@@ -44,7 +44,7 @@ def make_photographs(folder: Path, originals: Path | None, count: int) -> list[P
 
 
 def render(random: np.random.Generator, draw: Draw) -> bytes:
-    """One JPEG (4:2:0, quality 80 to 92) of four drawings."""
+    """Render one JPEG (4:2:0, quality 80 to 92) of four drawings."""
     rows = [np.concatenate([_retouched(draw(random), random) for _ in range(2)], axis=1) for _ in range(2)]
     quality = int(random.integers(QUALITIES[0], QUALITIES[1] + 1))
     return bytes(cv2.imencode(".jpg", np.concatenate(rows), [cv2.IMWRITE_JPEG_QUALITY, quality])[1])
@@ -57,7 +57,7 @@ def _load(folder: Path) -> list[np.ndarray]:
 
 
 def _crops_of(images: list[np.ndarray]) -> Draw:
-    """Crops of 4:3 at random places, resized to a quarter of the picture."""
+    """Return crops of 4:3 at random places, resized to a quarter of the picture."""
     if not images:
         raise SystemExit(f"no photograph with a shorter side of {_SHORTEST_SIDE} pixels or more in --photographs")
 
@@ -76,7 +76,7 @@ def _crops_of(images: list[np.ndarray]) -> Draw:
 
 
 def _noise(random: np.random.Generator) -> np.ndarray:
-    """Noise whose amplitude falls with the frequency, as that of natural pictures does."""
+    """Return noise whose amplitude falls with the frequency, as that of natural pictures does."""
     h, w = HEIGHT // 2, WIDTH // 2
     frequency = np.hypot(np.fft.fftfreq(h)[:, None], np.fft.rfftfreq(w)[None])
     frequency[0, 0] = 1.0
@@ -86,6 +86,6 @@ def _noise(random: np.random.Generator) -> np.ndarray:
 
 
 def _retouched(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Flipped or not, with a little more or less light and contrast."""
+    """Return the picture, flipped or not, with a little more or less light and contrast."""
     flipped = image[:, ::-1] if random.random() < 0.5 else image
     return cv2.convertScaleAbs(flipped, alpha=random.uniform(0.85, 1.15), beta=random.uniform(-12, 12))

@@ -17,13 +17,13 @@ PIXELS, LATENTS = "LDM-1 (pixels)", "LDM-4 (latents)"
 
 
 def full_size() -> dict[str, UNetConfig]:
-    """Class-conditional ImageNet at 256 px: 397 M parameters at f=1, 401 M at f=4."""
+    """Return the class-conditional ImageNet models at 256 px: 397 M parameters at f=1, 401 M at f=4."""
     latent = presets.unet("class-imagenet-256-f4")
     return {PIXELS: _pixel_twin(latent, channel_mult=(1, 1, 2, 2, 4, 4)), LATENTS: latent}
 
 
 def small() -> dict[str, UNetConfig]:
-    """The same pair in little, for a CPU: 64 px, a third of the channels, 26 M parameters each."""
+    """Return the same pair in little, for a CPU: 64 px, a third of the channels, 26 M parameters each."""
     latent = replace(presets.unet("class-imagenet-256-f4"), latent_size=16, model_channels=64, channel_mult=(1, 2, 4))
     return {PIXELS: _pixel_twin(latent, channel_mult=(1, 1, 2, 3, 3)), LATENTS: latent}
 
@@ -31,7 +31,7 @@ def small() -> dict[str, UNetConfig]:
 def throughput(
     configs: dict[str, UNetConfig], batch_sizes: dict[str, int], shape: Shape, device: torch.device, *, rounds: int
 ) -> tuple[dict[str, Timing], dict[str, int]]:
-    """Timings of a training step at each of the two, and the parameters of each UNet."""
+    """Time a training step at each of the two; return the parameters of each UNet too."""
     steps: dict[str, Callable[[], object]] = {}
     parameters = {}
     for name, config in configs.items():
@@ -42,7 +42,7 @@ def throughput(
 
 
 def _pixel_twin(latent: UNetConfig, *, channel_mult: tuple[int, ...]) -> UNetConfig:
-    """The UNet at f=1 with about as many parameters, and attention at the same resolutions in pixels."""
+    """Return the UNet at f=1 with about as many parameters, and attention at the same resolutions in pixels."""
     return replace(
         latent,
         latent_size=4 * latent.latent_size,

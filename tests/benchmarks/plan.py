@@ -38,7 +38,7 @@ class Plan:
 
 
 def plan_for(device: torch.device, *, quick: bool, batch_sizes: Sequence[int] | None = None) -> Plan:
-    """The plan for a device; `batch_sizes` replaces those of the sweep."""
+    """Return the plan for a device; `batch_sizes` replaces those of the sweep."""
     plan = GPU if device.type == "cuda" else CPU
     if quick:
         plan = QUICK

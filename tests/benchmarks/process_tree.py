@@ -63,7 +63,7 @@ class TreeUse:
         return self.ended - self.started
 
     def cpu_s_until(self, moment: float) -> float:
-        """CPU seconds used until a moment (time.monotonic()), between two readings by a straight line."""
+        """Return CPU seconds used until a moment (time.monotonic()), between two readings by a straight line."""
         times = [each for each, _ in self.timeline]
         after = bisect.bisect_left(times, moment)
         if after in (0, len(times)):
@@ -104,7 +104,7 @@ class _Watcher:
             self.read()
 
     def read(self) -> None:
-        """One reading of every process."""
+        """Read every process once."""
         stats = {int(entry): stat for entry in os.listdir("/proc") if entry.isdigit() and (stat := _stat(entry))}
         children: dict[int, list[int]] = {}
         for pid, stat in stats.items():
@@ -135,7 +135,7 @@ def _command_line(pid: int) -> str:
 
 
 def _stat(pid: str) -> list[str] | None:
-    """Fields of /proc/PID/stat from the state on; None where the process has ended."""
+    """Return the fields of /proc/PID/stat from the state on; None if the process has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:

@@ -22,7 +22,7 @@ PROMPT = "a painting of a fox in the snow"
 def sides(
     config: LatentDiffusionConfig, batch_size: int, num_steps: int, device: torch.device, folder: Path
 ) -> dict[str, Callable[[Shape], Call]]:
-    """Both sides' whole pipelines with the same weights, caption and noise; ours alone without diffusers.
+    """Build both sides' whole pipelines with the same weights, caption and noise; ours alone without diffusers.
 
     Args:
         config: a text-to-image model with a KL first stage of f=8, as the pipeline has it.
@@ -68,7 +68,7 @@ def sides(
 
 
 def largest_difference(found: dict[str, Callable[[Shape], Call]]) -> float | None:
-    """How far the two sides' images are apart at most in fp32, of the range [-1, 1]; None without a peer."""
+    """Return the largest difference between both sides' images in fp32, of the range [-1, 1]; None without a peer."""
     if THEIRS not in found:
         return None
     ours, theirs = (found[side](Shape("fp32", False))() for side in (OURS, THEIRS))
@@ -76,7 +76,7 @@ def largest_difference(found: dict[str, Callable[[Shape], Call]]) -> float | Non
 
 
 def initial_model(config: LatentDiffusionConfig, device: torch.device) -> LatentDiffusion:
-    """The model with the same random weights at every call, none of them zero."""
+    """Build the model with the same random weights at every call, none of them zero."""
     torch.manual_seed(1)
     model = config.build(device)
     for weight in model.unet.parameters():
@@ -86,7 +86,7 @@ def initial_model(config: LatentDiffusionConfig, device: torch.device) -> Latent
 
 
 def _prepare(shape: Shape, unet: nn.Module, first_stage: nn.Module, text: nn.Module | None) -> None:
-    """Everything in the shape's precision; what runs long is compiled, the text transformer runs once and is not."""
+    """Set the shape's precision and compile what runs long; the text transformer runs once and is not compiled."""
     eager = Shape(shape.precision, shape.channels_last)
     assert text is not None
     eager.for_inference(text)
@@ -97,6 +97,6 @@ def _prepare(shape: Shape, unet: nn.Module, first_stage: nn.Module, text: nn.Mod
 
 
 def _padded(ids: list[int]) -> Tensor:
-    """(77,) ids as BertTokenizer gives them: [CLS] ... [SEP] [PAD] ..."""
+    """Return (77,) ids as BertTokenizer gives them: [CLS] ... [SEP] [PAD] ..."""
     whole = [WORDS.index("[CLS]"), *ids, WORDS.index("[SEP]")]
     return torch.tensor(whole + [WORDS.index("[PAD]")] * (77 - len(whole)))

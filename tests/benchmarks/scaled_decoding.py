@@ -17,7 +17,7 @@ Scale = Literal["smallest", "next", "full"]
 
 
 def psnr_by_scale(photographs: Iterable[bytes], image_size: int) -> dict[str, dict[str, float]]:
-    """PSNR in dB (median, 5th percentile, least) of what the stage makes at each scale, before it is encoded.
+    """Return PSNR in dB (median, 5th percentile, least) of what the stage makes at each scale, before it is encoded.
 
     Args:
         photographs: JPEG files.
@@ -32,7 +32,7 @@ def psnr_by_scale(photographs: Iterable[bytes], image_size: int) -> dict[str, di
 
 
 def psnr_db(expected: np.ndarray, got: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of 8-bit pictures; 99 where they are equal."""
+    """Return the peak signal-to-noise ratio of 8-bit pictures; 99 if they are equal."""
     error = float(np.mean((expected.astype(np.float64) - got) ** 2))
     return min(99.0, 10 * np.log10(255**2 / error)) if error else 99.0
 

@@ -41,21 +41,21 @@ class Shape:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        """The region around a training step's forward pass."""
+        """Return the region around a training step's forward pass."""
         return torch.autocast(device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
 
     def for_training(self, module: nn.Module) -> None:
-        """Memory format, then compilation; the weights stay float32."""
+        """Set memory format, then compile; the weights stay float32."""
         module.to(memory_format=self._format)
         self._compile(module)
 
     def for_inference(self, module: nn.Module) -> None:
-        """Precision, memory format, then compilation."""
+        """Set precision and memory format, then compile."""
         module.eval().requires_grad_(False).to(self.dtype).to(memory_format=self._format)
         self._compile(module)
 
     def input(self, x: Tensor, *, cast: bool) -> Tensor:
-        """x in the memory format of the weights, and `cast` to their precision."""
+        """Return x in the memory format of the weights and, with `cast`, in their precision."""
         return (x.to(self.dtype) if cast else x).contiguous(memory_format=self._format)
 
     @property

@@ -85,7 +85,7 @@ def interleaved(
 
 
 def ratio(timings: Mapping[str, Timing], ours: str, theirs: str) -> float | None:
-    """How many times faster ours is: the median over rounds of theirs / ours; None where one was not run."""
+    """Return how many times faster ours is: the median over rounds of theirs / ours; None if one was not run."""
     if ours not in timings or theirs not in timings:
         return None
     pairs = zip(timings[ours].seconds, timings[theirs].seconds, strict=True)
@@ -101,21 +101,21 @@ def release_memory() -> None:
 
 
 def matmul_flops_per_s(device: torch.device, *, side: int = 8192, rounds: int = 20) -> float:
-    """FLOP/s of a square bf16 matrix product on random data: the ceiling of everything else on this card."""
+    """Measure FLOP/s of a square bf16 matrix product on random data: the ceiling of everything else on this card."""
     left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     timing = interleaved({"matmul": lambda: left @ right}, device, rounds=rounds, warmup=5)["matmul"]
     return 2 * side**3 / timing.median_s
 
 
 def count_flops(call: Callable[[], object]) -> int:
-    """FLOPs of the matrix products, convolutions and attention that a call asks for (a multiply-add counts two)."""
+    """Count FLOPs of the matrix products, convolutions and attention in a call (a multiply-add counts two)."""
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What was measured on."""
+    """Return what was measured on."""
     facts: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "cores": len(os.sched_getaffinity(0)),

@@ -55,7 +55,7 @@ class ToolRun:
         return self.tree.cpu_s_until(self.finished) - self.startup_cpu_s
 
     def figures(self) -> dict[str, float]:
-        """What the JSON says of it; `images_*` are of the whole command, `work_*` without start-up and shutdown."""
+        """Return what the JSON says; `images_*` are of the whole command, `work_*` without start-up and shutdown."""
         return {
             "images": self.rows,
             "wall_s": self.tree.wall_s,
@@ -74,7 +74,7 @@ class ToolRun:
         }
 
     def busiest(self, count: int = 8) -> list[dict[str, str | float]]:
-        """The processes that took most CPU time, with their peak memory."""
+        """Return the processes that took most CPU time, with their peak memory."""
         return [
             {"name": _short_name(each.name), "cpu_s": each.cpu_s, "peak_rss_mib": each.peak_rss_bytes / 2**20}
             for each in self.tree.processes[:count]
@@ -105,7 +105,7 @@ def run_tool(
 
 
 def pictures_of(folder: Path) -> Iterator[tuple[int, int]]:
-    """Width and height of every JPEG in the tars below a folder."""
+    """Return width and height of every JPEG in the tars below a folder."""
     for path in sorted(folder.rglob("*.tar")):
         with tarfile.open(path) as tar:
             for member in tar:
@@ -117,13 +117,13 @@ def pictures_of(folder: Path) -> Iterator[tuple[int, int]]:
 
 
 def _short_name(command_line: str) -> str:
-    """`python log_monitor.py` of all that Ray calls its processes with."""
+    """Return `python log_monitor.py` of all that Ray calls its processes with."""
     words = [word for word in command_line.split() if not word.startswith("-")]
     return " ".join(Path(word).name for word in words[:2])
 
 
 def write_urls(path: Path, server: RunningServer, rows: int) -> Path:
-    """A parquet of `rows` URLs of the server with captions; the columns are `url` and `caption`."""
+    """Write a parquet of `rows` URLs of the server with captions; the columns are `url` and `caption`."""
     schema = pa.schema([("url", pa.string()), ("caption", pa.string())])
     with pq.ParquetWriter(path, schema) as writer:
         for start in range(0, rows, _ROW_GROUP):
@@ -134,5 +134,5 @@ def write_urls(path: Path, server: RunningServer, rows: int) -> Path:
 
 
 def dump(values: object) -> str:
-    """JSON of figures, floats with four significant digits."""
+    """Return figures as JSON, floats with four significant digits."""
     return json.dumps(json.loads(json.dumps(values), parse_float=lambda text: float(f"{float(text):.4g}")))

@@ -32,7 +32,7 @@ class Batch:
 
 
 def random_batch(config: UNetConfig, size: int, tokens: int, device: torch.device) -> Batch:
-    """A batch of normal latents for a UNet, with `tokens` context vectors each."""
+    """Return a batch of normal latents for a UNet, with `tokens` context vectors each."""
     torch.manual_seed(0)
     shape = (size, config.in_channels, config.latent_size, config.latent_size)
     return Batch(
@@ -44,7 +44,7 @@ def random_batch(config: UNetConfig, size: int, tokens: int, device: torch.devic
 
 
 def sides(config: UNetConfig, batch: Batch, device: torch.device) -> dict[str, Callable[[Shape], Call]]:
-    """Both sides' training steps from the same initial weights; ours alone without diffusers."""
+    """Build both sides' training steps from the same initial weights; ours alone without diffusers."""
 
     def ours(shape: Shape) -> Call:
         return our_step(initial_unet(config, device), batch, shape)
@@ -56,20 +56,20 @@ def sides(config: UNetConfig, batch: Batch, device: torch.device) -> dict[str, C
 
 
 def initial_unet(config: UNetConfig, device: torch.device) -> UNet:
-    """The UNet with the same random weights at every call."""
+    """Build the UNet with the same random weights at every call."""
     torch.manual_seed(1)
     with device:
         return UNet(config)
 
 
 def our_step(unet: UNet, batch: Batch, shape: Shape) -> Callable[[], Tensor]:
-    """A training step of our UNet with our EMA."""
+    """Return a training step of our UNet with our EMA."""
     shape.for_training(unet.train())
     return training_step(unet, lambda z, t: unet(z, t, context=batch.context), EMA(unet).update, batch, shape)
 
 
 def their_step(unet: Any, batch: Batch, shape: Shape) -> Callable[[], Tensor]:
-    """A training step of diffusers' UNet with diffusers' EMA, both in their fastest setting."""
+    """Return a training step of diffusers' UNet with diffusers' EMA, both in their fastest setting."""
     from diffusers.training_utils import EMAModel
 
     shape.for_training(unet.train())
@@ -87,7 +87,7 @@ def training_step(
     batch: Batch,
     shape: Shape,
 ) -> Callable[[], Tensor]:
-    """The step that both sides run, down to the optimizer; returns the loss."""
+    """Return the step that both sides run, down to the optimizer; it returns the loss."""
     weights = [weight for weight in network.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, fused=True)
     z_t = shape.input(batch.z_t, cast=False)

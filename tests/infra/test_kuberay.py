@@ -35,7 +35,7 @@ def test_a_misspelt_field_is_found(ray_job_schema: dict[str, Any]) -> None:
 
 
 def _unknown(value: Any, schema: dict[str, Any], place: str = "") -> list[str]:
-    """Fields that the API server would drop silently."""
+    """Return the fields that the API server would drop silently."""
     if isinstance(value, list):
         return [name for item in value for name in _unknown(item, schema.get("items", {}), place)]
     if not isinstance(value, dict) or "properties" not in schema:

@@ -29,7 +29,7 @@ def recipe(tmp_path: Path, table: Path) -> Path:
 
 
 def one_line(err: str) -> str:
-    """The error as people see it: the last line, beginning with the command's name, and no traceback anywhere."""
+    """Return the error as people see it: the last line, with the command's name first, and no traceback anywhere."""
     assert "Traceback" not in err
     assert err.rstrip().splitlines()[-1].startswith("ldm: ")
     assert err.count("ldm: ") == 1, err

@@ -76,7 +76,7 @@ def test_the_demo_runs_every_stage_then_says_cached_and_forced_latents_leave_the
 
 
 def _assert_the_accuracy_is_what_the_detector_saw(result: dict[str, Any], root: Path) -> None:
-    """It is the share of the prompts file's prompts that were drawn right, and six steps teach nobody to draw."""
+    """Check that it is the share of prompts that were drawn right; and six steps teach nobody to draw."""
     (scores,) = root.glob("evaluate/*/scores.json")
     items = json.loads(scores.read_text())["alignment"]["items"]
     asked = [json.loads(line)["prompt"] for line in (root / "web" / "prompts.jsonl").read_text("utf-8").splitlines()]
@@ -88,7 +88,7 @@ def _assert_the_accuracy_is_what_the_detector_saw(result: dict[str, Any], root: 
 
 
 def _assert_the_web_was_met(root: Path) -> None:
-    """Every kind of row has the status it deserves, and every row of the table has one."""
+    """Check that every kind of row has the status it deserves, and every row of the table has one."""
     tables = [pq.read_table(path).to_pylist() for path in sorted(root.glob("pairs/*/*.parquet"))]
     status = {row["url"]: row["status"] for table in tables for row in table}
     by_path: dict[str, set[str]] = {}

@@ -40,7 +40,7 @@ class Terminal:
         return stream.getvalue().splitlines()
 
     def seconds_left(self) -> float | None:
-        """The time left as the line of the running stage says it; None where it says nothing."""
+        """Return the time left as the line of the running stage says it; None if it says nothing."""
         if not (found := re.search(r"(?:(\d+) h )?(?:(\d+) min )?(?:([\d.]+) s )?left", self.lines()[0])):
             return None
         hours, minutes, seconds = (float(part or 0) for part in found.groups())

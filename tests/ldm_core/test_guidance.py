@@ -145,7 +145,7 @@ SCHEDULE = NoiseSchedule(ScheduleConfig())
 
 
 def of_unit_data(x: Tensor, t: Tensor) -> Tensor:
-    """The perfect noise prediction where the clean latent is normal: linear in x."""
+    """Return the perfect noise prediction for a normal clean latent: linear in x."""
     _, sigma = SCHEDULE.levels(t, like=x)
     return sigma * x
 

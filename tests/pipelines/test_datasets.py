@@ -43,7 +43,7 @@ def latents(root: Path, pairs: Artifact) -> Artifact:
 
 
 def stored(artifact: Artifact) -> Iterator[dict[str, Any]]:
-    """What the tars hold, in order, not decoded."""
+    """Return what the tars hold, in order, not decoded."""
     for record in artifact.shards():
         yield from read_shard(Path(artifact.storage.path(record.name)))
 
@@ -53,7 +53,7 @@ def keys(samples: Any) -> list[str]:
 
 
 def one_pair(root: Path, files: dict[str, bytes]) -> Artifact:
-    """A finished artifact of a single sample with these files."""
+    """Make a finished artifact of a single sample with these files."""
     writer = ArtifactWriter("pairs", "one", Storage(str(root)) / "pairs" / "one")
     with writer.storage.writer("000000.tar") as path:
         write_shard(path, [("000000000", files)])

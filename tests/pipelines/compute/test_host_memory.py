@@ -17,7 +17,7 @@ print(faults() - before)
 
 
 def page_faults(setting: str) -> int:
-    """Page faults of filling five tensors of 64 MiB one after the other, after ten others."""
+    """Count the page faults of filling five tensors of 64 MiB one after the other, after ten others."""
     result = subprocess.run([sys.executable, "-c", PROGRAM, setting], capture_output=True, text=True, check=True)
     return int(result.stdout)
 

@@ -22,7 +22,7 @@ def points(path: ElementTree.Element) -> list[tuple[float, float]]:
 
 
 def line(svg: Markup, name: str) -> list[tuple[float, float]]:
-    """The points of one line of a loss chart, `raw` or `smooth`; larger y is lower on the page."""
+    """Return the points of one line of a loss chart, `raw` or `smooth`; larger y is lower on the page."""
     (path,) = ElementTree.fromstring(svg).findall(f".//g[@class='{name}']/path")
     return points(path)
 
@@ -32,7 +32,7 @@ def texts(svg: Markup) -> list[str]:
 
 
 def numbers(svg: Markup) -> list[float]:
-    """Every tick of a chart, in order."""
+    """Return every tick of a chart, in order."""
     return [float(text.replace(",", "")) for text in texts(svg) if re.fullmatch(r"[\d,.e+-]+", text)]
 
 

@@ -49,7 +49,7 @@ def finish(root: Storage, stage: str, details: dict[str, Any], files: dict[str, 
 
 
 def picture(count: int, captions: list[str] | None = None, noise: float = 0.0) -> bytes:
-    """A grid of coloured discs, the more noise the less of them."""
+    """Draw a grid of coloured discs: the more noise, the fainter."""
     random = np.random.default_rng(0)
     y, x = np.mgrid[-1:1:64j, -1:1:64j]
     images = []

@@ -168,12 +168,12 @@ class S3:
         self.client.create_bucket(Bucket=BUCKET)
 
     def objects(self, prefix: str = "") -> dict[str, int]:
-        """Bytes of every object below a prefix, by key."""
+        """Return the bytes of every object below a prefix, by key."""
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
         return {each["Key"]: each["Size"] for page in pages for each in page.get("Contents", [])}
 
     def uploads(self, prefix: str = "") -> list[str]:
-        """Keys of the multipart uploads that are neither completed nor aborted."""
+        """Return the keys of the multipart uploads that are neither completed nor aborted."""
         found = self.client.list_multipart_uploads(Bucket=BUCKET, Prefix=prefix).get("Uploads", [])
         return [each["Key"] for each in found]
 
@@ -194,7 +194,7 @@ class S3:
 
 
 def environment(url: str) -> dict[str, str]:
-    """What makes s3fs talk to a server at `url`, with credentials that open nothing."""
+    """Return the variables that make s3fs talk to a server at `url`, with credentials that open nothing."""
     return {
         "AWS_ENDPOINT_URL": url,
         "AWS_ACCESS_KEY_ID": KEY_ID,

@@ -16,7 +16,7 @@ from tests.aged import aged
 
 
 def counted(most: int = 10, *, unstamped: bool = False) -> tuple[Callable[[Location], bytes], list[str]]:
-    """A remembered function that reads a file, and the paths that it was really called with."""
+    """Return a remembered function that reads a file, and the paths that it was really called with."""
     calls: list[str] = []
 
     @remember_by_stamp(most, unstamped=unstamped)

@@ -225,7 +225,7 @@ def test_the_first_commit_of_a_race_stands_and_commits_are_read_together(s3: S3,
 
 
 def fail(root: Storage) -> str:
-    """The traceback of a write that is refused, as --debug prints it; the error is one line."""
+    """Return the traceback of a write that is refused, as --debug prints it; the error is one line."""
     with pytest.raises(UserError) as caught:
         root.write_bytes("a", b"1")
     assert "\n" not in str(caught.value)

@@ -147,7 +147,7 @@ class Run:
         return history
 
     def seen(self) -> dict[int, set[tuple[int, ...]]]:
-        """What each step was trained on, (position, shard, row); steps done again must not have seen anything else."""
+        """Return what each step was trained on, (position, shard, row); a step done again must have seen the same."""
         steps: dict[int, set[tuple[int, ...]]] = {}
         for file in (self.folder / "log").glob("seen.*"):
             for line in file.read_text().splitlines():

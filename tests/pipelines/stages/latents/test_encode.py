@@ -42,7 +42,7 @@ def item(pairs: Artifact, number: int = 0) -> dict[str, object]:
 
 
 def replace_shard(pairs: Artifact, samples: list[tuple[str, dict[str, bytes]]]) -> dict[str, object]:
-    """Another shard in the place of the first one; the item that names it as the manifest would."""
+    """Put another shard in the place of the first; return the item that names it as the manifest would."""
     path = Path(pairs.storage.path("000000.tar"))
     rows = write_shard(path, samples)
     return {"shard": "000000.tar", "rows": rows, "bytes": path.stat().st_size, "encoded": False}

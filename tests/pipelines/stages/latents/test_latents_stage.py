@@ -108,7 +108,7 @@ def test_number_of_workers_and_threads_changes_neither_bytes_nor_key(
 
 
 def encode_in_this_process(root: Path, upstream: dict[str, Artifact]) -> dict[str, str]:
-    """sha256 of every file that an uninterrupted run writes."""
+    """Return sha256 of every file that an uninterrupted run writes."""
     writer = ArtifactWriter("latents", "whole", Storage(str(root / "latents" / "whole")))
     commit_vocabulary(CONFIG.tokenizer, upstream["pairs"], writer)
     encode = EncodeShard(

@@ -13,7 +13,7 @@ from pipelines.stages.pairs.rows import RejectedError
 
 
 def scene(seed: int, size: tuple[int, int] = (320, 240)) -> Image.Image:
-    """A picture with large and small structure, another for each seed."""
+    """Draw a picture with large and small structure, another for each seed."""
     random = np.random.default_rng(seed)
     layers = np.zeros((size[1], size[0], 3), np.float32)
     for cells, weight in ((4, 90.0), (12, 45.0), (40, 20.0)):
@@ -34,7 +34,7 @@ def made(data: bytes, **options: Any) -> Picture:
 
 
 def make(data: bytes, **options: Any) -> np.ndarray:
-    """The stored pixels."""
+    """Return the stored pixels."""
     picture = made(data, **options)
     pixels = decode_image(picture.data)
     assert pixels.shape == (picture.height, picture.width, 3)
@@ -50,6 +50,6 @@ def status_of(data: bytes, **options: Any) -> str:
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """In dB; 99 for equal pictures."""
+    """Return PSNR in dB; 99 for equal pictures."""
     error = np.mean((a.astype(np.float64) - b) ** 2)
     return float(10 * np.log10(255**2 / error)) if error else 99.0

@@ -33,7 +33,7 @@ def chunk(name: bytes, body: bytes) -> bytes:
 
 
 def png(width: int, height: int, *extra: bytes, rows: int = 0, depth: int = 8, color: int = 2) -> bytes:
-    """A PNG that claims a size and holds some black rows."""
+    """Return a PNG that claims a size and holds some black rows."""
     channels = {0: 1, 2: 3, 3: 1, 6: 4}[color]
     packer = zlib.compressobj(1)
     row = bytes(1 + -(-width * channels * depth // 8))
@@ -43,7 +43,7 @@ def png(width: int, height: int, *extra: bytes, rows: int = 0, depth: int = 8, c
 
 
 def tiled_tiff(tile: int) -> bytes:
-    """A TIFF of 64x64 pixels whose one tile claims to be `tile` pixels wide and high."""
+    """Return a TIFF of 64x64 pixels whose one tile claims to be `tile` pixels wide and high."""
     tags = {256: 64, 257: 64, 258: 8, 259: 5, 262: 1, 277: 1, 322: tile, 323: tile, 324: 200, 325: 50}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     return (b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)).ljust(260, b"\0")
@@ -81,7 +81,7 @@ print(status, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 1
 
 
 def status_and_memory(data: bytes, **options: Any) -> tuple[str, int]:
-    """The status of a picture, and the MiB that it took at its worst."""
+    """Return the status of a picture, and the MiB that it took at its worst."""
     command = [sys.executable, "-c", IN_A_FRESH_PROCESS, json.dumps(options)]
     status, mebibytes = subprocess.run(command, input=data, capture_output=True, check=True).stdout.split()
     return status.decode(), int(mebibytes)

@@ -37,7 +37,7 @@ def start(folder: Path, options: dict[str, Any]) -> subprocess.Popen[bytes]:
 
 
 def workers() -> list[psutil.Process]:
-    """The processes of this session's Ray that make shards."""
+    """Return the processes of this session's Ray that make shards."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):

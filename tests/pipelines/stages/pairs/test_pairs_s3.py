@@ -24,7 +24,7 @@ ROWS = 60
 
 
 def start(recipe: Path, url: str) -> subprocess.Popen[str]:
-    """`ldm run --only pairs`, with a Ray of its own, whose workers see the store too."""
+    """Start `ldm run --only pairs`, with a Ray of its own, whose workers see the store too."""
     command = [sys.executable, "-m", "jobs.cli", "--debug", "run", str(recipe), "--only", "pairs", "--json"]
     return subprocess.Popen(
         command,

@@ -33,7 +33,7 @@ REPOSITORY = Path(__file__).resolve().parents[4]
 
 
 def contents(storage: Storage) -> dict[str, bytes]:
-    """Every shard file's bytes, by name."""
+    """Return every shard file's bytes, by name."""
     return {name: storage.read_bytes(name) for name in storage.names("0*")}
 
 
@@ -49,7 +49,7 @@ def samples(storage: Storage) -> list[dict[str, Any]]:
 
 
 def local_set(folder: Path, count: int) -> Path:
-    """A table of small local pictures, every seventh a copy of the one before."""
+    """Write a table of small local pictures, every seventh a copy of the one before."""
     folder.mkdir()
     lines = []
     for i in range(count):
@@ -61,7 +61,7 @@ def local_set(folder: Path, count: int) -> Path:
 
 @pytest.fixture
 def laion(server: Web, tmp_path: Path) -> tuple[Path, dict[str, Any], list[str]]:
-    """A LAION-style parquet of what the web really serves, the options to fetch it, and the statuses to expect."""
+    """Write a LAION-style parquet of what the web really serves; return options to fetch it, and statuses to expect."""
     server.files.update({f"{i}.jpg": picture(i, (100, 80)) for i in range(30)})
     server.files["truncated.jpg"] = picture(77)[:-100]
     server.files["tiny.jpg"] = picture(78, (9, 9))
@@ -186,7 +186,7 @@ def test_a_limit_counts_input_rows(tmp_path: Path, run_pairs: RunPairs) -> None:
 
 
 def start(folder: Path, options: dict[str, Any]) -> subprocess.Popen[bytes]:
-    """The stage in a process group of its own, on this session's Ray."""
+    """Start the stage in a process group of its own, on this session's Ray."""
     address = ray.get_runtime_context().gcs_address
     script = Path(__file__).with_name("killed_run.py")
     command = [sys.executable, str(script), address, str(folder), json.dumps({"image_size": 32, **options})]

@@ -85,7 +85,7 @@ def test_scattered_rows_are_read_in_few_pieces() -> None:
 
 
 def final_statuses(pairs: Artifact) -> dict[int, str]:
-    """The status of every row: of the last shard that has it."""
+    """Return the status of every row, as the last shard that has it says."""
     found: dict[int, str] = {}
     for record in pairs.shards(".parquet"):
         table = pq.read_table(io.BytesIO(pairs.storage.read_bytes(record.name)))

@@ -16,7 +16,7 @@ HOST = "pictures.example"
 
 
 def picture(value: int = 0, size: tuple[int, int] = (48, 40), kind: str = "JPEG", mode: str = "RGB") -> bytes:
-    """An encoded picture with a gradient; each value gives other bytes."""
+    """Encode a picture with a gradient; each value gives other bytes."""
     image = Image.linear_gradient("L").resize(size).point(lambda v: (v + value * 7) % 256).convert(mode)
     image.putpixel((0, 0), tuple([value % 256] * len(image.getbands())))
     buffer = io.BytesIO()

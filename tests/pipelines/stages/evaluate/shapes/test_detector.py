@@ -38,7 +38,7 @@ def noisy(pixels: Pixels) -> Pixels:
 
 
 def through_a_lossy_codec(pixels: Pixels) -> Pixels:
-    """Half the resolution and back, blotches of 8 pixels, and a JPEG of low quality."""
+    """Halve the resolution and back, add blotches of 8 pixels, and encode as a JPEG of low quality."""
     image = Image.fromarray(pixels)
     image = image.resize((SIDE // 2, SIDE // 2), Image.Resampling.BOX).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     blotches = ndimage.zoom(np.random.default_rng(0).normal(0, 10, (8, 8, 3)), (SIDE / 8, SIDE / 8, 1), order=1)

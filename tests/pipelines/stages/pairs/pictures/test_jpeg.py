@@ -52,7 +52,7 @@ def profile_of(space: Literal["sRGB", "LAB"]) -> bytes:
 
 
 def wide_gamut_profile() -> bytes:
-    """sRGB's with red and blue exchanged: what it describes cannot be mistaken for anything else."""
+    """Return sRGB's profile with red and blue exchanged: its pictures cannot be mistaken for any others."""
     data = bytearray(profile_of("sRGB"))
     red, blue = (data.index(name, 128) for name in (b"rXYZ", b"bXYZ"))
     data[red : red + 4], data[blue : blue + 4] = b"bXYZ", b"rXYZ"

@@ -113,7 +113,7 @@ def test_the_same_bytes_come_out_each_time() -> None:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that claims a size."""
+    """Return a PNG of a few bytes that claims a size."""
     body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
     data = b"IDAT" + zlib.compress(bytes(100))

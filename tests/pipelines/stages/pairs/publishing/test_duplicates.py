@@ -22,7 +22,7 @@ def digest(content: int) -> str:
 
 
 def write_tables(folder: Storage, rows: list[dict[str, Any]]) -> ShardsOfRun:
-    """Tables of shards with these rows (`sha`, and if they have them `url`, `phash`, `status`)."""
+    """Write tables of shards with these rows (`sha`, and if they have them `url`, `phash`, `status`)."""
     count = -(-len(rows) // ROWS_A_SHARD)
     for shard in range(count):
         numbers = range(shard * ROWS_A_SHARD, min((shard + 1) * ROWS_A_SHARD, len(rows)))
@@ -43,7 +43,7 @@ def write_tables(folder: Storage, rows: list[dict[str, Any]]) -> ShardsOfRun:
 
 
 def random_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows with copies, copies by URL, and hashes that are a few bits from others or, some, missing."""
+    """Return rows with copies, copies by URL, and hashes that differ in a few bits or, some, are missing."""
     random = np.random.default_rng(seed)
     rows: list[dict[str, Any]] = []
     for number in range(count):
@@ -68,7 +68,7 @@ def random_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def expected(rows: list[dict[str, Any]], distance: int) -> dict[int, tuple[int, bool]]:
-    """By comparing every row with every row before it."""
+    """Find duplicates by comparing every row with every row before it."""
     found = {}
     for number, row in enumerate(rows):
         if row.get("status", "ok") != "ok":

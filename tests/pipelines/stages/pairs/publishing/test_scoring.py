@@ -35,7 +35,7 @@ def write_set(folder: Path, count: int) -> str:
 
 
 def write_head(path: Path) -> Path:
-    """Two linear layers, as LAION's predictor has five."""
+    """Write two linear layers; LAION's predictor has five."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         layers = nn.Sequential(nn.Linear(12, 4), nn.Dropout(0.2), nn.Linear(4, 1))

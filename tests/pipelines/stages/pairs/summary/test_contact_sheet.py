@@ -56,7 +56,7 @@ def plain_tar(path: Path, members: dict[str, bytes], format: int = tarfile.PAX_F
 
 
 def cells_of_sheet(tar: Path) -> list[NDArray[np.int64]]:
-    """The pictures of a tar's contact sheet of one line, each (CELL_PIXELS, CELL_PIXELS, 3)."""
+    """Return the pictures of a tar's contact sheet of one line, each (CELL_PIXELS, CELL_PIXELS, 3)."""
     target = tar.with_suffix(".sheet.png")
     write_contact_sheet(str(tar), target)
     sheet = np.asarray(Image.open(target)).astype(int)

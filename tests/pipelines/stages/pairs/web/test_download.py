@@ -24,12 +24,12 @@ MAX_BYTES = 1_000_000
 
 
 def fetch(urls: list[str], opt_out: tuple[str, ...] = (), **options: Any) -> list[bytes | str]:
-    """Bodies, or the statuses of what was rejected."""
+    """Return bodies, or the statuses of what was rejected."""
     return [answer for _, answer in sorted(fetch_in_order(urls, opt_out, **options))]
 
 
 def fetch_in_order(urls: list[str], opt_out: tuple[str, ...] = (), **options: Any) -> list[tuple[int, bytes | str]]:
-    """The same with their positions, in the order in which they came."""
+    """Return the same with their positions, in the order in which they came."""
     answers: dict[int, bytes | str] = {}
     done = threading.Event()
     with Client(Download(**options), max_bytes=MAX_BYTES, opt_out=opt_out) as client:
