@@ -57,6 +57,6 @@ def _check_same_weights(model: LatentDiffusion, folder: Path) -> None:
 
 
 def _parameters(model: LatentDiffusion) -> dict[str, int]:
-    """Parameters of the model's parts, and of all of it."""
+    """Count the parameters of the model's parts, and of all of it."""
     counts = {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in model.named_children()}
     return counts | {"total": sum(counts.values())}
