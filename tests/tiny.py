@@ -39,7 +39,7 @@ def write_pictures(folder: Path, count: int, side: int = 48) -> Path:
 def tiny_recipe(source: Path | str, **changes: Any) -> dict[str, Any]:
     """Return a recipe of all six stages in seconds: 32-pixel pictures, tiny networks, a dozen steps.
 
-    Training alone has two workers: each worker imports torch, which takes longer than all it does here.
+    Few workers: to start one takes longer than all it does here.
     """
     training = {"steps": 12, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 2, "ema_decay": 0.9, "workers": 2}
     training |= {"checkpoint_every_steps": 4, "sample_every_steps": 12, "log_every_steps": 2}
@@ -50,6 +50,7 @@ def tiny_recipe(source: Path | str, **changes: Any) -> dict[str, Any]:
             "columns": {"image": "file", "text": "captions"},
             "image_size": 32,
             "rows_per_shard": 16,
+            "workers": 2,
         },
         "autoencoder": {
             "model": {"preset": "tiny-kl-f8", "channel_mult": [1, 1, 2, 2]},

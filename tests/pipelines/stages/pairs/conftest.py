@@ -53,7 +53,7 @@ def run_pairs(ray_cluster: None, tmp_path: Path) -> RunPairs:
     def run(name: str = "artifact", **options: Any) -> tuple[dict[str, Any], Storage]:
         storage = Storage(str(tmp_path / name))
         context = StageContext(
-            config=PairsConfig.model_validate({"image_size": 32, **options}),
+            config=PairsConfig.model_validate({"image_size": 32, "workers": 2, **options}),
             seed=0,
             writer=ArtifactWriter("pairs", "0" * 16, storage),
             upstream={},
