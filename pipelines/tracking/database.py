@@ -24,12 +24,13 @@ def make_database(uri: str, artifacts: str) -> None:
     path = Path(uri.removeprefix(SQLITE))
     if not uri.startswith(SQLITE) or "?" in uri or path.exists():
         return
+    # A journal whose database was removed would be played into the new one. Now, not later: by then another process may
+    # have made the database, and this would be its journal.
+    path.with_name(f"{path.name}-journal").unlink(missing_ok=True)
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     with tempfile.TemporaryDirectory(prefix="ldm-mlflow-") as folder:
         made = Path(folder) / path.name
-        SqlAlchemyStore(f"{SQLITE}{made}", artifacts)._dispose_engine()
-        # A journal whose database was removed would be played into the new one.
-        path.with_name(f"{path.name}-journal").unlink(missing_ok=True)
+        SqlAlchemyStore(f"{SQLITE}{made}", artifacts).engine.dispose()
         # If another process was faster, its database stands.
         Storage(str(path.parent)).create(path.name, made.read_bytes())

@@ -39,7 +39,7 @@ PATIENCE_S = 400
 
 
 def start(recipe: Path, root: Path, *, own_ray: bool = False) -> subprocess.Popen[str]:
-    environment = dict(os.environ)
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     if not own_ray:
         environment["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     command = [sys.executable, "-m", "jobs.cli", "run", str(recipe), "--root", str(root), "--json"]
