@@ -1,4 +1,4 @@
-"""Files of an artifact as a columnar table: some hundred bytes a file in memory and fifty on disk, whatever their number.
+"""Files of an artifact as a columnar table: a hundred bytes a file in memory and fifty on disk, however many they are.
 
 name      string
 rows      int64      samples in the file; 0 for files that hold none
@@ -113,7 +113,11 @@ class FileTable(Collection[FileRecord]):
         return _record(self._table.slice(position, 1).to_pylist()[0])
 
     def get(self, name: str) -> FileRecord | None:
-        return self[name] if name in self else None
+        """Return the record of a file; None if there is none."""
+        try:
+            return self[name]
+        except KeyError:
+            return None
 
     @property
     def names(self) -> list[str]:
