@@ -22,6 +22,7 @@ from pipelines.run.report import build_report
 from pipelines.run.results import RunObserver, RunResult, StageRow
 from pipelines.run.runs import REPORT, Run, all_runs, begin
 from pipelines.stage import Progress, Stage, StageContext
+from pipelines.store.file_table import FileTable
 from pipelines.store.ledger import Artifact, ArtifactWriter, Ledger, artifact_key, digest_json
 from pipelines.store.lock import Hold, Record, exclusive
 from pipelines.store.storage import Storage
@@ -203,6 +204,7 @@ class _Walk:
                         scratch=Path(scratch),
                         existing=planned.artifact,
                         check=hold.check,
+                        siblings=partial(self._siblings, planned),
                     )
                 )
         except BaseException as error:
@@ -211,6 +213,11 @@ class _Walk:
                 raise known from error
             raise
         return details
+
+    def _siblings(self, planned: PlannedStage) -> Iterator[tuple[Storage, FileTable]]:
+        # Whoever forces a stage does not trust what is there.
+        if planned.stage.name not in self.selection.force:
+            yield from Ledger(self.root).siblings(planned.stage.name, planned.key)
 
     def _finish(
         self,
