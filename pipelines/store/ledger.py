@@ -329,7 +329,8 @@ class Ledger:
         """Settle a forced re-run, and return the artifact that stands.
 
         If the contents are equal, the old artifact stays (healed where a file of it was damaged) and the new one goes.
-        Otherwise the old one stays on disk, and its key points to the new one from now on.
+        Otherwise the old one stays on disk, and its key points to the new one from now on. A damaged log that the new
+        one wrote otherwise cannot be healed from it, and is taken out of the old one.
 
         Args:
             old: the artifact before the re-run.
@@ -343,10 +344,19 @@ class Ledger:
         if not same:
             old.storage.write_json(SUPERSEDED, {"by": new.key})
             return new
-        for record in old.manifest.files:
-            if not self._intact(old.storage, record):
+        damaged = [record for record in old.manifest.files if not self._intact(old.storage, record)]
+        lost = [record.name for record in damaged if record not in new.manifest.files]
+        for record in damaged:
+            if record.name not in lost:
                 with new.storage.local_copy(record.name) as good, old.storage.writer(record.name) as target:
                     target.write_bytes(good.read_bytes())
+        if lost:
+            kept = [record for record in old.manifest.files if record.name not in lost]
+            old.storage.write_json(MANIFEST, old.manifest.model_copy(update={"files": kept}).model_dump(mode="json"))
+            for name in lost:
+                old.storage.remove(_record_name(name))
+                old.storage.remove(name)
+            old = Artifact(old.stage, old.key, old.storage)
         # In this order, so that what is left after a kill is an unfinished artifact, never one that looks whole.
         for name in (MANIFEST, DETAILS, COMMITS, ""):
             new.storage.remove(name)
