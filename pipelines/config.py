@@ -50,7 +50,7 @@ def identity_of(value: Any) -> Any:
     return to_jsonable_python(value)
 
 
-def defaults_of(config: type) -> dict[str, Any]:
+def defaults_of(config: type[Any]) -> dict[str, Any]:
     """Return what keys leave out: the default of every field that can change the output, in the form of `identity_of`.
 
     Args:

@@ -134,8 +134,8 @@ class Stage(Generic[ConfigT]):
         unit: what `progress` counts, in the plural; None if a rate of it says nothing.
         headlines: keys of `details` that the pipeline's MLflow run shows, so that runs can be compared in one table.
         local_inputs: dotted fields of its config that may name files of the submitting machine.
-        logs: committed files, or folders ending in "/", whose contents do not follow from the key, such as how often
-            something is logged; they do not count when two artifacts are compared, and no later stage reads them.
+        logs: committed files, or folders ending in "/", whose contents do not follow from the key but, say, from how
+            often something is logged; they do not count when two artifacts are compared, and no later stage reads them.
         outputs: files that a person opens, by display name.
         survey: facts of an artifact that is not finished yet, for `ldm inspect`.
         view: facts of an artifact, as `ldm inspect` gives them, for a terminal; None shows them as they are.

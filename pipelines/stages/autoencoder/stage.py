@@ -14,12 +14,7 @@ from typing import Any
 from ldm_core.configs.parameter_count import first_stage_parameters
 from pipelines.config import identity_of
 from pipelines.stage import Estimate, Section, Sections, Stage, StageContext
-from pipelines.stages.autoencoder.artifact import (
-    FORMAT_VERSION,
-    RECONSTRUCTIONS,
-    STAGE_NAME,
-    weights_file,
-)
+from pipelines.stages.autoencoder.artifact import FORMAT_VERSION, RECONSTRUCTIONS, STAGE_NAME, weights_file
 from pipelines.stages.autoencoder.config import AutoencoderConfig
 from pipelines.store.ledger import Artifact
 from pipelines.store.storage import sha256_file
@@ -42,12 +37,12 @@ def _section(artifact: Artifact) -> Section:
 
 
 def _inputs(config: AutoencoderConfig) -> dict[str, str]:
-    return {"weights": sha256_file(weights_file(config.weights))} if config.weights else {}
+    return {"weights": sha256_file(weights_file(config.weights))} if config.weights is not None else {}
 
 
 def _self_contained(config: AutoencoderConfig) -> dict[str, Any] | None:
     """Return the model of a first stage that is imported: whatever else a recipe says, its weights stay the same."""
-    return {"model": identity_of(config.model)} if config.weights else None
+    return {"model": identity_of(config.model)} if config.weights is not None else None
 
 
 def _estimate(sections: Sections, before: Mapping[str, Estimate]) -> Estimate:
