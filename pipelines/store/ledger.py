@@ -33,7 +33,13 @@ READERS = 32
 
 
 class FileRecord(BaseModel):
-    """One committed file: a shard, a weights file, a grid. `rows` counts samples (0 for files that hold none)."""
+    """One committed file: a shard, a weights file, a grid.
+
+    Attributes:
+        rows: number of samples (0 for files that hold none).
+        content: digest of what the file holds, without what depends on its place (sample keys, shard number); equal
+            for files that are interchangeable. None for files that never are.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -41,6 +47,7 @@ class FileRecord(BaseModel):
     rows: int = 0
     bytes: int
     sha256: str
+    content: str | None = None
 
 
 class Manifest(BaseModel):
@@ -207,13 +214,14 @@ class ArtifactWriter:
         self._check_size(self._earlier(name), self.storage.size(name))
         return True
 
-    def commit(self, name: str, *, rows: int = 0, sha256: str | None = None) -> FileRecord:
+    def commit(self, name: str, *, rows: int = 0, sha256: str | None = None, content: str | None = None) -> FileRecord:
         """Record a file that is already in place as committed; an earlier record of it stands.
 
         Args:
             name: the file's path in the artifact's folder.
             rows: samples in the file.
             sha256: digest of its contents, if the caller has computed it; else the file is read once more.
+            content: `FileRecord.content`.
 
         Raises:
             UserError: the file is missing.
@@ -225,7 +233,7 @@ class ArtifactWriter:
                 sha256 = sha256_file(file)
         if (size := self.storage.size(name)) < 0:
             raise UserError(f"{self.storage.url}/{name} is missing: it cannot be committed")
-        record = FileRecord(name=name, rows=rows, bytes=size, sha256=sha256)
+        record = FileRecord(name=name, rows=rows, bytes=size, sha256=sha256, content=content)
         # Of several writers exactly one creates the record. The others take its rows and digest for theirs, also if
         # they wrote other bytes: what the record says is what later stages have been promised.
         if self.storage.create(_record_name(name), encode_json(record.model_dump())):

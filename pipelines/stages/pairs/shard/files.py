@@ -72,7 +72,13 @@ class ShardTars:
         self._stack.__exit__(*error)
         if error[0] is None:
             self.records = [
-                FileRecord(name=tar_name(self._shard, bucket), rows=tar.rows, bytes=tar.bytes, sha256=tar.sha256)
+                FileRecord(
+                    name=tar_name(self._shard, bucket),
+                    rows=tar.rows,
+                    bytes=tar.bytes,
+                    sha256=tar.sha256,
+                    content=tar.content,
+                )
                 for bucket, tar in sorted(self._writers.items(), key=lambda item: item[0] or "")
             ]
 

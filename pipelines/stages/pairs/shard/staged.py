@@ -167,7 +167,7 @@ class StagedShard:
         files = self._rewrite(writer.storage, changes) if changes else self._copy(writer.storage)
         # The parquet comes last: once it is committed, the whole shard is.
         for file in files:
-            writer.commit(file.name, rows=file.rows, sha256=file.sha256)
+            writer.commit(file.name, rows=file.rows, sha256=file.sha256, content=file.content)
 
     def _copy(self, target: Storage) -> Sequence[FileRecord]:
         for file in self.files:
