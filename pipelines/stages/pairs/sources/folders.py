@@ -71,6 +71,10 @@ class FolderSource:
         return len(self.names)
 
     @property
+    def parts(self) -> Sequence[int]:
+        return [self.total]
+
+    @property
     def downloads(self) -> bool:
         return False
 

@@ -56,6 +56,10 @@ class TarSource:
         return self._ends[-1]
 
     @property
+    def parts(self) -> Sequence[int]:
+        return [index.rows for index in self._indexes]
+
+    @property
     def downloads(self) -> bool:
         return False
 

@@ -15,9 +15,9 @@ PLAN = "plan.json"
 TABLES_READ = 1024
 
 
-def write_plan(work: Storage, rows: int, rows_per_shard: int) -> None:
+def write_plan(work: Storage, rows: int, shards: int) -> None:
     """Write down how much is going to be made; removed with the work folder once it is."""
-    work.write_json(PLAN, {"rows": rows, "shards": -(-rows // rows_per_shard)})
+    work.write_json(PLAN, {"rows": rows, "shards": shards})
 
 
 def survey(storage: Storage) -> dict[str, Any]:

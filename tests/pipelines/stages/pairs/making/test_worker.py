@@ -35,7 +35,12 @@ def stage_two_shards(folder: Path) -> Storage:
     work = Storage(str(folder / "work"))
     source = open_source(config)
     maker = ShardMaker(
-        source=source, config=config, assignment=Assignment(4, source.total), work=work, writer=None, board=None
+        source=source,
+        config=config,
+        assignment=Assignment.of_parts(source.parts, 4),
+        work=work,
+        writer=None,
+        board=None,
     )
     assert [maker({"shard": number}) for number in range(2)] == [{"ok": 4}, {"not_an_image": 1, "ok": 2}]
     return work
