@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from ldm_core.tokenizers.tokenizer import Tokenizer
 from pipelines.compute.actor_pool import map_on_actors, pool_size
+from pipelines.compute.tasks import for_each
 from pipelines.errors import UserError
 from pipelines.stage import RateMeter, StageContext
 from pipelines.stages.autoencoder.artifact import FORMAT_VERSION as AUTOENCODER_FORMAT
@@ -28,7 +30,8 @@ def run(context: StageContext[LatentsConfig]) -> dict[str, Any]:
     first_stage = context.upstream["autoencoder"].require("autoencoder", AUTOENCODER_FORMAT)
     if not sum(record.rows for record in pairs.shards()):
         raise UserError(f"{pairs.storage.url} holds no samples: see its parquet files for what became of each row")
-    tokenizer = commit_vocabulary(context.config.tokenizer, pairs, context.writer)
+    in_tasks = partial(for_each, check=context.check)
+    tokenizer = commit_vocabulary(context.config.tokenizer, pairs, context.writer, in_tasks)
     _encode_pending(context, pairs, first_stage)
     return _details(context, pairs, first_stage, tokenizer)
 

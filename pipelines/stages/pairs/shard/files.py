@@ -16,13 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.shards.format import ShardWriter
 from pipelines.stages.pairs.memory import Allowance
+from pipelines.stages.pairs.shard.outcome import OK
 from pipelines.store.ledger import FileRecord
 from pipelines.store.storage import Storage, sha256_file
 from pipelines.store.threads import map_in_threads
+
+CAPTION_COLUMNS = ["status", "caption", "captions"]
 
 
 def shard_name(shard: int) -> str:
@@ -117,6 +121,14 @@ def read_tables(storage: Storage, shards: Iterable[int], columns: list[str]) -> 
     # An object store takes long for one answer, but gives many at once.
     read = map if storage.is_local else map_in_threads
     yield from read(lambda shard: read_table(storage, shard, columns), shards)
+
+
+def sample_captions_of(table: pa.Table) -> list[str]:
+    """Return every caption of every sample, from a table with the columns CAPTION_COLUMNS (no tar need be read)."""
+    samples = table.filter(pc.equal(table.column("status"), OK))
+    if "captions" not in samples.column_names:
+        return list(samples.column("caption").to_pylist())
+    return [caption for captions in samples.column("captions").to_pylist() for caption in captions]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pipelines.stages.pairs.making.worker import Processor, ShardMaker
 from pipelines.stages.pairs.publishing.duplicate_search import ShardsOfRun
 from pipelines.stages.pairs.rows import Row
 from pipelines.stages.pairs.shard.duplicate_tokens import Tokens, tokens_of_table
+from pipelines.stages.pairs.shard.files import CAPTION_COLUMNS, sample_captions_of
 from pipelines.stages.pairs.shard.staged import StagedShard, staged_shards
 from pipelines.stages.pairs.sources.open import open_source
 from pipelines.store.storage import Storage
@@ -68,6 +69,31 @@ def test_shards_that_an_earlier_version_staged_without_tokens_are_searched_too(t
     assert np.array_equal(
         ShardsOfRun(work, range(2), run=1, staged=True).read_tokens(2)["rank"] >> 48, [1] * len(tokens)
     )
+
+
+def test_tables_tell_all_captions_of_the_samples(tmp_path: Path) -> None:
+    for number in range(6):
+        (tmp_path / f"{number}.jpg").write_bytes(b"damaged" if number == 1 else picture(number))
+    texts = ["one", ["gone", "too"], ["two", "deux"], "three", "four", "five"]
+    lines = [json.dumps({"file_name": f"{number}.jpg", "text": text}) for number, text in enumerate(texts)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    config = PairsConfig(source=str(tmp_path / "metadata.jsonl"), image_size=32, deduplicate=False)
+    work, source = Storage(str(tmp_path / "work")), open_source(config)
+    maker = ShardMaker(
+        source=source,
+        config=config,
+        assignment=Assignment.of_parts(source.parts, 4),
+        work=work,
+        writer=None,
+        board=None,
+    )
+    tables = []
+    for number in range(2):
+        maker({"shard": number})
+        tables.append(StagedShard.open(work, number).read_columns(CAPTION_COLUMNS))
+    assert [sample_captions_of(table) for table in tables] == [["one", "two", "deux", "three"], ["four", "five"]]
+    # Where each row has one caption, it is not written twice.
+    assert ["captions" in table.column_names for table in tables] == [True, False]
 
 
 def test_a_closed_worker_leaves_no_threads_behind(server: Web) -> None:
