@@ -94,7 +94,7 @@ class _PairsRun:
         return self.config.deduplicate or self.config.scoring is not None
 
     def run(self) -> None:
-        committed = self.context.writer.committed().keys()
+        committed = set(self.context.writer.committed().names)
         pending = [shard for shard in self.assignment.shards if not self._files(shard) <= committed]
         if self.stages_shards and pending:
             # Also those that are committed already: the others may be duplicates of their rows.
@@ -193,12 +193,12 @@ def _summarise(context: StageContext, runs: PastRuns) -> dict[str, Any]:
         storage,
         runs.shards,
         image_size=config.image_size,
-        stored_bytes=sum(record.bytes for record in committed.values() if record.name.endswith(".tar")),
+        stored_bytes=committed.shards(".tar").bytes,
         for_each=partial(for_each, check=context.check),
     )
     details["rounds"] = list(runs.first_shards)
     # The retries that gave samples: later stages have something new to read after each of them.
-    filled = {record.name.partition(".")[0] for record in committed.values() if record.rows}
+    filled = {record.name.partition(".")[0] for record in committed if record.rows}
     details["additions"] = sum(any(shard_name(shard) in filled for shard in shards) for shards in runs.shards[1:])
     if not details["samples"]:
         # Nothing is lost by it, and after a network failure the next run must try again.

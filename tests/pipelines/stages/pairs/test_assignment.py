@@ -93,7 +93,7 @@ def make_pairs(source: Path, root: Path, **options: Any) -> dict[str, str | None
         search = DuplicateSearch(work / "run-0", (ShardsOfRun(work, assignment.shards, staged=True),), 1000, None)
         search.run(map)
         publish([StagedShard.open(work, shard) for shard in assignment.shards], config, writer, search)
-    return {name: record.content for name, record in writer.committed().items() if name.endswith(".tar")}
+    return {record.name: record.content for record in writer.committed().shards()}
 
 
 @pytest.mark.parametrize(
