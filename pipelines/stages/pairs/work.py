@@ -136,8 +136,9 @@ class _PairsRun:
         )
         before = self.assignment.rows - self.assignment.count_rows(shards)
         with contextlib.closing(board), ProgressDisplay(context, board, before, self.assignment.rows) as display:
-            for _ in results:
+            for made in results:
                 context.check()
+                board.finish(made["shard"], made["statuses"], made["bytes"])
                 display.track()
 
     def _score(self) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from pipelines.stages.pairs.assignment import Assignment
 from pipelines.stages.pairs.config import PairsConfig
-from pipelines.stages.pairs.making.progress_board import WorkerCounts
+from pipelines.stages.pairs.making.progress_board import ShardCounts
 from pipelines.stages.pairs.making.worker import Processor, ShardMaker
 from pipelines.stages.pairs.publishing.duplicate_search import ShardsOfRun
 from pipelines.stages.pairs.rows import Row
@@ -43,7 +43,10 @@ def stage_two_shards(folder: Path) -> Storage:
         writer=None,
         board=None,
     )
-    assert [maker({"shard": number}) for number in range(2)] == [{"ok": 4}, {"not_an_image": 1, "ok": 2}]
+    made = [maker({"shard": number}) for number in range(2)]
+    assert [each["shard"] for each in made] == [0, 1]
+    assert [each["statuses"] for each in made] == [{"ok": 4}, {"not_an_image": 1, "ok": 2}]
+    assert sum(each["bytes"] for each in made) == sum(map(len, files))
     return work
 
 
@@ -102,10 +105,11 @@ def test_a_closed_worker_leaves_no_threads_behind(server: Web) -> None:
     config = PairsConfig.model_validate(
         {"source": "x", "image_size": 32, "download": {"connect_to": server.connect_to}}
     )
-    processor = Processor(config, downloads=True, remote=False, counts=WorkerCounts(None, "worker"))
+    processor, counts = Processor(config, downloads=True, remote=False), ShardCounts()
     with processor.spool() as spool:
         rows = [Row(index=0, captions=("a",), url=server.url("a.jpg")), Row(index=1, captions=())]
-        assert [outcome.status for outcome in processor.process(rows, spool)] == ["ok", "empty_caption"]
+        assert [outcome.status for outcome in processor.process(rows, spool, counts)] == ["ok", "empty_caption"]
+    assert counts.now() == {"rows": 2, "bytes": len(picture(1)), "status:ok": 1, "status:empty_caption": 1}
     started = set(threading.enumerate()) - before
     assert {thread.name for thread in started} >= {"decode", "downloads"}
     processor.close()
