@@ -56,7 +56,7 @@ class TableSource:
         pictures: the folder that relative picture paths start from.
     """
 
-    urls: tuple[str, ...]
+    urls: Sequence[str]
     wanted: Columns
     pictures: str
 
