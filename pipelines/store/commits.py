@@ -9,7 +9,6 @@ manifest.json                 written last, names the table; then `commits/` is 
 
 from __future__ import annotations
 
-import hashlib
 import time
 import uuid
 from collections import Counter
@@ -20,7 +19,7 @@ from typing import Any
 
 from pipelines.errors import UserError
 from pipelines.store.file_table import FileRecord, FileTable
-from pipelines.store.manifest import MANIFEST, Manifest, read_files, read_manifest
+from pipelines.store.manifest import MANIFEST, Manifest, read_files, read_manifest, write_files
 from pipelines.store.storage import Storage, encode_json, sha256_file
 from pipelines.store.threads import map_in_threads
 
@@ -63,7 +62,7 @@ class ArtifactWriter:
         Raises:
             UserError: a committed file has another size now; it is never redone silently.
         """
-        table = self._recorded()
+        table = self.recorded(gather=True)
         if len(table):
             sizes = file_sizes(self.storage, table.names)
             for record in table:
@@ -81,14 +80,22 @@ class ArtifactWriter:
         self._check_size(record, self.storage.size(name))
         return True
 
-    def commit(self, name: str, *, rows: int = 0, sha256: str | None = None, content: str | None = None) -> FileRecord:
+    def commit(
+        self,
+        name: str,
+        *,
+        rows: int = 0,
+        sha256: str | None = None,
+        content: str | None = None,
+        origin: str | None = None,
+    ) -> FileRecord:
         """Record a file that is already in place as committed; an earlier record of it stands.
 
         Args:
             name: the file's path in the artifact's folder.
             rows: samples in the file.
             sha256: digest of its bytes, if the caller has computed it; else the file is read once more.
-            content: digest of what it holds, see `FileRecord`.
+            content, origin: digests of what it holds and of what it was made from, see `FileRecord`.
 
         Raises:
             UserError: the file is missing.
@@ -100,7 +107,7 @@ class ArtifactWriter:
                 sha256 = sha256_file(file)
         if (size := self.storage.size(name)) < 0:
             raise UserError(f"{self.storage.url}/{name} is missing: it cannot be committed")
-        record = FileRecord(name=name, rows=rows, bytes=size, sha256=sha256, content=content)
+        record = FileRecord(name=name, rows=rows, bytes=size, sha256=sha256, content=content, origin=origin)
         # Of several writers exactly one creates the record. The others take its rows and digest for theirs, also if
         # they wrote other bytes: what the record says is what later stages have been promised.
         if self.storage.create(_record_name(name), encode_json(record.model_dump())):
@@ -158,11 +165,6 @@ class ArtifactWriter:
             seconds: how long the stage took.
             code_version: version of this package.
         """
-        table = self.committed()
-        data = table.encode()
-        # By its content: a reader of the manifest before this one still finds the table that it names.
-        name = f"files-{hashlib.sha256(data).hexdigest()[:16]}.parquet"
-        self.storage.write_bytes(name, data)
         manifest = Manifest(
             stage=self.stage,
             key=self.key,
@@ -173,18 +175,19 @@ class ArtifactWriter:
             upstream=upstream,
             details=details,
             seconds=round(seconds, 3),
-            rows=table.rows,
-            bytes=table.bytes,
-            files=len(table),
-            table=name,
+            **write_files(self.storage, self.committed()),
         )
         self.storage.write_json(MANIFEST, manifest.model_dump(mode="json"))
         # Whoever dies here leaves records that say what the table says.
         self.storage.remove(COMMITS)
         return manifest
 
-    def _recorded(self) -> FileTable:
-        """Return all records: of the manifest if the artifact grows, of the segments, and those in neither."""
+    def recorded(self, *, gather: bool = False) -> FileTable:
+        """Return all records, without a look at the files: of the manifest if the artifact grows, and of `commits/`.
+
+        Args:
+            gather: keep what had to be read one by one in a segment; for the artifact's driver alone.
+        """
         tables = [read_files(self.storage, read_manifest(self.storage).table)] if self.grows else []
         segments = self.storage / SEGMENTS
         names = segments.names("*.parquet")
@@ -196,6 +199,8 @@ class ArtifactWriter:
         read = map(records.read_json, fresh) if records.is_local else map_in_threads(records.read_json, fresh, _READERS)
         found = FileTable.of(FileRecord.model_validate(record) for record in read)
         merged = known.union(found)
+        if not gather:
+            return merged
         if len(names) > _MOST_SEGMENTS:
             self._write_segment(merged)
             for name in names:

@@ -77,7 +77,7 @@ class Pictures:
 
 
 # Of the artifact that the pairs stage writes and others read; raised when its bytes or their meaning change.
-PAIRS_FORMAT = 2
+PAIRS_FORMAT = 3
 
 IMAGE_EXTENSIONS = STORED
 

@@ -131,13 +131,14 @@ class Scoring(Config):
         clip: folder of a CLIP model in the layout of open_clip or transformers.
         aesthetic_head: weights (.safetensors, .pth) of linear layers that turn the normalised embedding of a picture
             into one number, as LAION's predictors do.
-        batch_size: pictures that are scored at once.
+        batch_size: pictures that are scored at once. Part of the key: kernels, and so the last digit of a score, may
+            depend on it.
         workers, use_gpu: size of the pool, and whether it uses GPUs; None for whatever the cluster has.
     """
 
     clip: str = runtime(min_length=1)
     aesthetic_head: str | None = runtime(None)
-    batch_size: int = runtime(32, ge=1)
+    batch_size: int = Field(32, ge=1)
     workers: int | None = runtime(None, ge=1)
     use_gpu: bool | None = runtime(None)
 
