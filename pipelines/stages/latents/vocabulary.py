@@ -10,6 +10,7 @@ from ldm_core.model_files import VOCABULARY_FILE
 from pipelines.compute.tasks import ForEach, chunks
 from pipelines.errors import UserError
 from pipelines.stages.latents.config import TokenizerConfig
+from pipelines.stages.pairs.artifact import count_shards
 from pipelines.store.ledger import Artifact, ArtifactWriter
 from pipelines.store.location import Location
 from pipelines.store.storage import Storage, sha256_file
@@ -73,7 +74,7 @@ def _make(config: TokenizerConfig, pairs: Artifact, for_each: ForEach) -> Tokeni
 
 def _count_words(pairs: Artifact, for_each: ForEach) -> Counter[str]:
     """Count the words of all captions in the tables of the pairs."""
-    storage, groups = pairs.storage, list(chunks(range(len(pairs.shards(".parquet"))), SHARDS_PER_TASK))
+    storage, groups = pairs.storage, list(chunks(range(count_shards(pairs)), SHARDS_PER_TASK))
 
     def count_group(number: int) -> Counter[str]:
         # A plan digests the vocabulary, and waits neither for Arrow nor for the tokenizers.

@@ -25,6 +25,12 @@ CACHE_BYTES = 1 << 30
 Place = tuple[int, int]
 
 
+def count_shards(pairs: Artifact) -> int:
+    """Count the shards of a pairs artifact, which are numbered from 0 on."""
+    # By their tables: with buckets a shard has several tars. Tables of something else lie in folders of their own.
+    return sum("/" not in name for name in pairs.shards(".parquet").names)
+
+
 def open_pairs(pairs: Artifact) -> ShardReader:
     """Open the shards of a pairs artifact.
 

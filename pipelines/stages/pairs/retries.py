@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.compute.tasks import ForEach, chunks
+from pipelines.stages.pairs.artifact import count_shards
 from pipelines.stages.pairs.assignment import Assignment
 from pipelines.stages.pairs.rows_file import RowsFile
 from pipelines.stages.pairs.shard.files import read_tables
@@ -46,7 +47,7 @@ class PastRuns:
         if artifact is None:
             return cls()
         # Kept as `rounds`: manifests have had this key since the first retry was written.
-        return cls(tuple(artifact.details["rounds"]), len(artifact.shards(".parquet")))
+        return cls(tuple(artifact.details["rounds"]), count_shards(artifact))
 
     @property
     def shards(self) -> list[range]:
