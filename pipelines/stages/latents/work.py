@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from ldm_core.tokenizers.tokenizer import Tokenizer
@@ -33,7 +34,8 @@ def run(context: StageContext[LatentsConfig]) -> dict[str, Any]:
     first_stage = context.upstream["autoencoder"].require("autoencoder", AUTOENCODER_FORMAT)
     if not pairs.shards().rows:
         raise UserError(f"{pairs.storage.url} holds no samples: see its parquet files for what became of each row")
-    tokenizer = commit_vocabulary(context.config.tokenizer, pairs, context.writer)
+    in_tasks = partial(for_each, check=context.check)
+    tokenizer = commit_vocabulary(context.config.tokenizer, pairs, context.writer, in_tasks)
     _encode_pending(context, pairs, first_stage, tokenizer)
     return _details(context, pairs, first_stage, tokenizer)
 

@@ -176,7 +176,8 @@ class PairsConfig(Config):
         scoring: the model that `clip_score` and `aesthetic_score` come from.
         deduplicate: drop later rows whose source bytes (or URL) were seen at a smaller row.
         near_duplicates: also drop later rows whose perceptual hash (64 bits) differs in at most this many bits.
-        rows_per_shard: input rows of one shard, the unit of work and of commit.
+        rows_per_shard: input rows of one shard, the unit of work and of commit. A file of the source with at least as
+            many begins and ends shards of its own; the last one may have fewer.
         retry: `failed` fetches those rows of a finished artifact again whose failure was transient, and adds shards.
         download: how pictures behind URLs are fetched.
         workers: processes that make shards; None for one on each CPU of the cluster.
