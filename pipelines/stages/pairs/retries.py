@@ -37,7 +37,8 @@ class PastRuns:
         if artifact is None:
             return cls()
         # Kept as `rounds`: manifests have had this key since the first retry was written.
-        return cls(tuple(artifact.details["rounds"]), len(artifact.shards(".parquet")))
+        tables = [record for record in artifact.shards(".parquet") if "/" not in record.name]
+        return cls(tuple(artifact.details["rounds"]), len(tables))
 
     @property
     def shards(self) -> list[range]:

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines.compute.tasks import ForEach, chunks
+from pipelines.stages.pairs.held_out import HeldOutSample, SmallestContents
 from pipelines.stages.pairs.retries import replaced_rows
 from pipelines.stages.pairs.shard.files import table_name
 from pipelines.stages.pairs.shard.outcome import OK
@@ -31,13 +32,20 @@ EDGES: dict[str, tuple[float, ...]] = {
 }
 SHARDS_PER_TASK = 256
 _USERINFO = re.compile(r"//[^/]*@")
-_COLUMNS = ["row", "key", "status", "url", "caption", "width", "height", "bucket"]
+_COLUMNS = ["row", "key", "status", "url", "caption", "sha256", "width", "height", "bucket"]
 _EXAMPLES = 12
 _EXAMPLE_CHARACTERS = 300
 
 
-def summarise(storage: Storage, runs: Sequence[range], *, image_size: int, for_each: ForEach = map) -> dict[str, Any]:
-    """Summarise a pairs artifact from the tables beside its shards.
+class Summary(NamedTuple):
+    """What the tables of a pairs artifact come to: details for its manifest, and the samples to hold out."""
+
+    details: dict[str, Any]
+    held_out: list[HeldOutSample]
+
+
+def summarise(storage: Storage, runs: Sequence[range], *, image_size: int, for_each: ForEach = map) -> Summary:
+    """Summarise a pairs artifact from the tables beside its shards, and choose its held-out samples.
 
     Histograms are `{"edges": […], "counts": […]}`: counts[i] is of edges[i] <= value < edges[i + 1], the last one is of
     everything from the last edge on. They are over the samples: words and characters of the first caption, width /
@@ -58,36 +66,49 @@ def summarise(storage: Storage, runs: Sequence[range], *, image_size: int, for_e
 
     def summarise_group(number: int) -> dict[str, Any]:
         shards, replaced = groups[number]
-        return summarise_shards(storage, shards, replaced).to_json()
+        contents = SmallestContents()
+        partial = summarise_shards(storage, shards, replaced, contents)
+        return {"partial": partial.to_json(), "contents": contents.kept()}
 
-    whole = Partial()
+    whole, contents = Partial(), SmallestContents()
     # In order: which hosts are forgotten depends on it, and a summary must not depend on chance.
-    for partial in for_each(summarise_group, range(len(groups))):
-        whole.merge(Partial.from_json(partial))
+    for part in for_each(summarise_group, range(len(groups))):
+        whole.merge(Partial.from_json(part["partial"]))
+        contents.merge(HeldOutSample(*sample) for sample in part["contents"])
     stored = sum(size for name, size in storage.sizes().items() if name.endswith(".tar"))
-    return {
+    details = {
         **whole.details(),
         "bytes": stored,
         "bytes_per_sample": round(stored / max(whole.statuses[OK], 1)),
         "image_size": image_size,
     }
+    return Summary(details, contents.choose(whole.statuses[OK]))
 
 
-def summarise_shards(storage: Storage, shards: Sequence[int], replaced: NDArray[np.int64] | None = None) -> Partial:
+def summarise_shards(
+    storage: Storage,
+    shards: Sequence[int],
+    replaced: NDArray[np.int64] | None = None,
+    contents: SmallestContents | None = None,
+) -> Partial:
     """Summarise the tables of some shards, in a bounded amount of memory.
 
     Args:
         storage: the folder they are in.
         shards: their numbers.
         replaced: rows, ascending, whose lines do not count; None for none.
+        contents: collects the samples that may be held out; None if nobody asks for them.
     """
     partial = Partial()
     # An object store takes long for one answer, but gives many at once.
     read = map if storage.is_local else map_in_threads
-    for table in read(lambda shard: _read(storage, shard), shards):
+    for shard, table in zip(shards, read(lambda shard: _read(storage, shard), shards), strict=True):
         if replaced is not None and len(replaced):
+            # None of them is a sample: a row that gave one is never tried again.
             table = table.filter(np.isin(table.column("row").to_numpy(), replaced, invert=True))
         partial.add(table.combine_chunks())
+        if contents is not None:
+            contents.add(shard, table)
     return partial
 
 
