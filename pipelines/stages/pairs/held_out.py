@@ -75,17 +75,18 @@ class SmallestContents:
             if (digest := content_hash(content)) < self._above:
                 self._keep(HeldOutSample(digest, tar_name(shard, bucket), rows[bucket], key))
             rows[bucket] += 1
-        self._forget()
+        # Not at every content more: sorting them costs more than keeping them.
+        self._forget(2 * LIMIT)
 
     def merge(self, samples: Iterable[HeldOutSample]) -> None:
         """Add what another one has kept, of other shards."""
         for sample in samples:
             self._keep(sample)
-        self._forget()
+        self._forget(2 * LIMIT)
 
     def kept(self) -> list[HeldOutSample]:
         """Return the samples that `merge` takes."""
-        self._forget(room=0)
+        self._forget(LIMIT)
         return [sample for samples in self._samples.values() for sample in samples]
 
     def choose(self, count: int) -> list[HeldOutSample]:
@@ -108,9 +109,9 @@ class SmallestContents:
         if len(samples) <= MOST_COPIES:
             samples.append(sample)
 
-    def _forget(self, room: int = LIMIT) -> None:
-        """Forget the contents after the first LIMIT, if there are more than `room` of them."""
-        if len(self._samples) > LIMIT + room:
+    def _forget(self, most: int) -> None:
+        """Forget all contents but the first LIMIT, if there are more than `most`."""
+        if len(self._samples) > most:
             smallest = heapq.nsmallest(LIMIT, self._samples)
             self._samples = {digest: self._samples[digest] for digest in smallest}
             self._above = smallest[-1] + _ABOVE_ALL
