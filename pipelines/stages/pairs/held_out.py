@@ -75,7 +75,7 @@ class SmallestContents:
             if (digest := content_hash(content)) < self._above:
                 self._keep(HeldOutSample(digest, tar_name(shard, bucket), rows[bucket], key))
             rows[bucket] += 1
-        # Not at every content more: sorting them costs more than keeping them.
+        # Only once twice as many are kept: to sort after every table would cost more than to keep the rest.
         self._forget(2 * LIMIT)
 
     def merge(self, samples: Iterable[HeldOutSample]) -> None:

@@ -77,18 +77,18 @@ def test_neither_the_order_of_samples_nor_the_size_of_shards_changes_what_is_hel
 
 def test_parts_that_forget_all_but_the_smallest_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     shards = [[f"{shard} {row}" for row in range(97)] for shard in range(30)]
-    monkeypatch.setattr(held_out, "LIMIT", 8)
+    monkeypatch.setattr(held_out, "LIMIT", 40)
     whole, most = SmallestContents(), 0
-    for first in range(0, 30, 4):
+    for first in range(0, 30, 12):
         part = SmallestContents()
-        for number in range(first, min(first + 4, 30)):
+        for number in range(first, min(first + 12, 30)):
             part.add(number, table(shards[number]))
         most = max(most, len(part.kept()))
         # As it comes from a task of Ray.
         whole.merge(HeldOutSample(*sample) for sample in json.loads(json.dumps(part.kept())))
-    assert most == 8
+    assert most == 40
     every = [content for shard in shards for content in shard]
-    assert contents_of(whole.choose(len(every)), shards) == sorted(every, key=content_hash)[:8]
+    assert contents_of(whole.choose(len(every)), shards) == sorted(every, key=content_hash)[:40]
 
 
 def test_samples_of_equal_content_are_held_out_together_or_not_at_all() -> None:
