@@ -1,5 +1,6 @@
 """Finished artifacts small enough for tests: real tars, real weights files, random contents."""
 
+import hashlib
 import io
 import json
 from collections.abc import Mapping
@@ -11,9 +12,19 @@ import pyarrow as pa
 from PIL import Image
 
 from pipelines.config import Config
-from pipelines.shards.format import encode_npy, write_shard
+from pipelines.shards.format import encode_npy, read_shard, write_shard
 from pipelines.stage import Stage, StageContext
+from pipelines.stages.autoencoder.artifact import FORMAT_VERSION as AUTOENCODER_FORMAT
+from pipelines.stages.diffusion.artifact import FORMAT_VERSION as DIFFUSION_FORMAT
+from pipelines.stages.latents.artifact import FORMAT_VERSION as LATENTS_FORMAT
 from pipelines.stages.pairs.artifact import PAIRS_FORMAT
+from pipelines.stages.pairs.held_out import (
+    HeldOutSample,
+    SmallestContents,
+    commit_held_out,
+    content_hash,
+    copy_held_out,
+)
 from pipelines.stages.pairs.shard.files import write_table
 from pipelines.store.ledger import Artifact, ArtifactWriter
 from pipelines.store.storage import Storage
@@ -37,7 +48,7 @@ def finish(writer: ArtifactWriter, details: dict[str, Any], format_version: int 
 
 
 def pairs_artifact(root: Path, *, rows: tuple[int, ...] = (5, 0, 4), side: int = 32, name: str = "pairs") -> Artifact:
-    """Make shards of `rows` samples each: noise with two captions."""
+    """Make shards of `rows` samples each: noise with two captions; one in 64 is held out."""
     writer = ArtifactWriter("pairs", name, Storage(str(root)) / "pairs" / name)
     random = np.random.default_rng(0)
     for shard, count in enumerate(rows):
@@ -53,7 +64,20 @@ def pairs_artifact(root: Path, *, rows: tuple[int, ...] = (5, 0, 4), side: int =
         }
         write_table(writer.storage, shard, pa.table(columns))
         writer.commit(f"{shard:06d}.parquet")
-    return finish(writer, {"samples": sum(rows), "image_size": side}, PAIRS_FORMAT)
+    return finish(writer, {"samples": sum(rows), "image_size": side, "held_out": hold_out(writer)}, PAIRS_FORMAT)
+
+
+def hold_out(writer: ArtifactWriter) -> str:
+    """Commit the split of an artifact, by the bytes of pictures or latents; return the file's name."""
+    contents = SmallestContents()
+    shards = writer.committed().shards()
+    for record in shards:
+        with writer.storage.open(record.name) as file:
+            for row, sample in enumerate(read_shard(file)):
+                key = sample.pop("__key__")
+                digest = hashlib.sha256(sample["latent.npy" if "latent.npy" in sample else "png"]).hexdigest()
+                contents.merge([HeldOutSample(content_hash(digest), record.name, row, key)])
+    return commit_held_out(writer, 0, contents.choose(shards.rows))
 
 
 def pair_sample(random: np.random.Generator, key: str, side: int) -> tuple[str, dict[str, bytes]]:
@@ -76,7 +100,7 @@ def first_stage_artifact(root: Path, *, preset: str = "tiny-kl-f8", name: str = 
     checkpoint.save(build_first_stage(presets.first_stage(preset)), writer.storage.path("first_stage"))
     weights = writer.commit("first_stage/model.safetensors")
     writer.commit("first_stage/config.json")
-    return finish(writer, {"encoder_sha256": weights.sha256})
+    return finish(writer, {"encoder_sha256": weights.sha256}, AUTOENCODER_FORMAT)
 
 
 def latents_artifact(
@@ -107,6 +131,7 @@ def latents_artifact(
         tokenizer.write(path)
     writer.commit("vocab.txt")
     details = {
+        "held_out": hold_out(writer),
         "encoder_sha256": encoder_sha256,
         "vocabulary_size": tokenizer.vocabulary_size,
         "max_length": max_length,
@@ -114,14 +139,13 @@ def latents_artifact(
         "scale_factor": 0.5,
         "empty_tokens": tokenizer.encode([""])[0].tolist(),
     }
-    return finish(writer, details)
+    return finish(writer, details, LATENTS_FORMAT)
 
 
 def encoded_latents_artifact(root: Path, pairs: Artifact, first_stage: Artifact, *, name: str = "latents") -> Artifact:
     """Make latents of the pairs, encoded as the stage encodes them, but in this process instead of Ray's."""
     import torch
 
-    from pipelines.stages.latents.artifact import FORMAT_VERSION
     from pipelines.stages.latents.config import LatentsConfig, TokenizerConfig
     from pipelines.stages.latents.encode import EncodeShard
     from pipelines.stages.latents.vocabulary import commit_vocabulary
@@ -134,7 +158,7 @@ def encoded_latents_artifact(root: Path, pairs: Artifact, first_stage: Artifact,
     for record in pairs.shards():
         encode({"shard": record.name, "rows": record.rows, "bytes": record.bytes, "encoded": False})
     torch.set_num_threads(threads)
-    return finish(writer, {"samples": pairs.manifest.rows}, FORMAT_VERSION)
+    return finish(writer, {"samples": pairs.manifest.rows, "held_out": copy_held_out(pairs, writer)}, LATENTS_FORMAT)
 
 
 def diffusion_artifact(root: Path, *, max_length: int = 77, name: str = "diffusion") -> Artifact:
@@ -163,7 +187,7 @@ def diffusion_artifact(root: Path, *, max_length: int = 77, name: str = "diffusi
     checkpoint.save(model, writer.storage.path("model"), tokenizer=tokenizer)
     for file in ("model.safetensors", "config.json", "vocab.txt"):
         writer.commit(f"model/{file}")
-    return finish(writer, {"steps": 0})
+    return finish(writer, {"steps": 0}, DIFFUSION_FORMAT)
 
 
 def run_stage(

@@ -1,4 +1,4 @@
-"""The order in which training sees the samples: a pure function of (rows of the shards, seed, epoch).
+"""The order in which training sees the samples: a pure function of (rows of the shards, excluded rows, seed, epoch).
 
 In each epoch the shards are permuted, then the samples are shuffled within windows of consecutive shards: a shuffle of
 all samples would read one sample of a shard at a time, a shuffle of shards alone would keep neighbours together. The
@@ -6,7 +6,7 @@ number of samples consumed, the cursor, is the whole state, so a run can resume 
 read to skip ahead, and no more than two windows' permutations are held in memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -14,6 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.shards.randomness import Purpose, generator
+
+# The number of a shard, and of a sample in it.
+Place = tuple[int, int]
 
 
 class SamplePosition(NamedTuple):
@@ -24,25 +27,36 @@ class SamplePosition(NamedTuple):
     shard: int
     row: int
 
+    @property
+    def place(self) -> Place:
+        return self.shard, self.row
+
 
 class SampleOrder:
-    """An endless sequence of samples, epoch after epoch, each epoch a permutation of all rows.
+    """An endless sequence of samples, epoch after epoch, each epoch a permutation of all rows but the excluded ones.
 
     Args:
         rows_per_shard: number of samples in each shard; empty shards are allowed.
         seed: the run's seed.
         window: number of consecutive shards whose samples are mixed with each other.
+        excluded: the samples that are left out.
 
     Raises:
         ValueError: there is no sample at all, or the window is not positive.
     """
 
-    def __init__(self, rows_per_shard: Sequence[int], seed: int, window: int) -> None:
+    def __init__(
+        self, rows_per_shard: Sequence[int], seed: int, window: int, *, excluded: Iterable[Place] = ()
+    ) -> None:
         if window < 1:
             raise ValueError(f"window must be at least 1 shard, got {window}")
+        rows = np.array(rows_per_shard, dtype=np.int64)
+        self._kept_before = _kept_before(excluded)
+        for shard, kept_before in self._kept_before.items():
+            rows[shard] -= len(kept_before)
         # Empty shards would make windows of unequal use; they hold nothing to order.
-        self._shards = np.flatnonzero(np.asarray(rows_per_shard, dtype=np.int64) > 0)
-        self._rows = np.asarray(rows_per_shard, dtype=np.int64)[self._shards]
+        self._shards = np.flatnonzero(rows > 0)
+        self._rows = rows[self._shards]
         self.samples_per_epoch = int(self._rows.sum())
         if self.samples_per_epoch == 0:
             raise ValueError(f"there must be at least one sample, got none in {len(rows_per_shard)} shards")
@@ -60,8 +74,12 @@ class SampleOrder:
         order, row_starts = self._window_order(epoch, window)
         place = int(order[offset - window_starts[window]])
         slot = int(np.searchsorted(row_starts, place, side="right")) - 1
-        shard = int(shards[window * self.window + slot])
-        return SamplePosition(position, epoch, int(self._shards[shard]), place - int(row_starts[slot]))
+        shard = int(self._shards[shards[window * self.window + slot]])
+        row = place - int(row_starts[slot])
+        # Rows were counted without the excluded ones: those that lie before this one are added again.
+        if (kept_before := self._kept_before.get(shard)) is not None:
+            row += int(np.searchsorted(kept_before, row, side="right"))
+        return SamplePosition(position, epoch, shard, row)
 
     def slice(self, cursor: int, global_batch: int, rank: int, world: int) -> list[SamplePosition]:
         """Return the part of the global batch at `cursor` that belongs to one of `world` workers.
@@ -101,3 +119,11 @@ class SampleOrder:
         rows = self._rows[shards[window * self.window : (window + 1) * self.window]]
         order = generator(self.seed, Purpose.SAMPLE_ORDER, epoch, window).permutation(int(rows.sum()))
         return order, np.concatenate([[0], np.cumsum(rows)[:-1]])
+
+
+def _kept_before(excluded: Iterable[Place]) -> dict[int, NDArray[np.int64]]:
+    """Return for each shard with excluded rows how many rows are kept before each of them, ascending."""
+    rows: dict[int, list[int]] = {}
+    for shard, row in sorted(set(excluded)):
+        rows.setdefault(shard, []).append(row)
+    return {shard: np.array(found, dtype=np.int64) - np.arange(len(found)) for shard, found in rows.items()}

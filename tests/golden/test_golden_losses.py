@@ -20,11 +20,9 @@ import torch
 from ldm_core.ema import EMA
 from pipelines.stages.autoencoder.config import AutoencoderConfig
 from pipelines.stages.autoencoder.learner import AutoencoderTask
-from pipelines.stages.autoencoder.pictures import held_out
 from pipelines.stages.diffusion.config import DiffusionConfig
 from pipelines.stages.diffusion.learner import DiffusionTask
 from pipelines.stages.diffusion.work import model_config
-from pipelines.stages.pairs.artifact import open_pairs
 from pipelines.store.ledger import ArtifactWriter
 from pipelines.store.storage import Storage
 from pipelines.training.config import TrainingConfig
@@ -99,8 +97,7 @@ def first_stage(folder: Path, **changes: Any) -> Losses:
     config = AutoencoderConfig.model_validate(
         {"model": "tiny-kl-f8", "kl_weight": 1e-2, "training": training, **changes}
     )
-    kept_out = tuple(held_out(open_pairs(pairs)))
-    return train(AutoencoderTask(config=config, seed=SEED, pairs=pairs, held_out=kept_out), config.training, folder)
+    return train(AutoencoderTask(config=config, seed=SEED, pairs=pairs), config.training, folder)
 
 
 def diffusion(folder: Path, **changes: Any) -> Losses:

@@ -180,9 +180,9 @@ def test_a_folder_that_is_no_artifact_says_where_to_look(tmp_path: Path, opened:
 
 
 def test_pairs_are_not_latents(pairs: Artifact, latents: Artifact) -> None:
-    with pytest.raises(UserError, match="holds latents of format 1, but pairs of format 2 is needed"):
+    with pytest.raises(UserError, match=r"holds latents of format \d+, but pairs of format \d+ is needed"):
         open_pairs(latents.storage.url)
-    with pytest.raises(UserError, match="holds pairs of format 2, but latents of format 1 is needed"):
+    with pytest.raises(UserError, match=r"holds pairs of format \d+, but latents of format \d+ is needed"):
         open_latents(pairs.storage.url)
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pipelines.stages.autoencoder.reconstruction import ReconstructionTest
 
 STAGE_NAME = "autoencoder"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FOLDER = "first_stage"
 RECONSTRUCTIONS = "reconstructions.png"
 

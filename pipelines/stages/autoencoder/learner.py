@@ -17,7 +17,8 @@ from pipelines.shards.randomness import Purpose, generator
 from pipelines.stages.autoencoder.artifact import commit_first_stage
 from pipelines.stages.autoencoder.config import AutoencoderConfig
 from pipelines.stages.autoencoder.reconstruction import SHOWN, ReconstructionLoss, ReconstructionTest, to_images
-from pipelines.stages.pairs.artifact import Pictures, Place, open_pairs
+from pipelines.stages.pairs.artifact import Pictures, open_pairs
+from pipelines.stages.pairs.held_out import held_out_places
 from pipelines.store.ledger import Artifact, ArtifactWriter
 
 # Number of consecutive shards whose pictures are shuffled together.
@@ -31,7 +32,6 @@ class AutoencoderTask:
     config: AutoencoderConfig
     seed: int
     pairs: Artifact
-    held_out: tuple[Place, ...]
 
     def build(self, device: torch.device) -> AutoencoderLearner:
         return AutoencoderLearner(self, device)
@@ -46,24 +46,13 @@ class AutoencoderLearner:
         self.network: nn.Module = ReconstructionLoss(self.first_stage, task.config)
         self.reader = open_pairs(task.pairs)
         self.pictures = Pictures(self.reader)
-        # The order counts only the rows that are trained on; `_place` maps them to rows of the shard.
-        excluded: dict[int, set[int]] = {}
-        for shard, row in task.held_out:
-            excluded.setdefault(shard, set()).add(row)
-        self._rows = {
-            shard: [row for row in range(self.reader.rows_per_shard[shard]) if row not in rows]
-            for shard, rows in excluded.items()
-        }
-        counts = [
-            len(self._rows[shard]) if shard in self._rows else rows
-            for shard, rows in enumerate(self.reader.rows_per_shard)
-        ]
-        self.order = SampleOrder(counts, task.seed, SHUFFLE_WINDOW)
+        self.held_out = held_out_places(task.pairs)
+        self.order = SampleOrder(self.reader.rows_per_shard, task.seed, SHUFFLE_WINDOW, excluded=self.held_out)
         self._test: ReconstructionTest | None = None
 
     def load(self, samples: Sequence[SamplePosition]) -> dict[str, Tensor]:
         """Return `pixels` (B, H, W, 3) uint8 and `noise` (B, C, h, w), which the posterior is sampled with."""
-        pixels = self.pictures.stack([self._place(sample) for sample in samples])
+        pixels = self.pictures.stack([sample.place for sample in samples])
         factor = self.task.config.model.downsampling_factor
         shape = (self.task.config.model.embed_dim, pixels.shape[1] // factor, pixels.shape[2] // factor)
         noise = np.empty((len(samples), *shape), np.float32)
@@ -77,8 +66,7 @@ class AutoencoderLearner:
         return losses
 
     def key(self, sample: SamplePosition) -> str:
-        shard, row = self._place(sample)
-        return self.reader.keys(shard)[row]
+        return self.reader.keys(sample.shard)[sample.row]
 
     def fetch_ahead(self, position: int) -> None:
         self.reader.fetch_ahead(self.order.shards_ahead(position))
@@ -91,10 +79,6 @@ class AutoencoderLearner:
 
     def _reconstructions(self) -> ReconstructionTest:
         if self._test is None:
-            others = [self._place(self.order.sample(i)) for i in range(min(SHOWN, self.order.samples_per_epoch))]
-            self._test = ReconstructionTest(self.pictures, self.task.held_out, others)
+            others = [self.order.sample(i).place for i in range(min(SHOWN, self.order.samples_per_epoch))]
+            self._test = ReconstructionTest(self.pictures, self.held_out, others)
         return self._test
-
-    def _place(self, sample: SamplePosition) -> Place:
-        rows = self._rows.get(sample.shard)
-        return sample.shard, rows[sample.row] if rows is not None else sample.row

@@ -17,13 +17,16 @@ from ldm_core.metrics import psnr
 from ldm_core.networks.autoencoder import AutoencoderKL, VQAutoencoder
 from ldm_core.networks.posterior import DiagonalGaussian
 from pipelines.drawing.grids import encode_png, grid
+from pipelines.shards.order import Place
 from pipelines.stages.autoencoder.config import AutoencoderConfig
-from pipelines.stages.pairs.artifact import Pictures, Place
+from pipelines.stages.pairs.artifact import Pictures
 
 BATCH = 8
 SHOWN = 8
-# A megapixel of held-out pictures is enough for a PSNR, and a CPU takes a few minutes for it with a large model.
+# A megapixel of held-out pictures is enough for a PSNR, and a CPU takes a few minutes for it with a large model. Of a
+# large set each lies in another shard.
 MEASURED_PIXELS = 1 << 20
+MEASURED_PICTURES = 64
 GRID_CELL_PIXELS = 128
 
 
@@ -73,17 +76,17 @@ class ReconstructionTest:
 
     Args:
         pictures: the pictures of the pairs.
-        held_out: places of pictures that are not trained on; they are measured and shown.
+        held_out: places of pictures that are not trained on; the first of them are measured and shown.
         others: places of some of the rest, at least one; they fill up the grid, and are measured if nothing is held
             out.
     """
 
     def __init__(self, pictures: Pictures, held_out: Sequence[Place], others: Sequence[Place]) -> None:
         first = pictures.get(others[0])
-        count = max(SHOWN, MEASURED_PIXELS // (first.shape[0] * first.shape[1]))
+        count = min(MEASURED_PICTURES, max(SHOWN, MEASURED_PIXELS // (first.shape[0] * first.shape[1])))
         self.held_out = bool(held_out)
         self.pixels = pictures.stack((held_out or others)[:count])
-        self._shown = pictures.stack([*held_out, *others][:SHOWN])
+        self._shown = pictures.stack([*held_out[:SHOWN], *others][:SHOWN])
 
     @torch.no_grad()
     def psnr_db(self, first_stage: nn.Module, device: torch.device) -> float:

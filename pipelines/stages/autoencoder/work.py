@@ -16,9 +16,9 @@ from pipelines.stages.autoencoder.artifact import (
 )
 from pipelines.stages.autoencoder.config import AutoencoderConfig
 from pipelines.stages.autoencoder.learner import AutoencoderTask
-from pipelines.stages.autoencoder.pictures import held_out
 from pipelines.stages.autoencoder.reconstruction import SHOWN, ReconstructionTest
 from pipelines.stages.pairs.artifact import Pictures, open_pairs
+from pipelines.stages.pairs.held_out import held_out_places
 from pipelines.training.fit import finished, fit
 
 
@@ -38,14 +38,8 @@ def run(context: StageContext[AutoencoderConfig]) -> dict[str, Any]:
 def _train(context: StageContext[AutoencoderConfig], config: AutoencoderConfig) -> dict[str, Any]:
     assert config.training is not None
     if (details := finished(context.writer)) is None:
-        reader = _checked_reader(context, config)
-        task = AutoencoderTask(
-            config=config,
-            seed=context.seed,
-            pairs=context.upstream["pairs"],
-            held_out=tuple(held_out(reader)),
-        )
-        reader.close()
+        _checked_reader(context, config).close()
+        task = AutoencoderTask(config=config, seed=context.seed, pairs=context.upstream["pairs"])
         details = fit(task, config.training, context)
     context.tracker.metrics({"reconstruction/psnr_db": details["psnr_db"]}, step=details["steps"])
     return details
@@ -56,10 +50,10 @@ def _import(context: StageContext[AutoencoderConfig], config: AutoencoderConfig)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     first_stage = load_weights(config.model, weights_file(config.weights), device)
     reader = _checked_reader(context, config)
-    kept_out = held_out(reader)
+    held_out = held_out_places(context.upstream["pairs"])
     places = ((shard, row) for shard, rows in enumerate(reader.rows_per_shard) for row in range(rows))
-    others = list(itertools.islice((place for place in places if place not in kept_out), SHOWN))
-    test = ReconstructionTest(Pictures(reader), kept_out, others)
+    others = list(itertools.islice((place for place in places if place not in held_out), SHOWN))
+    test = ReconstructionTest(Pictures(reader), held_out, others)
     reader.close()
     details = commit_first_stage(context.writer, first_stage, test, device)
     context.tracker.metrics({"reconstruction/psnr_db": details["psnr_db"]}, step=0)

@@ -43,7 +43,7 @@ PREVIEW_CELL_PIXELS = 128
 
 @dataclass(frozen=True)
 class DiffusionTask:
-    """Train the UNet and the text transformer of a model on cached latents."""
+    """Train the UNet and the text transformer of a model on all cached latents but the held-out ones."""
 
     model: LatentDiffusionConfig
     config: DiffusionConfig
@@ -64,7 +64,12 @@ class DiffusionLearner:
         self.diffusion_network = task.model.build_network()
         self.network: nn.Module = self.diffusion_network
         self.latents = Latents(task.latents)
-        self.order = SampleOrder(self.latents.reader.rows_per_shard, task.seed, task.config.shuffle_window)
+        self.order = SampleOrder(
+            self.latents.reader.rows_per_shard,
+            task.seed,
+            task.config.shuffle_window,
+            excluded=self.latents.held_out,
+        )
         self.objective = DiffusionObjective(
             NoiseSchedule(task.model.schedule, device=device),
             parameterization=task.model.parameterization,

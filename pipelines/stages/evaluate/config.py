@@ -16,6 +16,7 @@ class EvaluateConfig(Config):
         prompts_file: a file of more captions, .txt (one per line) or .jsonl (`prompt`, and what a detector should
             see). Its sha256 is part of the key, its path is not.
         training_captions: how many captions of the training set to sample too, shown with the pictures they belong to.
+        held_out_captions: how many captions of held-out pairs to sample and show likewise; no more than are held out.
         sampling: sampler, steps and guidance.
         detector: `shapes` reads colour and shape back from the pixels and reports `alignment_accuracy`; None scores
             nothing.
@@ -26,6 +27,7 @@ class EvaluateConfig(Config):
     prompts: tuple[str, ...] = ()
     prompts_file: str | None = runtime(None)
     training_captions: int = Field(8, ge=0)
+    held_out_captions: int = Field(8, ge=0)
     sampling: SamplingConfig = SamplingConfig()
     detector: Literal["shapes"] | None = None
     workers: int | None = runtime(None, ge=1)
@@ -33,6 +35,7 @@ class EvaluateConfig(Config):
 
     @model_validator(mode="after")
     def _something_to_sample(self) -> "EvaluateConfig":
+        # Not by the held-out captions: a small set has none.
         if not self.prompts and self.prompts_file is None and self.training_captions == 0:
             raise ValueError("nothing to sample: give `prompts`, `prompts_file` or `training_captions`")
         return self

@@ -26,6 +26,7 @@ def section(artifact: Artifact) -> Section:
         "stages/evaluate/section.html.j2",
         grid=picture(artifact, "grid.png"),
         training_grid=picture(artifact, "training_grid.png"),
+        held_out_grid=picture(artifact, "held_out_grid.png"),
         prompts=details.get("prompts", []) if isinstance(details.get("prompts"), list) else [],
         attributes=attributes + groups,
         mistakes=[item for item in scores.get("items", []) if not item["right"]][:MOST_MISTAKES],

@@ -1,7 +1,7 @@
 """The `evaluate` stage: pictures for fixed prompts and seeds from the final EMA weights, looked at and scored.
 
-Writes `samples/NNNNNN.tar` (every picture), `grid.png` (prompts), `training_grid.png` (real pictures above
-what their captions give) and `scores.json`.
+Writes `samples/NNNNNN.tar` (every picture), `grid.png` (prompts), `training_grid.png` and `held_out_grid.png` (real
+pictures above what their captions give) and `scores.json`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,13 @@ from pipelines.stages.evaluate.batch import SampleBatch, read_images
 from pipelines.stages.evaluate.config import EvaluateConfig
 from pipelines.stages.evaluate.prompts import Prompt, load_prompts
 from pipelines.stages.evaluate.shapes.scores import alignment_scores, require_expectations
-from pipelines.stages.pairs.artifact import PAIRS_FORMAT, TrainingPair, load_training_pairs
+from pipelines.stages.pairs.artifact import (
+    PAIRS_FORMAT,
+    CaptionedPicture,
+    load_captioned_pictures,
+    training_places,
+)
+from pipelines.stages.pairs.held_out import held_out_places
 from pipelines.store.ledger import Artifact
 
 GRID_COLUMNS = 8
@@ -39,16 +45,23 @@ def run(context: StageContext[EvaluateConfig]) -> dict[str, Any]:
     prompts = load_prompts(config)
     if config.detector:
         require_expectations(prompts)
-    training = load_training_pairs(pairs, config.training_captions)
-    captions = [prompt.text for prompt in prompts] + [pair.caption for pair in training]
+    places = {
+        "training": training_places(pairs, config.training_captions),
+        "held_out": held_out_places(pairs)[: config.held_out_captions],
+    }
+    pictures = {name: load_captioned_pictures(pairs, found) for name, found in places.items() if found}
+    captions = [prompt.text for prompt in prompts]
+    captions += [picture.caption for found in pictures.values() for picture in found]
     shards = _sample(context, model, captions)
     images = read_images(context.writer.storage, shards)
     details: dict[str, Any] = {"samples": len(images), "prompts": captions[: min(len(prompts), GRID_PICTURES)]}
     if prompts:
         _write_grid(context, "grid", prompt_grid(prompts, images))
-    if training:
-        _write_grid(context, "training_grid", training_grid(training, images[len(prompts) :]))
-        details["training_captions"] = captions[len(prompts) :]
+    start = len(prompts)
+    for name, found in pictures.items():
+        _write_grid(context, f"{name}_grid", comparison_grid(found, images[start : start + len(found)]))
+        details[f"{name}_captions"] = [picture.caption for picture in found]
+        start += len(found)
     return details | _write_scores(context, prompts, images[: len(prompts)])
 
 
@@ -58,15 +71,15 @@ def prompt_grid(prompts: list[Prompt], images: NDArray[np.uint8]) -> NDArray[np.
     return grid(images[: len(shown)], GRID_COLUMNS, [prompt.text for prompt in shown], scale=_scale(images.shape[2]))
 
 
-def training_grid(training: list[TrainingPair], sampled: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def comparison_grid(pictures: list[CaptionedPicture], sampled: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Draw rows of real pictures, each above the row of what their captions give."""
     size = (sampled.shape[2], sampled.shape[1])
-    real = np.stack([np.asarray(Image.fromarray(pair.image).resize(size)) for pair in training])
-    columns = min(GRID_COLUMNS, len(training))
+    real = np.stack([np.asarray(Image.fromarray(picture.image).resize(size)) for picture in pictures])
+    columns = min(GRID_COLUMNS, len(pictures))
     rows = []
-    for start in range(0, len(training), columns):
+    for start in range(0, len(pictures), columns):
         row = slice(start, start + columns)
-        captions = [pair.caption for pair in training[row]]
+        captions = [picture.caption for picture in pictures[row]]
         for images, texts in ((real[row], None), (sampled[row], captions)):
             rows.append(grid(images, columns, texts, scale=_scale(size[0])))
     width = max(row.shape[1] for row in rows)

@@ -7,17 +7,19 @@ tokens: (captions, L) uint16
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.shards.format import decode_npy
+from pipelines.shards.order import Place
 from pipelines.shards.reader import ShardReader
+from pipelines.stages.pairs.held_out import held_out_places
 from pipelines.store.ledger import Artifact
 
 # Raised when the bytes that the stage writes, or their meaning, change. Its writer and its readers go by this number.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CACHE_BYTES = 1 << 30
 
 Cached = tuple[NDArray[np.float16], NDArray[np.uint16]]
@@ -37,7 +39,9 @@ class Latents:
     def __init__(self, artifact: Artifact, *, cache_bytes: int = CACHE_BYTES) -> None:
         self.reader = ShardReader(artifact.storage, artifact.require("latents", FORMAT_VERSION).shards())
         self._room = cache_bytes
-        self._kept: dict[tuple[int, int], Cached] = {}
+        self._kept: dict[Place, Cached] = {}
+        # By ascending hash; nothing is trained on them.
+        self.held_out = held_out_places(artifact)
 
     def get(self, shard: int, row: int) -> Cached:
         """Return the moments and the tokens of all captions of one sample."""
@@ -53,16 +57,12 @@ class Latents:
         return sample
 
     def captions(self, limit: int) -> list[str]:
-        """Return the first `limit` distinct captions, in the order of the shards."""
+        """Return `limit` distinct captions: of the held-out samples, then of the others in the order of the shards."""
         distinct: dict[str, None] = {}
-        for caption in self._all_captions():
-            distinct.setdefault(caption)
+        every = ((shard, row) for shard, rows in enumerate(self.reader.rows_per_shard) for row in range(rows))
+        for place in chain(self.held_out, every):
+            facts = json.loads(self.reader.read(*place, ("json",))["json"])
+            distinct.setdefault(facts["captions"][0])
             if len(distinct) == limit:
                 break
         return list(distinct)
-
-    def _all_captions(self) -> Iterator[str]:
-        for shard, rows in enumerate(self.reader.rows_per_shard):
-            for row in range(rows):
-                facts = json.loads(self.reader.read(shard, row, ("json",))["json"])
-                yield facts["captions"][0]

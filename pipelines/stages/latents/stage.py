@@ -1,7 +1,8 @@
 """The `latents` stage: every pair through the frozen encoders once, in a pool of Ray Data actors.
 
 Writes `vocab.txt`; for each pairs shard a `NNNNNN.tar` with the same keys (`KEY.latent.npy`,
-`KEY.tokens.npy`, `KEY.json`), and `stats/NNNNNN.json`, the sums that the scale factor is computed from.
+`KEY.tokens.npy`, `KEY.json`), and `stats/NNNNNN.json`, the sums that the scale factor is computed from; and the pairs'
+`held_out/N.parquet`.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from pipelines.stages.latents.statistics import LatentSums, scale_factor, statis
 from pipelines.stages.latents.takeover import Encoding, take_over
 from pipelines.stages.latents.vocabulary import commit_vocabulary
 from pipelines.stages.pairs.artifact import PAIRS_FORMAT
+from pipelines.stages.pairs.held_out import copy_held_out
 from pipelines.store.ledger import Artifact, FileRecord
 from pipelines.store.threads import map_in_threads
 
@@ -115,6 +116,7 @@ def _details(
     context.tracker.metrics({"latents/mean": sums.mean, "latents/std": sums.std, "latents/scale_factor": scale})
     return {
         "samples": pairs.shards().rows,
+        "held_out": copy_held_out(pairs, context.writer),
         "encoder_sha256": first_stage.details["encoder_sha256"],
         "tokenizer_sha256": tokenizer.digest,
         "vocabulary_size": tokenizer.vocabulary_size,

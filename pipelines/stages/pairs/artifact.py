@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import threading
@@ -14,15 +15,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.errors import UserError
-from pipelines.shards.format import read_shard
+from pipelines.shards.order import Place
 from pipelines.shards.reader import ShardReader
+from pipelines.stages.pairs.held_out import held_out_places
 from pipelines.stages.pairs.pictures.formats import STORED
 from pipelines.store.ledger import Artifact
 
 CACHE_BYTES = 1 << 30
-
-# The number of a shard, and of a sample in it.
-Place = tuple[int, int]
 
 
 def count_shards(pairs: Artifact) -> int:
@@ -114,29 +113,27 @@ def sample_captions(sample: Mapping[str, bytes | str]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class TrainingPair:
-    """A caption of the training set and its picture, uint8 (H, W, 3)."""
+class CaptionedPicture:
+    """A sample's first caption and its picture, uint8 (H, W, 3)."""
 
     caption: str
     image: NDArray[np.uint8]
 
 
-def load_training_pairs(pairs: Artifact, count: int) -> list[TrainingPair]:
-    """Read the first caption and the picture of `count` samples, evenly spaced over the first shards that hold them."""
-    shards, available = [], 0
-    for record in pairs.shards():
-        if available >= count:
+def load_captioned_pictures(pairs: Artifact, places: Sequence[Place]) -> list[CaptionedPicture]:
+    """Read the first caption and the picture of the samples at these places."""
+    with contextlib.closing(ShardReader(pairs.storage, pairs.shards())) as reader:
+        samples = [reader.read(*place) for place in places]
+    return [CaptionedPicture(sample_captions(sample)[0], decode_image(image_of(sample))) for sample in samples]
+
+
+def training_places(pairs: Artifact, count: int) -> list[Place]:
+    """Return the places of `count` samples that are trained on, evenly spaced over the first shards that hold them."""
+    held_out = set(held_out_places(pairs))
+    places: list[Place] = []
+    for shard, record in enumerate(pairs.shards()):
+        if len(places) >= count:
             break
-        shards.append(record)
-        available += record.rows
-    count = min(count, available)
-    wanted = {position * available // count for position in range(count)}
-    chosen: list[TrainingPair] = []
-    start = 0
-    for record in shards:
-        with pairs.storage.open(record.name) as file:
-            for position, sample in enumerate(read_shard(file), start=start):
-                if position in wanted:
-                    chosen.append(TrainingPair(sample_captions(sample)[0], decode_image(image_of(sample))))
-        start += record.rows
-    return chosen
+        places += [(shard, row) for row in range(record.rows) if (shard, row) not in held_out]
+    count = min(count, len(places))
+    return [places[position * len(places) // count] for position in range(count)]

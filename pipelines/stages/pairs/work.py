@@ -23,6 +23,7 @@ from pipelines.stage import StageContext
 from pipelines.stages.pairs.assignment import Assignment
 from pipelines.stages.pairs.config import PairsConfig
 from pipelines.stages.pairs.filters import column_filters
+from pipelines.stages.pairs.held_out import commit_held_out
 from pipelines.stages.pairs.inputs import limited_rows
 from pipelines.stages.pairs.making.progress import ProgressDisplay
 from pipelines.stages.pairs.making.progress_board import ProgressBoard
@@ -190,7 +191,7 @@ def _require_columns(source: Source, config: PairsConfig) -> None:
 def _summarise(context: StageContext, runs: PastRuns) -> dict[str, Any]:
     config: PairsConfig = context.config
     storage, committed = context.writer.storage, context.writer.committed()
-    details = summarise(
+    details, held_out = summarise(
         storage,
         runs.shards,
         image_size=config.image_size,
@@ -207,6 +208,8 @@ def _summarise(context: StageContext, runs: PastRuns) -> dict[str, Any]:
             storage.remove(name)
         counts = ", ".join(f"{count} {status}" for status, count in Counter(details["statuses"]).most_common())
         raise UserError(f"no row of {config.source} gave a sample ({counts}): mend the source, or what refuses it")
+    details["held_out"] = commit_held_out(context.writer, len(runs.shards) - 1, held_out)
+    details["held_out_samples"] = len(held_out)
     for status, count in details["statuses"].items():
         context.tracker.metric(f"pairs/{status.replace(':', '_')}", count)
     return details

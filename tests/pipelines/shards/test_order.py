@@ -42,6 +42,26 @@ def test_any_number_of_workers_reads_the_same_global_batches(case: int) -> None:
     assert [sample.position for sample in batches[0]] == list(range(cursor, cursor + 12))
 
 
+@pytest.mark.parametrize("case", range(30))
+def test_excluded_samples_are_never_seen_and_all_others_once_an_epoch(case: int) -> None:
+    random = np.random.default_rng(200 + case)
+    sizes = [*shard_sizes(random), 3]
+    everything = [(shard, row) for shard, rows in enumerate(sizes) for row in range(rows)]
+    excluded = {place for place in everything[:-1] if random.random() < 0.4}
+    order = SampleOrder(sizes, seed=case, window=int(random.integers(1, 8)), excluded=excluded)
+    assert order.samples_per_epoch == len(everything) - len(excluded)
+    for epoch in range(2):
+        first = epoch * order.samples_per_epoch
+        samples = [order.sample(position).place for position in range(first, first + order.samples_per_epoch)]
+        assert sorted(samples) == [place for place in everything if place not in excluded]
+
+
+def test_a_shard_of_excluded_samples_alone_is_not_fetched() -> None:
+    order = SampleOrder([3, 2, 5], seed=0, window=1, excluded=[(1, 0), (1, 1), (2, 4)])
+    assert order.samples_per_epoch == 7
+    assert all(1 not in order.shards_ahead(position) for position in range(14))
+
+
 def test_epochs_differ_and_seeds_differ() -> None:
     first, other = SampleOrder([50, 50], seed=1, window=2), SampleOrder([50, 50], seed=2, window=2)
     epochs = [[first.sample(100 * epoch + i)[2:] for i in range(100)] for epoch in range(2)]

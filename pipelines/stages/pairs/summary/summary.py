@@ -6,13 +6,14 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.compute.tasks import ForEach, chunks
+from pipelines.stages.pairs.held_out import HeldOutSample, SmallestContents
 from pipelines.stages.pairs.retries import replaced_rows
 from pipelines.stages.pairs.rows_file import RowsFile
 from pipelines.stages.pairs.shard.files import read_tables
@@ -30,15 +31,22 @@ EDGES: dict[str, tuple[float, ...]] = {
 }
 SHARDS_PER_TASK = 256
 _USERINFO = re.compile(r"//[^/]*@")
-_COLUMNS = ["row", "key", "status", "url", "caption", "width", "height", "bucket"]
+_COLUMNS = ["row", "key", "status", "url", "caption", "sha256", "width", "height", "bucket"]
 _EXAMPLES = 12
 _EXAMPLE_CHARACTERS = 300
 
 
+class Summary(NamedTuple):
+    """What the tables of a pairs artifact come to: details for its manifest, and the samples to hold out."""
+
+    details: dict[str, Any]
+    held_out: list[HeldOutSample]
+
+
 def summarise(
     storage: Storage, runs: Sequence[range], *, image_size: int, stored_bytes: int, for_each: ForEach = map
-) -> dict[str, Any]:
-    """Summarise a pairs artifact from the tables beside its shards.
+) -> Summary:
+    """Summarise a pairs artifact from the tables beside its shards, and choose its held-out samples.
 
     Histograms are `{"edges": […], "counts": […]}`: counts[i] is of edges[i] <= value < edges[i + 1], the last one is of
     everything from the last edge on. They are over the samples: words and characters of the first caption, width /
@@ -60,36 +68,49 @@ def summarise(
 
     def summarise_group(number: int) -> dict[str, Any]:
         shards, replaced = groups[number]
-        return summarise_shards(storage, shards, replaced).to_json()
+        contents = SmallestContents()
+        partial = summarise_shards(storage, shards, replaced, contents)
+        return {"partial": partial.to_json(), "contents": contents.kept()}
 
-    whole = Partial()
+    whole, contents = Partial(), SmallestContents()
     # In order: which hosts are forgotten depends on it, and a summary must not depend on chance.
-    for partial in for_each(summarise_group, range(len(groups))):
-        whole.merge(Partial.from_json(partial))
+    for part in for_each(summarise_group, range(len(groups))):
+        whole.merge(Partial.from_json(part["partial"]))
+        contents.merge(HeldOutSample(*sample) for sample in part["contents"])
     if len(runs) > 1:
         # The rows that are replaced were written down there.
         storage.remove(WORK)
-    return {
+    details = {
         **whole.details(),
         "bytes": stored_bytes,
         "bytes_per_sample": round(stored_bytes / max(whole.statuses[OK], 1)),
         "image_size": image_size,
     }
+    return Summary(details, contents.choose(whole.statuses[OK]))
 
 
-def summarise_shards(storage: Storage, shards: Sequence[int], replaced: RowsFile | None = None) -> Partial:
+def summarise_shards(
+    storage: Storage,
+    shards: Sequence[int],
+    replaced: RowsFile | None = None,
+    contents: SmallestContents | None = None,
+) -> Partial:
     """Summarise the tables of some shards, in a bounded amount of memory.
 
     Args:
         storage: the folder they are in.
         shards: their numbers.
         replaced: rows whose lines do not count; None for none.
+        contents: collects the samples that may be held out; None if nobody asks for them.
     """
     partial = Partial()
-    for table in read_tables(storage, shards, _COLUMNS):
+    for shard, table in zip(shards, read_tables(storage, shards, _COLUMNS), strict=True):
         if replaced is not None:
+            # None of them is a sample: a row that gave one is never tried again.
             table = table.filter(~replaced.holds(table.column("row").to_numpy()))
         partial.add(table.combine_chunks())
+        if contents is not None:
+            contents.add(shard, table)
     return partial
 
 

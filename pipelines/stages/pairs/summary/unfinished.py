@@ -33,7 +33,7 @@ def survey(storage: Storage) -> dict[str, Any]:
         known. `tables_read` is the number of shards that the details are about.
     """
     work = storage / WORK
-    committed = [int(name.split(".")[0]) for name in (storage / COMMITS).names("*.parquet.json")]
+    committed = [int(name.split(".")[0]) for name in (storage / COMMITS).names("[0-9]*.parquet.json")]
     staged = sorted(set(staged_shards(work)) - set(committed))
     stride = -(-(len(committed) + len(staged)) // TABLES_READ) or 1
     partial = summarise_shards(storage, committed[::stride])

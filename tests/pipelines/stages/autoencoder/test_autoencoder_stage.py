@@ -16,10 +16,10 @@ from pipelines.errors import UserError
 from pipelines.stages.autoencoder.artifact import first_stage_config, load_first_stage, load_weights
 from pipelines.stages.autoencoder.config import AutoencoderConfig
 from pipelines.stages.autoencoder.learner import AutoencoderTask
-from pipelines.stages.autoencoder.pictures import HELD_OUT_LIMIT, held_out
-from pipelines.stages.autoencoder.reconstruction import ReconstructionLoss
+from pipelines.stages.autoencoder.reconstruction import MEASURED_PICTURES, ReconstructionLoss, ReconstructionTest
 from pipelines.stages.autoencoder.stage import STAGE
-from pipelines.stages.pairs.artifact import open_pairs
+from pipelines.stages.pairs.artifact import Pictures, open_pairs
+from pipelines.stages.pairs.held_out import held_out_places
 from tests.tiny_artifacts import contents, pairs_artifact, run_stage
 
 TRAINING = {
@@ -78,7 +78,7 @@ def test_pretrained_weights_are_taken_as_they_are(tmp_path: Path, weights: Path)
     pairs = pairs_artifact(tmp_path, rows=(9,))
     artifact = run_stage(STAGE, config(weights=str(weights)), tmp_path, {"pairs": pairs})
     assert artifact.details["trained"] is False
-    assert artifact.details["import_check"]["psnr_held_out"] is False, "none of nine pictures is held out by its hash"
+    assert artifact.details["import_check"]["psnr_held_out"] is False, "of nine pictures none is held out"
     loaded = load_first_stage(artifact).state_dict()
     for name, tensor in load_file(weights / "model.safetensors").items():
         assert torch.equal(loaded[name], tensor)
@@ -150,21 +150,24 @@ def test_pictures_that_cannot_be_trained_on_are_refused_at_once(
         run_stage(STAGE, config(training=TRAINING), tmp_path, {"pairs": pairs})
 
 
-def test_held_out_pictures_are_never_trained_on(tmp_path: Path) -> None:
-    pairs = pairs_artifact(tmp_path, rows=(150, 150))
-    kept_out = tuple(held_out(open_pairs(pairs)))
-    assert 0 < len(kept_out) <= HELD_OUT_LIMIT
-    task = AutoencoderTask(config=config(training=TRAINING), seed=0, pairs=pairs, held_out=kept_out)
-    learner = task.build(torch.device("cpu"))
-    epoch = [learner.order.sample(position) for position in range(learner.order.samples_per_epoch)]
-    trained = {learner.key(sample) for sample in epoch}
-    every = {key for shard in range(2) for key in learner.reader.keys(shard)}
-    assert every - trained == {learner.reader.keys(shard)[row] for shard, row in kept_out}
+def test_reconstructions_are_measured_on_the_first_held_out_pictures(tmp_path: Path) -> None:
+    pairs = pairs_artifact(tmp_path, rows=(150, 150), side=8)
+    pictures, held_out = Pictures(open_pairs(pairs)), held_out_places(pairs)
+    assert len(held_out) == 4
+    task = AutoencoderTask(config=config(training=TRAINING), seed=0, pairs=pairs)
+    assert task.build(torch.device("cpu")).held_out == held_out
+    every = [(shard, row) for shard in range(2) for row in range(150)]
+    test = ReconstructionTest(pictures, held_out, every)
+    assert test.held_out
+    assert np.array_equal(test.pixels, pictures.stack(held_out))
+    assert len(ReconstructionTest(pictures, every, every).pixels) == MEASURED_PICTURES
+    assert not ReconstructionTest(pictures, [], every[:8]).held_out
 
 
-def test_the_choice_of_held_out_pictures_does_not_depend_on_what_else_is_there(tmp_path: Path) -> None:
-    small, large = (pairs_artifact(tmp_path, rows=rows, name=str(rows), side=8) for rows in ((150,), (150, 90)))
-    assert [place for place in held_out(open_pairs(large)) if place[0] == 0] == held_out(open_pairs(small))
+def test_an_imported_first_stage_is_measured_on_held_out_pictures(tmp_path: Path, weights: Path) -> None:
+    pairs = pairs_artifact(tmp_path, rows=(100, 60))
+    artifact = run_stage(STAGE, config(weights=str(weights)), tmp_path, {"pairs": pairs})
+    assert (artifact.details["psnr_held_out"], artifact.details["psnr_pictures"]) == (True, 2)
 
 
 @pytest.mark.parametrize(("preset", "loss_kind"), [("tiny-kl-f8", "l1"), ("tiny-kl-f8", "l2"), ("tiny-vq-f4", "l1")])

@@ -1,5 +1,6 @@
 """The diffusion stage: reproducible batches, training with a real Ray, and what does not fit together."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,21 @@ def test_a_batch_is_the_same_for_any_number_of_workers_and_after_any_restart(ups
         parts = [other.load(other.order.slice(cursor, 8, rank, 4)) for rank in range(4)]
         for name, tensor in whole.items():
             assert torch.equal(torch.cat([part[name] for part in parts]), tensor), name
+
+
+def test_held_out_samples_are_never_trained_on_and_previewed_first(tmp_path: Path) -> None:
+    autoencoder = first_stage_artifact(tmp_path)
+    latents = latents_artifact(tmp_path, autoencoder.details["encoder_sha256"], rows=(90, 0, 60))
+    trainer = learner({"autoencoder": autoencoder, "latents": latents})
+    held_out = trainer.latents.held_out
+    assert len(held_out) == 2
+    epoch = {trainer.order.sample(position).place for position in range(trainer.order.samples_per_epoch)}
+    every = {(shard, row) for shard, rows in ((0, 90), (2, 60)) for row in range(rows)}
+    assert every - epoch == set(held_out)
+    facts = [json.loads(trainer.latents.reader.read(*place, ("json",))["json"]) for place in held_out]
+    captions = trainer.latents.captions(3)
+    assert captions[:2] == [sample["captions"][0] for sample in facts]
+    assert len(set(captions)) == 3
 
 
 def test_each_epoch_draws_anew(upstream: dict[str, Artifact]) -> None:

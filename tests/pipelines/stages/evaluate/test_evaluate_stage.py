@@ -14,11 +14,14 @@ from pipelines.stages.diffusion.sampling import sample_prompts
 from pipelines.stages.evaluate.batch import read_images
 from pipelines.stages.evaluate.config import EvaluateConfig
 from pipelines.stages.evaluate.stage import STAGE
+from pipelines.stages.pairs.artifact import load_captioned_pictures
+from pipelines.stages.pairs.held_out import held_out_places
 from pipelines.store.ledger import Artifact, artifact_key
 from tests.tiny_artifacts import contents, diffusion_artifact, pairs_artifact, run_stage
 
 SAMPLING = SamplingConfig(num_steps=3, batch_size=3)
-FILES = {"grid.png", "training_grid.png", "scores.json", "samples/000000.tar", "samples/000001.tar"}
+SAMPLES = [f"samples/{number:06d}.tar" for number in range(3)]
+FILES = {"grid.png", "training_grid.png", "held_out_grid.png", "scores.json", *SAMPLES}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def upstream(root: Path) -> dict[str, Artifact]:
-    return {"pairs": pairs_artifact(root), "diffusion": diffusion_artifact(root)}
+    return {"pairs": pairs_artifact(root, rows=(90, 0, 60)), "diffusion": diffusion_artifact(root)}
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +53,20 @@ def evaluation(ray_cluster: None, root: Path, upstream: dict[str, Artifact], con
     return run_stage(STAGE, config, root, upstream, seed=7)
 
 
-def test_every_prompt_and_training_caption_has_its_picture(evaluation: Artifact, upstream: dict[str, Artifact]) -> None:
+def test_every_prompt_and_caption_of_the_data_set_has_its_picture(
+    evaluation: Artifact, upstream: dict[str, Artifact]
+) -> None:
     details = evaluation.details
     assert contents(evaluation).keys() == FILES
     assert details["prompts"] == ["plain", "red circle", "blue circle"]
-    assert (details["samples"], len(details["training_captions"])) == (5, 2)
-    images = read_images(evaluation.storage, ["samples/000000.tar", "samples/000001.tar"])
+    assert (details["samples"], len(details["training_captions"])) == (7, 2)
+    pairs = upstream["pairs"]
+    held_out = load_captioned_pictures(pairs, held_out_places(pairs))
+    assert details["held_out_captions"] == [picture.caption for picture in held_out]
+    images = read_images(evaluation.storage, SAMPLES)
     model, tokenizer = load_model(upstream["diffusion"])
-    captions = details["prompts"] + details["training_captions"]
-    alone = sample_prompts(model, tokenizer, captions[3:], [10, 11], SAMPLING)
+    captions = details["training_captions"] + details["held_out_captions"]
+    alone = sample_prompts(model, tokenizer, captions, range(10, 14), SAMPLING)
     assert np.abs(images[3:].astype(int) - alone).max() <= 1
     assert images.std() > 1
 

@@ -8,7 +8,8 @@ import pytest
 from pipelines.errors import UserError
 from pipelines.stages.evaluate.config import EvaluateConfig
 from pipelines.stages.evaluate.prompts import Prompt, load_prompts, prompts_digest
-from pipelines.stages.pairs.artifact import load_training_pairs
+from pipelines.stages.pairs.artifact import load_captioned_pictures, training_places
+from pipelines.stages.pairs.held_out import held_out_places
 from tests.tiny_artifacts import pairs_artifact
 
 
@@ -62,10 +63,17 @@ def test_key_knows_the_file_by_its_contents(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("count", "expected"), [(0, []), (3, [0, 1, 3]), (8, [0, 1, 2, 3, 4, 5, 6, 7]), (99, range(9))]
 )
-def test_training_pairs_are_spread_over_the_first_shards(tmp_path: Path, count: int, expected: list[int]) -> None:
+def test_training_captions_are_spread_over_the_first_shards(tmp_path: Path, count: int, expected: list[int]) -> None:
     pairs = pairs_artifact(tmp_path, rows=(5, 0, 4))
-    every = load_training_pairs(pairs, 9)
-    chosen = load_training_pairs(pairs, count)
-    assert len(every) == 9
-    assert [pair.caption for pair in chosen] == [every[number].caption for number in expected]
-    assert all(pair.image.shape == (32, 32, 3) for pair in chosen)
+    every = load_captioned_pictures(pairs, [(shard, row) for shard, rows in ((0, 5), (2, 4)) for row in range(rows)])
+    chosen = load_captioned_pictures(pairs, training_places(pairs, count))
+    assert [picture.caption for picture in chosen] == [every[number].caption for number in expected]
+    assert all(picture.image.shape == (32, 32, 3) for picture in chosen)
+
+
+def test_training_captions_are_of_samples_that_are_trained_on(tmp_path: Path) -> None:
+    pairs = pairs_artifact(tmp_path, rows=(100, 0, 100), side=8)
+    held_out = held_out_places(pairs)
+    assert len(held_out) == 3
+    assert not set(training_places(pairs, 197)) & set(held_out)
+    assert len(training_places(pairs, 300)) == 197

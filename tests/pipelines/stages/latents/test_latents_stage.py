@@ -168,5 +168,5 @@ def test_pairs_without_samples_are_refused(tmp_path: Path, upstream: dict[str, A
 
 
 def test_pairs_of_another_format_are_refused(tmp_path: Path, upstream: dict[str, Artifact]) -> None:
-    with pytest.raises(UserError, match="holds autoencoder of format 1, but pairs of format 2 is needed"):
+    with pytest.raises(UserError, match=r"holds autoencoder of format \d+, but pairs of format \d+ is needed"):
         run_stage(STAGE, CONFIG, tmp_path, {**upstream, "pairs": upstream["autoencoder"]})

@@ -134,8 +134,8 @@ def test_scattered_rows_are_read_in_few_pieces(tmp_path: Path) -> None:
 def final_statuses(pairs: Artifact) -> dict[int, str]:
     """Return the status of every row, as the last shard that has it says."""
     found: dict[int, str] = {}
-    for record in pairs.shards(".parquet"):
-        table = pq.read_table(io.BytesIO(pairs.storage.read_bytes(record.name)))
+    for name in pairs.storage.names("*.parquet"):
+        table = pq.read_table(io.BytesIO(pairs.storage.read_bytes(name)))
         found |= dict(zip(table.column("row").to_pylist(), table.column("status").to_pylist()))
     return found
 
@@ -176,6 +176,8 @@ def test_a_retry_adds_shards_and_changes_the_keys_of_later_stages(
     assert latents_now != latents
     after = {file.name: file for file in grown.files}
     assert {name: after[name] for name in before} == before
+    assert (first.details["held_out"], grown.details["held_out"]) == ("held_out/0.parquet", "held_out/2.parquet")
+    assert grown.details["held_out"] in after
     assert final_statuses(grown) == {
         i: "http_404" if i == 19 or i in (8, 16) else "duplicate" if i == 12 else "ok" for i in range(20)
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import time
 from collections import Counter
@@ -43,6 +44,7 @@ def make_table(storage: Storage, shard: int, rows: Sequence[int], *, seed: int =
                 "status": status,
                 "url": draw.choice([None, f"https://Host{draw.randrange(5)}.example:8080/{row}.jpg"]),
                 "caption": draw.choice(CAPTIONS) if known else draw.choice([None, "gone"]),
+                "sha256": hashlib.sha256(str(row).encode()).hexdigest() if known else None,
                 "width": draw.randint(8, 5000) if known else None,
                 "height": draw.randint(8, 5000) if known else None,
                 "bucket": draw.choice(["64x64", "96x32"]) if known else None,
@@ -64,7 +66,7 @@ def test_counting_by_columns_gives_what_counting_row_by_row_gives(tmp_path: Path
     retried = [line for shard in (3, 4) for line in make_table(storage, shard, range(7 + shard, 600, 3 * shard))]
     # Shards 3 and 4 are a retry each: row 23 is in both.
     lines = list({line["row"]: line for line in first + retried}.values())
-    details = summarise(storage, [range(3), range(3, 4), range(4, 5)], image_size=64, stored_bytes=50_000)
+    details, _ = summarise(storage, [range(3), range(3, 4), range(4, 5)], image_size=64, stored_bytes=50_000)
 
     assert details["statuses"] == dict(Counter(line["status"] for line in lines).most_common())
     good = [line for line in lines if line["status"] == "ok"]
@@ -111,7 +113,7 @@ def test_a_shard_without_rows_or_pictures_counts_too(tmp_path: Path) -> None:
     make_table(storage, 0, range(4))
     empty = pq.read_table(storage.path("000000.parquet")).slice(0, 0)
     write_table(storage, 1, empty)
-    assert summarise(storage, [range(2)], image_size=64, stored_bytes=50_000)["input_rows"] == 4
+    assert summarise(storage, [range(2)], image_size=64, stored_bytes=50_000).details["input_rows"] == 4
 
 
 def test_hosts_are_told_without_users_passwords_ports_and_cases() -> None:
@@ -147,7 +149,7 @@ def test_examples_show_no_password_and_no_signature(tmp_path: Path) -> None:
         column = table.column_names.index(name)
         table = table.set_column(column, name, pa.array(values, table.schema.field(name).type))
     write_table(storage, 0, table)
-    details = summarise(storage, [range(1)], image_size=64, stored_bytes=50_000)
+    details, _ = summarise(storage, [range(1)], image_size=64, stored_bytes=50_000)
     shown = {"url": "https://a.example/x.jpg"}
     assert details["examples"] == [{"key": "0", "caption": "a", **shown}, {"key": "1", "caption": "b"}]
     assert details["failures"] == {"timeout": {"key": "2", "caption": "c", **shown}}
@@ -221,6 +223,6 @@ def test_numbers_in_the_summary_are_plain_json(tmp_path: Path) -> None:
 
     assert not [
         kind
-        for kind in kinds(summarise(storage, [range(1)], image_size=64, stored_bytes=50_000))
+        for kind in kinds(summarise(storage, [range(1)], image_size=64, stored_bytes=50_000).details)
         if issubclass(kind, np.generic)
     ]
