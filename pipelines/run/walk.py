@@ -18,11 +18,12 @@ from pipelines.run.plan import STAGES, PlannedStage, Selection, plan, plan_stage
 from pipelines.run.recipe import Recipe
 from pipelines.run.report import build_report
 from pipelines.run.results import RunObserver, RunResult, StageRow
+from pipelines.secrets import without_secrets
 from pipelines.stage import Progress, Stage, StageContext
 from pipelines.store.ledger import Artifact, ArtifactWriter, Ledger, artifact_key, digest_json
 from pipelines.store.lock import Hold, exclusive
 from pipelines.store.storage import Storage
-from pipelines.tracking import StageTracker, Tracker, store
+from pipelines.tracking import StageTracker, Tracker, spool_folder, store
 
 REPORT = "report.html"
 # Which MLflow run an unfinished pipeline run, and an unfinished stage, go on in.
@@ -77,7 +78,7 @@ class _Walk:
 
     def run(self) -> RunResult:
         tracking = self.recipe.tracking
-        uri = store(tracking, self.root)[0] if tracking.enabled else None
+        uri = without_secrets(store(tracking, self.root)[0]) if tracking.enabled else None
         result = RunResult(self.root.url, self.rows, self.artifacts, uri)
         with contextlib.ExitStack() as stack:
             try:
@@ -206,8 +207,7 @@ class _Walk:
 
     def _start_tracking(self) -> Tracker:
         """Begin the MLflow run of this pipeline run, or go on in the one that a killed or failed run began."""
-        spool = Path(self.root.path() if self.root.is_local else ".") / ".tracking"
-        tracker = Tracker(self.recipe.tracking, self.root, spool)
+        tracker = Tracker(self.recipe.tracking, self.root, spool_folder(self.root))
         values = self.recipe.resolved()
         tracker.start_pipeline(self.recipe.name, values, {"ldm.root": self.root.url}, resume_run_id=self._unfinished())
         if tracker.run_id:

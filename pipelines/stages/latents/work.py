@@ -59,7 +59,7 @@ def _encode_pending(context: StageContext[LatentsConfig], pairs: Artifact, first
         done += result["rows"]
         rate = meter.rate(done - before)
         context.progress(done, rows, images_per_s=f"{rate:.0f}")
-        context.tracker.metric("throughput/images_per_s", rate, step=done)
+        context.tracker.rate("throughput/images_per_s", rate, step=done)
 
 
 def _details(
