@@ -10,7 +10,8 @@ import traceback
 
 import click
 
-from pipelines.errors import explain
+from pipelines.errors import MisuseError, explain
+from pipelines.secrets import holds_secret, refusal, without_secrets
 
 # A command is imported when it is called, so that `ldm --help` answers at once.
 COMMANDS = {
@@ -82,6 +83,7 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:]
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
+        _refuse_secrets(arguments)
         code = cli.main(["--debug", *arguments] if debug else arguments, prog_name="ldm", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         sys.stdout.write(f"{error.ctx.get_help() if error.ctx else error.format_message()}\n")
@@ -104,17 +106,27 @@ def main() -> None:
 def _report_failure(error: Exception, debug: bool) -> int:
     known = explain(error)
     if debug:
-        traceback.print_exc()
+        sys.stderr.write(without_secrets(traceback.format_exc()))
     if known:
         _complain(str(known))
         return known.exit_code
-    text = " ".join(str(error).split())[:500]
+    text = " ".join(without_secrets(str(error)).split())[:500]
     _complain(f"{type(error).__name__}: {text} (this looks like a bug: --debug shows where)")
     return 1
 
 
+def _refuse_secrets(arguments: list[str]) -> None:
+    """Raise MisuseError for an argument with a password or token in it, whatever command it is for."""
+    for before, argument in zip(["", *arguments], arguments):
+        if holds_secret(argument):
+            # `--set tracking.uri=URL`, `--set=tracking.uri=URL`, `--root=URL`, `--root URL` or a URL alone.
+            name, _, value = argument.removeprefix("--set=").partition("=")
+            named = value and "://" not in name
+            raise MisuseError(refusal(name if named else before if before.startswith("-") else "an argument"))
+
+
 def _complain(message: str) -> None:
-    sys.stderr.write(f"ldm: {' '.join(str(message).split())}\n")
+    sys.stderr.write(f"ldm: {' '.join(without_secrets(message).split())}\n")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,13 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
-from pydantic_core import to_jsonable_python
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError, to_jsonable_python
 
+from pipelines.secrets import find_secret
+
+# The type of the problem that pydantic reports for a value with a password or token; its `path` leads to the value.
+SECRET = "secret"
 # Stands for the default of a setting that has none.
 REQUIRED = object()
 
@@ -14,7 +18,16 @@ REQUIRED = object()
 class Config(BaseModel):
     """A section of a recipe: immutable, and unknown keys are an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    # Inputs are hidden, since a URL among them may hold a password.
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, hide_input_in_errors=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_secret(cls, value: Any) -> Any:
+        """Refuse passwords and tokens anywhere: what is configured is written to recipes, manifests and reports."""
+        if (path := find_secret(value)) is not None:
+            raise PydanticCustomError(SECRET, "must not hold a password, token or signature", {"path": path})
+        return value
 
     def identity(self) -> dict[str, Any]:
         """Return what an artifact's key is made of: the settings that differ from their defaults, as JSON values.

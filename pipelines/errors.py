@@ -3,6 +3,8 @@
 import errno
 from collections.abc import Iterator
 
+from pipelines.secrets import without_secrets
+
 # A full disk in the words of safetensors, and of torch.save, which never names its reason.
 DISK_FULL_WORDS = (("No space left on device",), ("inline_container.cc", "unexpected pos"))
 DISK_FULL_ADVICE = "free some space and run the same command again; everything committed is kept"
@@ -11,10 +13,14 @@ DISK_FULL_ADVICE = "free some space and run the same command again; everything c
 class UserError(Exception):
     """The work cannot go on: a missing source, a full disk, a damaged shard. Exit code 1.
 
-    The message names the invariant, the value received and the fix, on one line.
+    The message names the invariant, the value received and the fix, on one line. Secrets in it are hidden: what other
+    libraries say is often part of it.
     """
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))
 
 
 class MisuseError(UserError):

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A developer's own server is not for tests.
+os.environ.pop("MLFLOW_TRACKING_URI", None)
 # Hundreds of processes import the package: compiled once, not in each of them.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
@@ -49,6 +51,12 @@ def no_torch_state_is_shared() -> Iterator[None]:
     after = torch_state()
     left = {name: f"{before[name]} -> {value}" for name, value in after.items() if value != before[name]}
     assert not left, f"the test must put back the global state of PyTorch that it changed: {left}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_test_writes_to_the_home_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep the tracking stores of remote roots in a folder of the session."""
+    os.environ["LDM_HOME"] = str(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import psutil
 from jobs.console import console, emit_json, json_option
 from pipelines.drawing.formatting import format_bytes
 from pipelines.errors import UserError
+from pipelines.secrets import without_secrets
 from pipelines.store.storage import Storage
 
 PACKAGES = (
@@ -98,7 +99,7 @@ def _ray() -> dict[str, str]:
     address = os.environ.get("RAY_ADDRESS")
     token = os.environ.get("RAY_AUTH_TOKEN") or os.path.exists(os.path.expanduser("~/.ray/auth_token"))
     return {
-        "address": address or "none set: `ldm run` starts Ray on this machine",
+        "address": without_secrets(address or "") or "none set: `ldm run` starts Ray on this machine",
         "auth token": "found" if token else "none yet: Ray makes one at its first start",
     }
 
@@ -111,7 +112,7 @@ def _storage(root: str) -> dict[str, Any]:
         facts["writable"] = storage.read_bytes(".doctor") == b"ldm"
         storage.remove(".doctor")
     except Exception as error:
-        facts["problem"] = " ".join(str(error).split())[:200]
+        facts["problem"] = without_secrets(" ".join(str(error).split()))[:200]
     if storage.is_local and facts["writable"]:
         facts["free"] = format_bytes(shutil.disk_usage(storage.path()).free)
     return facts

@@ -15,6 +15,9 @@ from jobs.console import console, emit_json, json_option
 from pipelines.errors import MisuseError
 from pipelines.run.plan import check, stages_of
 from pipelines.run.recipe import Recipe, parse_recipe
+from pipelines.secrets import without_secrets
+from pipelines.store.storage import Storage
+from pipelines.tracking import store
 
 
 @click.command()
@@ -40,18 +43,20 @@ def submit(
     """Run a recipe as a job on a Ray cluster, as `ldm run` does on this machine.
 
     The resolved recipe and this code travel with the job. Sources and root must be reachable from the cluster: shared
-    folders, or s3:// together with a tracking.uri. The cluster's authentication token is taken from RAY_AUTH_TOKEN or
-    ~/.ray/auth_token.
+    folders, or s3:// together with an MLflow server. The cluster's authentication token is taken from RAY_AUTH_TOKEN or
+    ~/.ray/auth_token. Credentials do not travel: the cluster's own environment has them.
 
     \b
     Example:
       ldm submit small --address http://head:8265 --root s3://bucket/ldm \\
-          --set pairs.source=s3://bucket/laion/*.parquet --follow
+          --set pairs.source=s3://bucket/laion/*.parquet --set tracking.uri=http://mlflow:5000 --follow
     """
     recipe = open_recipe(recipe_name, root, overrides)
     chosen = selection(only, first, last, force)
     check(recipe, chosen)
     recipe = with_absolute_paths(recipe, address)
+    if recipe.tracking.enabled:
+        store(recipe.tracking, Storage(recipe.root), in_job=True)
     arguments = [f"--{option} {value}" for option, value in (("only", only), ("from", first), ("to", last)) if value]
     arguments += [f"--force {stage}" for stage in chosen.force]
     with tempfile.TemporaryDirectory(prefix="ldm-submit-") as folder:
@@ -63,10 +68,11 @@ def submit(
             metadata={"ldm.recipe": recipe.name, "ldm.root": recipe.root},
         )
     out = console(as_json)
-    out.print(f"submitted {job_id} to {address}: `ldm logs {job_id}`, `ldm stop {job_id}`", markup=False)
+    shown = without_secrets(address)
+    out.print(f"submitted {job_id} to {shown}: `ldm logs {job_id}`, `ldm stop {job_id}`", markup=False)
     status = follow(address, job_id, out) if wait else "SUBMITTED"
     if as_json:
-        emit_json({"job_id": job_id, "address": address, "status": status})
+        emit_json({"job_id": job_id, "address": shown, "status": status})
     if status in ("FAILED", "STOPPED"):
         raise SystemExit(1)
 
@@ -101,4 +107,4 @@ def _pack(folder: Path, recipe_yaml: str) -> None:
     (folder / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
     for package in (ldm_core, pipelines, jobs):
         source = Path(str(package.__file__)).parent
-        shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("__pycache__", ".*"))

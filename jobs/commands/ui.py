@@ -4,12 +4,13 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import click
 
 from jobs.console import console
 from pipelines.errors import UserError
+from pipelines.store.storage import Storage
+from pipelines.tracking import home
 
 
 @click.command()
@@ -19,13 +20,19 @@ from pipelines.errors import UserError
 def ui(root: str, host: str, port: int) -> None:
     """Serve a root's experiments: start the MLflow server on its embedded store.
 
+    The store of a remote root is on the machine that ran the recipe, for its user.
+
     \b
     Example:
       ldm ui runs/demo --port 5001
     """
-    database = Path(root).absolute() / "mlflow.db"
+    storage = Storage(root)
+    database = home(storage) / "mlflow.db"
     if not database.is_file():
-        raise UserError(f"no experiments under {root}: {database} is missing; run a recipe with this root first")
+        advice = "run a recipe with this root first"
+        if not storage.is_local:
+            advice = "look on the machine that ran the recipe, or at the MLflow server that it named"
+        raise UserError(f"no experiments under {root}: {database} is missing; {advice}")
     _check_free(host, port)
     console().print(f"MLflow on http://{host}:{port} (Ctrl-C to stop)")
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{database}"]

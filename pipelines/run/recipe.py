@@ -11,8 +11,9 @@ import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
 from pipelines.compute.config import ClusterConfig
-from pipelines.config import Config, merge, runtime
+from pipelines.config import SECRET, Config, merge, runtime
 from pipelines.errors import MisuseError, UserError
+from pipelines.secrets import refusal
 from pipelines.stages.autoencoder.config import AutoencoderConfig
 from pipelines.stages.diffusion.config import DiffusionConfig
 from pipelines.stages.evaluate.config import EvaluateConfig
@@ -132,6 +133,9 @@ def _describe(error: ValidationError) -> str:
     first = problems[0]
     where = ".".join(str(part) for part in first["loc"])
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if first["type"] == SECRET:
+        # Without the value.
+        return refusal(".".join([where, *first["ctx"]["path"]])) + more
     if first["type"] in _UNKNOWN:
         known = _known_names(Recipe, first["loc"][:-1])
         nearest = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)

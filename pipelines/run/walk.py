@@ -21,12 +21,13 @@ from pipelines.run.recipe import Recipe
 from pipelines.run.report import build_report
 from pipelines.run.results import RunObserver, RunResult, StageRow
 from pipelines.run.runs import REPORT, Run, all_runs, begin
+from pipelines.secrets import without_secrets
 from pipelines.stage import Progress, Stage, StageContext
 from pipelines.store.file_table import FileTable
 from pipelines.store.ledger import Artifact, ArtifactWriter, Ledger, artifact_key, digest_json
 from pipelines.store.lock import Hold, Record, exclusive
 from pipelines.store.storage import Storage
-from pipelines.tracking import StageTracker, Tracker, store
+from pipelines.tracking import StageTracker, Tracker, spool_folder, store
 
 # Which MLflow run an unfinished stage goes on in.
 TRACKING = "tracking.json"
@@ -82,7 +83,7 @@ class _Walk:
 
     def run(self, planned: list[PlannedStage]) -> RunResult:
         tracking = self.recipe.tracking
-        uri = store(tracking, self.root)[0] if tracking.enabled else None
+        uri = without_secrets(store(tracking, self.root)[0]) if tracking.enabled else None
         result = RunResult(self.root.url, self.rows, self.artifacts, uri)
         if (before := self._run_before(planned)) is not None:
             for each in planned:
@@ -269,8 +270,7 @@ class _Walk:
 
     def _start_tracking(self, this_run: Run) -> Tracker:
         """Begin the MLflow run of this pipeline run, or go on in the one that a killed or failed run began."""
-        spool = Path(self.root.path() if self.root.is_local else ".") / ".tracking"
-        tracker = Tracker(self.recipe.tracking, self.root, spool)
+        tracker = Tracker(self.recipe.tracking, self.root, spool_folder(self.root))
         values, tags = self.recipe.resolved(), {"ldm.root": self.root.url, "ldm.run_folder": this_run.folder.url}
         tracker.start_pipeline(self.recipe.name, values, tags, resume_run_id=this_run.state.tracking_run)
         this_run.track(tracker.run_id)

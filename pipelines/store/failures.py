@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 from pipelines.errors import UserError
+from pipelines.secrets import without_secrets
 
 # What a person must be allowed to do with our own storage, and with the files of others.
 OWNING = "list, read, write and delete"
@@ -138,7 +139,7 @@ def readable(url: str) -> Iterator[None]:
 
 
 def _unreadable(url: str, error: Exception) -> UserError:
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    reason = " ".join(without_secrets(f"{type(error).__name__}: {error}").split())[:200]
     return UserError(f"{url} cannot be read ({reason}): check its address, access to it and the network")
 
 

@@ -10,7 +10,6 @@ import fnmatch
 import hashlib
 import json
 import os
-import re
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 from pipelines.errors import MisuseError, UserError
+from pipelines.secrets import holds_secret, refusal
 from pipelines.store import local_disk, object_store
 from pipelines.store.failures import MissingFileError, explain_failure
 from pipelines.store.filesystems import FileSystem, filesystem_of, is_s3
@@ -39,15 +39,15 @@ class Storage:
         url: the folder. Local paths are made absolute, so that workers with another working directory agree on it.
 
     Raises:
-        MisuseError: the URL holds a password, which would end up in logs and manifests.
+        MisuseError: the URL holds a password or token, which would end up in logs and manifests.
     """
 
     url: str
 
     def __post_init__(self) -> None:
         url = self.url.removeprefix("file://")
-        if holds_password(url):
-            raise MisuseError("a storage URL must not hold a password: set it in the environment (AWS_PROFILE)")
+        if holds_secret(url):
+            raise MisuseError(refusal("a storage URL"))
         object.__setattr__(self, "url", url if "://" in url else os.path.abspath(os.path.expanduser(url)))
 
     def __truediv__(self, name: str) -> "Storage":
@@ -252,11 +252,6 @@ def _remove(store: FileSystem, path: str) -> None:
     # s3fs does not tell of objects that the store failed to delete; a "busy" error has the removal repeated.
     if is_s3(store) and store.exists(path):
         raise OSError(errno.EBUSY, "still there after it was removed")
-
-
-def holds_password(url: str) -> bool:
-    """Tell whether a URL is of the form `s3://KEY:SECRET@…`; a secret may hold slashes, a port is none."""
-    return bool(re.match(r"[a-z0-9+.-]+://[^/@]*:(?!\d+(/|$)).*@", url, re.IGNORECASE))
 
 
 def sha256_file(file: BinaryIO | Path | str) -> str:

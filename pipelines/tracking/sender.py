@@ -1,20 +1,22 @@
 """The thread that sends events from the spool to MLflow. MLflow is imported only here and late: it takes seconds.
 
 Delivery is at least once: events are acknowledged after they were sent, so that a kill in between sends them again.
-That does no harm. A metric carries its own time, so that MLflow sees the same point; a run is found by our own id, its
-tag `ldm.run`, before a new one is created.
+That does no harm. A metric is not sent for a step that it has passed; a run is found by our own id, its tag `ldm.run`,
+before a new one is created.
 """
 
 import logging
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pipelines.secrets import without_secrets
 from pipelines.tracking.database import make_database
 from pipelines.tracking.spool import Event, Session
 
@@ -47,7 +49,7 @@ class Sender(threading.Thread):
     Args:
         session: this process's events.
         spool: the folder in which abandoned sessions are found.
-        uri: MLflow's tracking URI.
+        uri: MLflow's tracking URI; a password in it is shown nowhere.
         experiment: name of the experiment; created if it is missing.
         artifacts: URI for the artifacts of a new experiment; None takes the server's default.
     """
@@ -59,8 +61,9 @@ class Sender(threading.Thread):
         self.experiment_id: str | None = None
         self.last_error: str | None = None
         self._client: Any = None
-        # MLflow's run ids by ours.
+        # MLflow's run ids by ours, and the last step of each metric that such a run has.
         self._runs: dict[str, str] = {}
+        self._last_steps: dict[str, dict[str, int]] = {}
         self._deadline: float | None = None
         self._finished = False
 
@@ -83,7 +86,8 @@ class Sender(threading.Thread):
         except OSError as error:
             log.warning("the MLflow sender stopped (%s); what is not sent yet stays in %s", error, self.spool)
         except Exception:
-            log.exception("the MLflow sender stopped; what is not sent yet stays in %s", self.spool)
+            reason = without_secrets(traceback.format_exc())
+            log.error("the MLflow sender stopped; what is not sent yet stays in %s\n%s", self.spool, reason)
         self.session.release(remove=self._finished)
 
     def close(self, timeout_s: float) -> bool:
@@ -127,7 +131,8 @@ class Sender(threading.Thread):
                 if _is_refusal(error):
                     raise
                 if self.last_error is None:
-                    log.warning("MLflow at %s does not answer; will keep trying: %s", self.uri, _first_line(error))
+                    where = without_secrets(self.uri)
+                    log.warning("MLflow at %s does not answer; will keep trying: %s", where, _first_line(error))
                 self.last_error = _first_line(error)
             self._pause(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
@@ -146,7 +151,11 @@ class Sender(threading.Thread):
         client = self._connect()
         kind, run_id = events[0]["kind"], self._mlflow_run(events[0]["run"], events[0])
         if kind in LARGEST_BATCH:
-            client.log_batch(run_id, **_batch(events))
+            batch = _batch(events, self._last_steps[run_id])
+            if any(batch.values()):
+                client.log_batch(run_id, **batch)
+            for metric in batch["metrics"]:
+                self._last_steps[run_id][metric.key] = metric.step
         elif kind == "image":
             image = _load_image(session.folder / events[0]["file"])
             client.log_image(run_id, image, key=events[0]["key"], step=events[0]["step"])
@@ -185,7 +194,9 @@ class Sender(threading.Thread):
         """Return MLflow's run for ours: known, found by its tag, or created. A `start` also reopens a finished run."""
         if run not in self._runs or event["kind"] == "start":
             found = self._find(run)
-            mlflow_id = found or self._create(run, event)
+            mlflow_id = found.info.run_id if found else self._create(run, event)
+            known = found.data.to_proto().metrics if found else ()
+            self._last_steps[mlflow_id] = {metric.key: metric.step for metric in known}
             if found and event["kind"] == "start":
                 self._client.update_run(mlflow_id, status="RUNNING")
                 for name, value in self._tags(event).items():
@@ -193,9 +204,10 @@ class Sender(threading.Thread):
             self._runs[run] = mlflow_id
         return self._runs[run]
 
-    def _find(self, run: str) -> str | None:
+    def _find(self, run: str) -> Any:
+        """Return MLflow's run for ours, or None."""
         found = self._client.search_runs([self.experiment_id], f"tags.`ldm.run` = '{run}'", max_results=1)
-        return found[0].info.run_id if found else None
+        return found[0] if found else None
 
     def _create(self, run: str, event: Event) -> str:
         created = self._client.create_run(
@@ -208,8 +220,11 @@ class Sender(threading.Thread):
 
     def _tags(self, event: Event) -> dict[str, str]:
         tags = dict(event.get("tags", {}))
-        if (parent := event.get("parent")) and (known := self._runs.get(parent) or self._find(parent)):
-            tags["mlflow.parentRunId"] = known
+        if parent := event.get("parent"):
+            if parent in self._runs:
+                tags["mlflow.parentRunId"] = self._runs[parent]
+            elif found := self._find(parent):
+                tags["mlflow.parentRunId"] = found.info.run_id
         return tags
 
     def _mark_killed(self, session: Session) -> None:
@@ -247,15 +262,22 @@ def _groups(pending: list[tuple[Event, int]]) -> list[list[tuple[Event, int]]]:
     return groups
 
 
-def _batch(events: list[Event]) -> dict[str, list[Any]]:
+def _batch(events: list[Event], last_steps: dict[str, int]) -> dict[str, list[Any]]:
+    """Return the arguments of log-batch, without metrics at steps that the run has already."""
     from mlflow.entities import Metric, Param
 
     batch: dict[str, list[Any]] = {"metrics": [], "params": []}
+    last = dict(last_steps)
     for event in events:
         for name, value in event["values"].items():
             if event["kind"] == "metrics":
-                # The time of the event, not of sending: a metric that is sent twice is then one point in MLflow.
-                batch["metrics"].append(Metric(name, value, event["time_ms"], event["step"]))
+                step = event["step"]
+                # Training goes on from its newest checkpoint and does the steps after it again. A metric without steps
+                # (0) may change.
+                if step == 0 or step > last.get(name, 0):
+                    last[name] = step
+                    # The time of the event, not of sending: a metric that is sent twice is then one point in MLflow.
+                    batch["metrics"].append(Metric(name, value, event["time_ms"], step))
             else:
                 batch["params"].append(Param(name, value))
     return batch
@@ -282,4 +304,4 @@ def _brief(event: Event) -> str:
 def _first_line(error: Exception) -> str:
     # SQLAlchemy begins with advice to programmers, then says what happened.
     lines = [line for line in str(error).splitlines() if not line.startswith("(raised as a result of")]
-    return (lines or [type(error).__name__])[0][:300]
+    return without_secrets((lines or [type(error).__name__])[0])[:300]

@@ -1,5 +1,6 @@
 """What the pipeline logs: one MLflow run for itself, and one nested run per stage. Nothing here waits."""
 
+import errno
 import hashlib
 import logging
 import shutil
@@ -12,15 +13,19 @@ from typing import Any
 import numpy as np
 import yaml
 
+from pipelines.errors import UserError
+from pipelines.secrets import without_secrets
 from pipelines.store.storage import Storage
 from pipelines.tracking.config import TrackingConfig
-from pipelines.tracking.database import SQLITE
+from pipelines.tracking.places import store
 from pipelines.tracking.sender import LARGEST_BATCH, Sender
 from pipelines.tracking.spool import Event, Session
 
 log = logging.getLogger(__name__)
 
 LONGEST_PARAM = 500
+# Rates are taken whenever an item is done, of which a run may have a million.
+RATE_EVERY_S = 5.0
 
 
 class StageTracker:
@@ -34,11 +39,20 @@ class StageTracker:
     def __init__(self, tracker: "Tracker | None", run_id: str | None) -> None:
         self._tracker = tracker
         self.run_id = run_id
+        self._rate_logged: dict[str, float] = {}
+
+    def rate(self, name: str, value: float, step: int) -> None:
+        """Log a rate, or something else of which a point every few seconds is enough; drop it in between."""
+        now = time.monotonic()
+        if now - self._rate_logged.get(name, -RATE_EVERY_S) >= RATE_EVERY_S:
+            self._rate_logged[name] = now
+            self.metric(name, value, step)
 
     def metric(self, name: str, value: float, step: int | None = None) -> None:
         self.metrics({name: value}, step)
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
+        """Log values at a step. A step that this metric has passed is not sent again: a restart has done it twice."""
         self._put("metrics", values={name: float(value) for name, value in values.items()}, step=step or 0)
 
     def params(self, values: Mapping[str, Any]) -> None:
@@ -92,7 +106,7 @@ class Tracker:
 
     Args:
         config: where to log; with `enabled=False` every call does nothing.
-        root: the folder of the pipeline's artifacts; without a `uri` in the config, the SQLite store is there.
+        root: the folder of the pipeline's artifacts; without a tracking URI, the SQLite store is in its `home`.
         spool: a local folder for events that are not sent yet; shared by all runs on this root.
     """
 
@@ -105,9 +119,19 @@ class Tracker:
         if not config.enabled:
             return
         uri, artifacts = store(config, root)
-        # One queue per destination: what was meant for one server is never sent to another.
-        target = Path(spool) / hashlib.sha256(f"{uri} {config.experiment}".encode()).hexdigest()[:12]
-        self._session = Session.create(target)
+        # One queue per destination: what was meant for one server is never sent to another. Without the password, which
+        # could be guessed from the name.
+        destination = f"{without_secrets(uri)} {config.experiment}"
+        target = Path(spool) / hashlib.sha256(destination.encode()).hexdigest()[:12]
+        try:
+            self._session = Session.create(target)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            raise UserError(
+                f"{target}, where events wait for MLflow, cannot be written ({error.strerror}): set LDM_HOME to "
+                "another folder, or tracking.enabled=false"
+            ) from error
         self._sender = Sender(self._session, target, uri=uri, experiment=config.experiment, artifacts=artifacts)
         self._sender.start()
 
@@ -148,7 +172,7 @@ class Tracker:
             return True
         log.warning(
             "MLflow at %s did not take everything within %.0f s (%s); the rest waits in %s for the next run",
-            sender.uri,
+            without_secrets(sender.uri),
             timeout_s,
             sender.last_error or "it is slow",
             sender.session.folder.parent,
@@ -188,16 +212,6 @@ class Tracker:
         if not self._warned:
             log.warning("metrics are being lost: the tracking spool cannot be written (%s)", error)
         self._warned = True
-
-
-def store(config: TrackingConfig, root: Storage) -> tuple[str, str | None]:
-    """Return the tracking URI, and where a new experiment's artifacts go (None: the server decides)."""
-    folder = Path(root.path()) if root.is_local else Path.cwd()
-    uri = config.uri or f"{SQLITE}{folder}/mlflow.db"
-    if not uri.startswith(SQLITE):
-        return uri, None
-    database = Path(uri.removeprefix(SQLITE)).absolute()
-    return f"{SQLITE}{database}", (database.parent / "mlartifacts").as_uri()
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import cli
+from pipelines.store.storage import Storage
+from pipelines.tracking import home
 from tests.tiny import tiny_recipe, write_pictures, write_recipe
 
 Ldm = Callable[..., tuple[int, str, str]]
@@ -52,6 +54,37 @@ def test_an_unknown_command_or_option_is_misuse(ldm: Ldm, recipe: Path) -> None:
     code, _, err = ldm("run", recipe, "--only", "latent")
     assert code == 2
     assert "latents" in one_line(err)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_refuses_an_argument_with_a_secret_and_does_not_repeat_it(ldm: Ldm, command: str) -> None:
+    secret = "never-to-be-seen"
+    uri = f"postgresql://mlflow:{secret}@db/mlflow"
+    for arguments, field in (
+        ((f"s3://KEY:{secret}@bucket/x",), "an argument"),
+        (("folder", f"https://a.example/x.tar?X-Amz-Signature={secret}"), "an argument"),
+        (("--root", f"s3://KEY:{secret}@bucket/x"), "--root"),
+        ((f"--root=s3://KEY:{secret}@bucket/x",), "--root"),
+        (("small", "--set", f"tracking.uri={uri}"), "tracking.uri"),
+        ((f"--set=tracking.uri={uri}",), "tracking.uri"),
+        (("--address", f"http://user:{secret}@head:8265"), "--address"),
+    ):
+        code, out, err = ldm(command, *arguments)
+        assert code == 2
+        assert f"ldm: {field} must not hold a password, token or signature" in one_line(err)
+        assert secret not in out + err
+
+
+def test_a_recipe_with_a_secret_is_misuse_and_the_secret_is_not_repeated_with_debug_either(
+    ldm: Ldm, tmp_path: Path, table: Path
+) -> None:
+    values = tiny_recipe(table) | {"tracking": {"uri": "postgresql://mlflow:never-to-be-seen@db/mlflow"}}
+    path = write_recipe(tmp_path / "secret.yaml", values)
+    for debug in ((), ("--debug",)):
+        code, out, err = ldm(*debug, "plan", path)
+        assert code == 2
+        assert "tracking.uri must not hold a password" in err
+        assert "never-to-be-seen" not in out + err
 
 
 def test_an_unknown_recipe_key_is_misuse_and_the_nearest_is_suggested(ldm: Ldm, recipe: Path) -> None:
@@ -278,3 +311,19 @@ def test_a_copied_artifact_of_another_key_is_refused(ldm: Ldm, recipe: Path, tmp
     code, _, err = ldm("run", recipe, *quiet, "--set", "pairs.quality=80", "--only", "pairs")
     assert code == 1
     assert f"says its key is {made.name}, but {wanted} was asked for" in one_line(err)
+
+
+def test_the_experiments_of_a_remote_root_are_found_where_a_run_on_this_machine_keeps_them(
+    ldm: Ldm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LDM_HOME", str(tmp_path / "home"))
+    code, _, err = ldm("ui", "s3://bucket/run")
+    assert code == 1
+    assert f"{tmp_path}/home/run-" in one_line(err)
+    assert "look on the machine that ran the recipe, or at the MLflow server" in one_line(err)
+    folder = home(Storage("s3://bucket/run"))
+    folder.mkdir(parents=True)
+    (folder / "mlflow.db").touch()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        # Found, so that the port is what stands in its way.
+        assert "cannot be used" in one_line(ldm("ui", "s3://bucket/run", "--port", taken.getsockname()[1])[2])

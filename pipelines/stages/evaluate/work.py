@@ -122,7 +122,7 @@ def _sample(context: StageContext[EvaluateConfig], model: Artifact, captions: li
             done += result["rows"]
             rate = meter.rate(done - before)
             context.progress(done, len(captions), images_per_s=f"{rate:.2f}")
-            context.tracker.metric("throughput/images_per_s", rate, step=done)
+            context.tracker.rate("throughput/images_per_s", rate, step=done)
     return [str(item["shard"]) for item in items]
 
 

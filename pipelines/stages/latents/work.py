@@ -99,7 +99,7 @@ def _encode(
         done += result["rows"]
         rate = meter.rate(done - before)
         context.progress(done, rows, images_per_s=f"{rate:.0f}")
-        context.tracker.metric("throughput/images_per_s", rate, step=done)
+        context.tracker.rate("throughput/images_per_s", rate, step=done)
 
 
 def _details(

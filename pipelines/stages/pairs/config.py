@@ -7,7 +7,6 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipelines.config import Config, runtime
-from pipelines.store.storage import holds_password
 
 
 class Columns(Config):
@@ -210,14 +209,6 @@ class PairsConfig(Config):
     download: Download = runtime(Download())
     workers: int | None = runtime(None, ge=1)
     shards_in_flight: int = runtime(8, ge=1)
-
-    @field_validator("source")
-    @classmethod
-    def _no_password(cls, value: str) -> str:
-        if holds_password(value):
-            # Without the value: it would be shown.
-            raise ValueError("a source's URL must not hold a password: set it in the environment (AWS_PROFILE)")
-        return value
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> "PairsConfig":

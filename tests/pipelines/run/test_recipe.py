@@ -1,5 +1,6 @@
 """Recipes: what is refused, in which words, and what round-trips."""
 
+import traceback
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ from pipelines.run.plan import Selection, check, stages_of
 from pipelines.run.recipe import load_recipe, parse_recipe
 
 DEMO = FOLDER / "demo.yaml"
+
+
+SECRET = "never-to-be-seen"
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
@@ -143,3 +147,41 @@ def test_only_what_can_change_the_output_is_part_of_the_identity() -> None:
     assert workers.pairs.identity() == base.pairs.identity()
     assert workers.diffusion.identity() == base.diffusion.identity()
     assert quality.pairs.identity() != base.pairs.identity()
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "advice"),
+    [
+        (f"tracking.uri=postgresql://mlflow:{SECRET}@db/mlflow", "tracking.uri", "PGPASSWORD or ~/.pgpass"),
+        (f"tracking.uri=https://{SECRET}@mlflow.example", "tracking.uri", "MLFLOW_TRACKING_TOKEN"),
+        (f"tracking=https://user:{SECRET}@mlflow.example", "tracking", "set MLFLOW_TRACKING_URI in the environment"),
+        (f"root=s3://KEY:{SECRET}@bucket/run", "root", "AWS_PROFILE"),
+        (f"pairs.source=https://a.example/x.parquet?X-Amz-Signature={SECRET}", "pairs.source", "AWS_PROFILE"),
+        (f"pairs.source=[s3://KEY:{SECRET}@bucket/x]", "pairs.source.0", "AWS_PROFILE"),
+        (f"autoencoder.weights=az://models/kl?sig={SECRET}", "autoencoder.weights", "AWS_PROFILE"),
+        (f"cluster.address=ray://user:{SECRET}@head:10001", "cluster.address", "RAY_AUTH_TOKEN"),
+    ],
+)
+def test_a_secret_in_a_recipe_is_refused_by_the_name_of_its_field_and_not_repeated(
+    override: str, field: str, advice: str
+) -> None:
+    with pytest.raises(MisuseError) as caught:
+        load_recipe(DEMO, (override,))
+    assert f"{field} must not hold a password, token or signature" in str(caught.value)
+    assert advice in str(caught.value)
+    assert "\n" not in str(caught.value)
+    # Nor in what --debug prints: pydantic quotes every value that it refuses.
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("mistake", ["tracking.url=", "", "pairs: {x: [", "- "], ids=["key", "nothing", "yaml", "list"])
+def test_a_secret_is_not_repeated_where_another_mistake_is_refused(mistake: str, tmp_path: Path) -> None:
+    secret = f"postgresql://mlflow:{SECRET}@db/mlflow"
+    with pytest.raises(MisuseError) as caught:
+        load_recipe(DEMO, (f"{mistake}{secret}",))
+    assert SECRET not in str(caught.value)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"{mistake}{secret}: [\n", encoding="utf-8")
+    with pytest.raises(MisuseError) as caught:
+        load_recipe(path)
+    assert SECRET not in str(caught.value)

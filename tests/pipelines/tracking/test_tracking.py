@@ -116,6 +116,45 @@ def test_a_resumed_stage_goes_on_in_the_same_run(root: Path) -> None:
     assert run_named(root, "demo").info.status == "RUNNING"
 
 
+def test_steps_that_training_does_again_after_a_restart_are_in_mlflow_once(root: Path) -> None:
+    first = tracker_at(root)
+    first.start_pipeline("demo", {}, {})
+    stage = first.stage("diffusion", "key")
+    for step in (10, 20, 30, 20, 30, 40):  # a worker was lost at 30, and training went on from its checkpoint at 10
+        stage.metric("loss/train", 1.0 / step, step=step)
+    stage.metric("samples", 5.0)
+    assert first.close(60)
+
+    # The driver was killed at 40.
+    second = tracker_at(root)
+    resumed = second.stage("diffusion", "key", resume_run_id=stage.run_id)
+    for step in (30, 40, 50):
+        resumed.metric("loss/train", 1.0 / step, step=step)
+        resumed.metric("only/late", 1.0, step=step)
+    resumed.metric("samples", 7.0)
+    assert second.close(60)
+
+    assert steps_of(root, "diffusion", "loss/train") == [10, 20, 30, 40, 50]
+    assert steps_of(root, "diffusion", "only/late") == [30, 40, 50]
+    assert run_named(root, "diffusion").data.metrics["samples"] == 7.0, "a metric without steps may change"
+
+
+def test_a_rate_is_logged_every_few_seconds_however_often_it_is_taken(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("pipelines.tracking.tracker.time.monotonic", lambda: now)
+    tracker = tracker_at(root)
+    tracker.start_pipeline("demo", {}, {})
+    for step in range(1, 101):
+        now = step / 10
+        tracker.pipeline.rate("rows_per_s", 7.0, step)
+        tracker.pipeline.rate("mb_per_s", 7.0, step)
+    monkeypatch.undo()
+    assert tracker.close(60)
+    assert steps_of(root, "demo", "rows_per_s") == steps_of(root, "demo", "mb_per_s") == [1, 51]
+
+
 def test_a_refused_event_does_not_hold_up_the_others(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     tracker = tracker_at(root)
     tracker.start_pipeline("demo", {"seed": 1}, {})

@@ -50,8 +50,8 @@ class ProgressDisplay:
     def track(self) -> None:
         """Log the present rates to the tracker."""
         step = self._before + self._rows
-        self._context.tracker.metric("throughput/rows_per_s", self._now["rows"], step=step)
-        self._context.tracker.metric("throughput/mb_per_s", self._now["bytes"] / 1e6, step=step)
+        self._context.tracker.rate("throughput/rows_per_s", self._now["rows"], step=step)
+        self._context.tracker.rate("throughput/mb_per_s", self._now["bytes"] / 1e6, step=step)
 
     def _watch(self) -> None:
         while not self._stop.wait(_SHOW_EVERY_S):
