@@ -6,13 +6,12 @@ tokens: (captions, L) uint16
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.shards.format import decode_npy
+from pipelines.shards.format import decode_json, decode_npy
 from pipelines.shards.reader import ShardReader
 from pipelines.store.ledger import Artifact
 
@@ -64,5 +63,5 @@ class Latents:
     def _all_captions(self) -> Iterator[str]:
         for shard, rows in enumerate(self.reader.rows_per_shard):
             for row in range(rows):
-                facts = json.loads(self.reader.read(shard, row, ("json",))["json"])
+                facts = decode_json(self.reader.read(shard, row, ("json",))["json"])
                 yield facts["captions"][0]

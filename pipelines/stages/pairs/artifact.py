@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +13,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.errors import UserError
-from pipelines.shards.format import read_shard
+from pipelines.shards.format import decode_json, read_shard
 from pipelines.shards.reader import ShardReader
 from pipelines.stages.pairs.pictures.formats import STORED
 from pipelines.store.ledger import Artifact
 
 CACHE_BYTES = 1 << 30
+MOST_PIXELS = 100_000_000
+_STORED_FORMATS = ("JPEG", "WEBP", "PNG")
 
 # The number of a shard, and of a sample in it.
 Place = tuple[int, int]
@@ -83,8 +84,15 @@ IMAGE_EXTENSIONS = STORED
 
 
 def decode_image(data: bytes) -> np.ndarray:
-    """Decode a picture stored in a shard to uint8 (H, W, 3) RGB."""
-    with Image.open(io.BytesIO(data)) as image:
+    """Decode a picture stored in a shard to uint8 (H, W, 3) RGB.
+
+    Raises:
+        ValueError: too many pixels; a few bytes can claim a picture of any size.
+        Exception: whatever else Pillow raises for bytes that are no picture of a stored format.
+    """
+    with Image.open(io.BytesIO(data), formats=_STORED_FORMATS) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS:,}")
         return np.array(image.convert("RGB"))
 
 
@@ -102,9 +110,9 @@ def image_of(sample: Mapping[str, Any]) -> bytes:
     )
 
 
-def sample_captions(sample: Mapping[str, bytes | str]) -> list[str]:
+def sample_captions(sample: Mapping[str, Any]) -> list[str]:
     """Return every caption of a pairs sample, in order."""
-    return [str(caption) for caption in json.loads(sample["json"])["captions"]]
+    return [str(caption) for caption in decode_json(sample["json"])["captions"]]
 
 
 def all_captions(pairs: Artifact) -> Iterator[str]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 from array import array
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pipelines.shards.format import decode_json
 from pipelines.shards.samples import Sample, Span
 from pipelines.shards.tar_index import TarIndex, index_tar, samples_of
 from pipelines.stages.pairs.config import IdentifyBy
@@ -100,7 +100,7 @@ class TarSource:
     def _row(self, index: int, url: str, sample: Sample[Span], facts: _Text, caption: _Text) -> Row:
         key = plain(sample.key)
         try:
-            loaded = None if facts is None else json.loads(_bytes(facts))
+            loaded = None if facts is None else decode_json(_bytes(facts))
             fields = loaded if isinstance(loaded, dict) else {}
             captions = self._captions(fields, caption)
         except RejectedError as error:
