@@ -17,6 +17,11 @@ def aged(path: Path, age_s: int = 10) -> Path:
     """
     written = path.stat().st_mtime_ns - age_s * NS_PER_S
     os.utime(path, ns=(written, written))
+    return settled(path)
+
+
+def settled(path: Path) -> Path:
+    """Wait until a change of a file would show in its times."""
     while not is_settled(path.stat()):
         time.sleep(0.005)
     return path
