@@ -4,30 +4,22 @@ The shards are plain WebDataset tars, which every tool reads; these two calls ad
 shards belong to the artifact, how its arrays are laid out, and that a damaged shard is an error, not a shorter epoch.
 """
 
-import io
-import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import webdataset
-from numpy.typing import NDArray
-from PIL import Image
 
 from pipelines.errors import UserError
-from pipelines.shards.format import decode_npy, read_shard
+from pipelines.shards.format import decode_json, decode_npy, read_shard
+from pipelines.shards.tar_headers import shown
 from pipelines.stages.latents.artifact import FORMAT_VERSION
-from pipelines.stages.pairs.artifact import PAIRS_FORMAT, image_of
+from pipelines.stages.pairs.artifact import PAIRS_FORMAT, decode_image, image_of
 from pipelines.store.ledger import MANIFEST, Artifact, read_manifest
 from pipelines.store.storage import Storage
 
 Sample = dict[str, Any]
-
-# An artifact may come from somebody else: a few bytes can claim a picture of any size.
-MOST_PIXELS = 100_000_000
-PICTURE_FORMATS = ("JPEG", "PNG", "WEBP")
 
 
 class Samples(webdataset.DataPipeline, webdataset.FluidInterface):
@@ -154,13 +146,13 @@ def _decode(decode: Callable[[Sample], Sample], sample: Sample) -> Sample:
     # Whatever decoders answer to bytes that are not what they should be.
     except Exception as error:
         raise UserError(
-            f"{sample['__url__']}: sample {sample['__key__']} cannot be decoded ({error}): `ldm verify` of its folder "
-            "tells what is damaged"
+            f"{sample['__url__']}: sample {shown(sample['__key__'])} cannot be decoded ({error}): `ldm verify` of its "
+            "folder tells what is damaged"
         ) from error
 
 
 def _decode_pair(sample: Sample) -> Sample:
-    return {"image": _decode_picture(image_of(sample)), **_decode_facts(sample)}
+    return {"image": decode_image(image_of(sample)), **_decode_facts(sample)}
 
 
 def _decode_latents(sample: Sample) -> Sample:
@@ -174,12 +166,5 @@ def _decode_latents(sample: Sample) -> Sample:
 
 
 def _decode_facts(sample: Sample) -> Sample:
-    metadata = json.loads(sample["json"])
+    metadata = decode_json(sample["json"])
     return {"captions": [str(caption) for caption in metadata.pop("captions")], "metadata": metadata}
-
-
-def _decode_picture(data: bytes) -> NDArray[np.uint8]:
-    with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as image:
-        if image.width * image.height > MOST_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS:,}")
-        return np.array(image.convert("RGB"))

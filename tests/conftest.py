@@ -33,6 +33,12 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def home_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep what runs leave in a person's home in a folder of this session, that of processes started by tests too."""
+    os.environ["LDM_HOME"] = str(tmp_path_factory.mktemp("home"))
+
+
 @pytest.fixture(autouse=True)
 def no_torch_state_is_shared() -> Iterator[None]:
     """Give every test the same random numbers, and fail a test that leaves a global setting of PyTorch changed.

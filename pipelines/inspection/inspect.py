@@ -12,7 +12,7 @@ from pipelines.drawing.grids import encode_png
 from pipelines.errors import UserError
 from pipelines.inspection.verify import finished_artifacts
 from pipelines.run.plan import STAGES
-from pipelines.shards.format import decode_npy, read_shard
+from pipelines.shards.format import decode_json, decode_npy, read_shard
 from pipelines.store.commits import COMMITS
 from pipelines.store.ledger import WORK
 from pipelines.store.manifest import MANIFEST, read_files, read_manifest
@@ -112,7 +112,7 @@ def _shard(storage: Storage) -> dict[str, Any]:
 def _sample(sample: dict[str, Any]) -> dict[str, Any]:
     """Return key and captions of a sample, dtype and shape of its arrays."""
     facts: dict[str, Any] = {"key": sample["__key__"]}
-    captions = json.loads(sample.get("json", b"{}")).get("captions")
+    captions = decode_json(sample.get("json", b"{}")).get("captions")
     if captions is None and "txt" in sample:
         captions = [sample["txt"].decode("utf-8", "replace")]
     if captions is not None:

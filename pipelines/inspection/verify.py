@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-from PIL import Image
-
 from pipelines.errors import UserError
-from pipelines.shards.format import decode_npy
-from pipelines.shards.samples import contents, samples
-from pipelines.shards.tar_headers import FileBytes, Member, TarError, members
-from pipelines.stages.pairs.artifact import IMAGE_EXTENSIONS
+from pipelines.shards.format import decode_json, decode_npy
+from pipelines.shards.samples import contents, shard_samples
+from pipelines.shards.tar_headers import FileBytes, Member, TarError, shown
+from pipelines.stages.pairs.artifact import IMAGE_EXTENSIONS, decode_image
 from pipelines.store.file_table import FileRecord
 from pipelines.store.manifest import MANIFEST, read_files, read_manifest
 from pipelines.store.storage import Storage, sha256_file
@@ -125,36 +121,46 @@ def _verify_file(storage: Storage, record: FileRecord, report: VerifyReport) -> 
     return [f"{record.name}: {problem}" for problem in problems]
 
 
-def _read_shard(file: BinaryIO) -> tuple[int, list[str]]:
-    """Count a shard's samples and list what is wrong with it, reading every member."""
-    count = 0
-    problems: list[str] = []
+class _Problems:
+    """The first few problems of a shard, and how many more there are: a hostile tar can have millions."""
 
-    def files(tar: FileBytes) -> Iterator[Member]:
-        for member in members(tar):
-            if not member.is_file or member.size is None:
-                problems.append(f"{member.name} is not a regular file")
-                continue
-            # Here and not for each sample: members that belong to none are looked into as well.
-            if problem := _damage(member.name.rpartition(".")[2], contents(tar, member)):
-                problems.append(f"{member.name} {problem}")
-            yield member
+    def __init__(self) -> None:
+        self._first: list[str] = []
+        self._count = 0
+
+    def add(self, problem: str) -> None:
+        self._count += 1
+        if self._count <= MAX_PROBLEMS_PER_SHARD:
+            self._first.append(problem)
+
+    def lines(self) -> list[str]:
+        more = self._count - len(self._first)
+        return [*self._first, f"and {more} more problems"] if more else self._first
+
+
+def _read_shard(file: BinaryIO) -> tuple[int, list[str]]:
+    """Count a shard's samples and list what is wrong with it, decoding every file as its readers do."""
+    count, problems = 0, _Problems()
+    tar = FileBytes(file)
+
+    def look(member: Member) -> None:
+        if problem := _damage(tar, member):
+            problems.add(f"{shown(member.name)} {problem}")
 
     try:
-        tar = FileBytes(file)
-        for _ in samples(files(tar), lambda member: None):
+        for _ in shard_samples(tar, look, problems.add):
             count += 1
     except TarError as error:
-        problems.append(f"truncated or damaged after {count} samples ({error})")
-    more = len(problems) - MAX_PROBLEMS_PER_SHARD
-    return count, problems if more <= 0 else [*problems[:MAX_PROBLEMS_PER_SHARD], f"and {more} more problems"]
+        problems.add(f"truncated or damaged after {count} samples ({error})")
+    return count, problems.lines()
 
 
-def _damage(extension: str, data: bytes) -> str | None:
+def _damage(tar: FileBytes, member: Member) -> str | None:
     """Return what is wrong with a file's contents; None if it is fine or of a kind that has no structure."""
-    check = _CHECKS.get(extension)
+    check = _CHECKS.get(member.name.rpartition(".")[2].lower())
     if check is None:
         return None
+    data = contents(tar, member)
     try:
         check(data)
     # Decoders raise anything on hostile bytes; whatever it is, the shard is damaged there.
@@ -163,18 +169,13 @@ def _damage(extension: str, data: bytes) -> str | None:
     return None
 
 
-def _check_image(data: bytes) -> None:
-    with Image.open(io.BytesIO(data)) as image:
-        image.verify()
-
-
 def _check_text(data: bytes) -> None:
     data.decode("utf-8")
 
 
 _CHECKS: dict[str, Callable[[bytes], object]] = {
     "npy": decode_npy,
-    "json": json.loads,
+    "json": decode_json,
     "txt": _check_text,
-    **dict.fromkeys(IMAGE_EXTENSIONS, _check_image),
+    **dict.fromkeys(IMAGE_EXTENSIONS, decode_image),
 }

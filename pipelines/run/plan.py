@@ -14,6 +14,7 @@ from pipelines.stages.evaluate.stage import STAGE as EVALUATE
 from pipelines.stages.export.stage import STAGE as EXPORT
 from pipelines.stages.latents.stage import STAGE as LATENTS
 from pipelines.stages.pairs.stage import STAGE as PAIRS
+from pipelines.store.known_digests import kept_with
 from pipelines.store.ledger import Artifact, Ledger, artifact_key
 from pipelines.store.storage import Storage
 
@@ -157,7 +158,8 @@ def plan_stage(
         selection: which stages are to run.
     """
     config: Config = getattr(recipe, stage.name)
-    identity = stage.identity(config, recipe.seed, {name: keys[name] for name in stage.upstream})
+    with kept_with(Storage(recipe.root)):
+        identity = stage.identity(config, recipe.seed, {name: keys[name] for name in stage.upstream})
     key, identity = ledger.resolve(stage.name, identity)
     artifact = ledger.find(stage.name, key)
     if artifact and stage.name in selection.force:

@@ -7,6 +7,8 @@ the members `000070042.jpg`, `000070042.json`, `000070042.txt`, next to each oth
 import functools
 import hashlib
 import io
+import json
+import math
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,8 +17,8 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from pipelines.errors import UserError
-from pipelines.shards.samples import contents, samples
-from pipelines.shards.tar_headers import FileBytes, TarError, members
+from pipelines.shards.samples import MOST_TEXT_BYTES, contents, shard_samples
+from pipelines.shards.tar_headers import FileBytes, TarError
 
 
 class ShardWriter:
@@ -132,10 +134,14 @@ def read_shard(file: BinaryIO | Path | str) -> Iterator[dict[str, Any]]:
     name = getattr(file, "name", None) or getattr(file, "path", "shard")
     try:
         tar = FileBytes(file)
-        for sample in samples(members(tar), functools.partial(contents, tar)):
+        for sample in shard_samples(tar, functools.partial(contents, tar)):
             yield {"__key__": sample.key, **sample.files}
     except TarError as error:
         raise UserError(f"shard {name} is truncated or damaged ({error}): remove it and make it again") from error
+
+
+_READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_MOST_VALUES = 2**20
 
 
 def encode_npy(array: np.ndarray) -> bytes:
@@ -151,7 +157,28 @@ def decode_npy(data: bytes) -> np.ndarray:
     Raises:
         ValueError: not an .npy file, truncated, or an array of Python objects.
     """
-    try:
-        return cast(np.ndarray, np.load(io.BytesIO(data), allow_pickle=False))
-    except EOFError as error:
-        raise ValueError(f"not a whole .npy file ({len(data)} bytes): {error}") from error
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    if version not in _READ_HEADER:
+        raise ValueError(f"an .npy file of version {version[0]}.{version[1]}")
+    shape, _, dtype = _READ_HEADER[version](file)
+    claimed, stored = math.prod(shape) * dtype.itemsize, len(data) - file.tell()
+    # Before memory is reserved for what the header promises. Of Python objects the size says nothing: NumPy refuses.
+    if not dtype.hasobject and claimed != stored:
+        raise ValueError(f"its header says {claimed} bytes of values, but it holds {stored}")
+    return cast(np.ndarray, np.load(io.BytesIO(data), allow_pickle=False))
+
+
+def decode_json(data: bytes) -> Any:
+    """Decode the json file of a sample, in memory that its size bounds.
+
+    Raises:
+        ValueError: not JSON, or more of it than any sample has.
+        RecursionError: nested too deeply.
+    """
+    # Three bytes can become a hundred in memory.
+    if len(data) > MOST_TEXT_BYTES:
+        raise ValueError(f"{len(data)} bytes are more than {MOST_TEXT_BYTES}")
+    if (values := sum(map(data.count, (b"[", b"{", b",")))) > _MOST_VALUES:
+        raise ValueError(f"about {values} values are more than {_MOST_VALUES}")
+    return json.loads(data)

@@ -13,11 +13,22 @@ from typing import BinaryIO, NamedTuple, Protocol
 BLOCK = 512
 ENDS_EARLY = "it ends in the middle of a member or without an end-of-archive mark"
 _END = bytes(BLOCK)
-# A longer name or pax header is not read; the short name in the member's own header then counts.
-_MAX_NAME_BYTES = 2**16
-# Links, devices, folders and pipes: their headers may say a size, but no data follows.
+# A longer name or pax header is refused: without it, the member could be another than it is to other readers.
+_MAX_EXTENDED_BYTES = 2**20
+# Their headers may say a size, but no data follows.
 _WITHOUT_DATA = b"123456"
-_REGULAR = b"0\x007S"
+FILE, FOLDER = "file", "folder"
+_KINDS = {
+    **dict.fromkeys((b"0", b"\0", b"7"), FILE),
+    b"5": FOLDER,
+    b"S": "sparse file",
+    b"1": "link",
+    b"2": "link",
+    b"3": "device",
+    b"4": "device",
+    b"6": "pipe",
+}
+_SHOWN_CHARACTERS = 100
 _CHECKSUM = slice(148, 156)
 
 
@@ -32,15 +43,15 @@ class Member(NamedTuple):
         name: its path in the tar.
         header: offset of its first header.
         offset: offset of its bytes.
-        size: number of its bytes; None if they do not stand there as they are (sparse files).
-        is_file: whether it is a regular file, not a folder, link or device.
+        size: number of its bytes; None for all but regular files. A sparse file can claim any size.
+        kind: `file`, `folder`, or in words what it is instead.
     """
 
     name: str
     header: int
     offset: int
     size: int | None
-    is_file: bool
+    kind: str
 
 
 class Bytes(Protocol):
@@ -90,8 +101,9 @@ def members(tar: Bytes, offset: int = 0) -> Iterator[Member]:
             raise TarError(f"no header at byte {offset}")
         kind, size, data = block[156:157], _number(block[124:136]), offset + BLOCK
         if kind in b"xLKg":
-            if size <= _MAX_NAME_BYTES:
-                facts.take(kind, tar.read(data, size))
+            if size > _MAX_EXTENDED_BYTES:
+                raise TarError(f"a name or pax header of {size} bytes")
+            facts.take(kind, tar.read(data, size))
             offset = data + _padded(size)
             continue
         size = size if facts.size is None else facts.size
@@ -103,9 +115,17 @@ def members(tar: Bytes, offset: int = 0) -> Iterator[Member]:
         if offset > tar.size:
             raise TarError("it ends in the middle of a member")
         name = _name(block) if facts.name is None else facts.name
-        is_file = kind in _REGULAR and not name.endswith(b"/")
-        yield Member(name.decode("utf-8", "surrogateescape"), begin, data, None if sparse else size, is_file)
+        what = "sparse file" if sparse else _KINDS.get(kind, "member of an unknown kind")
+        if what == FILE and name.endswith(b"/"):
+            what = FOLDER
+        yield Member(name.decode("utf-8", "surrogateescape"), begin, data, size if what == FILE else None, what)
         begin, facts = offset, _Extended()
+
+
+def shown(name: str) -> str:
+    """Return a member's name as it may stand in a message: short, and without what moves the cursor."""
+    short = name if len(name) <= _SHOWN_CHARACTERS else f"{name[:_SHOWN_CHARACTERS]}…"
+    return "".join(character if character.isprintable() else "\ufffd" for character in short)
 
 
 def has_checksum(block: bytes) -> bool:
@@ -126,12 +146,16 @@ class _Extended:
         self.sparse = False
 
     def take(self, kind: bytes, data: bytes) -> None:
-        # Global headers (g) and long link names (K) say nothing of what is in a sample.
+        # Long link names (K) say nothing of what is in a sample.
         if kind == b"L":
             self.name = data.split(b"\0", 1)[0]
-        elif kind == b"x":
+        elif kind in b"xg":
             for key, value in _pax_records(data):
-                if key == b"path":
+                if kind == b"g":
+                    # For all members to come. Nobody writes that, and readers disagree on what it then means.
+                    if key in (b"path", b"size") or key.startswith(b"GNU.sparse."):
+                        raise TarError("a global header that renames or resizes every member")
+                elif key == b"path":
                     self.name = value
                 elif key == b"size":
                     self.size = _decimal(value)

@@ -7,6 +7,8 @@ object_store    requests to object stores, and their retries
 filesystems     file systems by URL: the only user of fsspec
 failures        which failures are transient, and what a person is told of the others
 remembered      what a process remembers of a file until the file changes
+known_digests   digests of files that were read before, kept between commands
+home            where a person's runs keep what outlives them
 threads         many slow answers at once
 listing         names and sizes in large folders, many pages at once
 ledger          artifacts: named, found, replaced

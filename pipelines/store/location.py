@@ -9,21 +9,45 @@ from __future__ import annotations
 import io
 import os
 import posixpath
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 from pipelines.store.failures import READING, is_transient
-from pipelines.store.filesystems import FileSystem, filesystem_of, is_local
-from pipelines.store.object_store import attempt, read
+from pipelines.store.filesystems import FileSystem, filesystem_of, is_local, is_s3
+from pipelines.store.object_store import attempt, read, whole_sha256
 
 T = TypeVar("T")
 
 _LOCAL_BUFFER_BYTES = 2**20
 _REMOTE_BUFFER_BYTES = 2**24
-# Names under which stores keep a digest of a file's contents.
-_DIGESTS = ("ETag", "etag", "md5", "content_md5", "checksum", "sha256")
+
+
+class FileFacts(NamedTuple):
+    """What a store says of a file without reading it.
+
+    Attributes:
+        size: its bytes.
+        version: names its present contents: it is another one after every change (ETag). None if the store has none.
+            Equal contents may well have different versions: those of uploads in parts depend on the parts.
+        written: when, in whole seconds since 1970; 0 if the store does not say.
+    """
+
+    size: int
+    version: str | None = None
+    written: int = 0
+
+    @classmethod
+    def of(cls, info: Mapping[str, Any]) -> FileFacts:
+        """Read them from what fsspec says of a file, in a listing or alone."""
+        version = str(info.get("ETag") or info.get("etag") or "").strip('"')
+        when = info.get("LastModified") or info.get("last_modified") or info.get("mtime") or 0
+        seconds = when.timestamp() if isinstance(when, datetime) else when
+        written = int(seconds) if isinstance(seconds, int | float) else 0
+        # A weak ETag (RFC 9110, Sec. 8.8.1) may stay although bytes change.
+        return cls(int(info.get("size") or 0), None if version.startswith("W/") else version or None, written)
 
 
 @dataclass(frozen=True)
@@ -53,15 +77,20 @@ class Location:
         """The path if it is local, else with its protocol."""
         return self.path if self.is_local else str(self.filesystem.unstrip_protocol(self.path))
 
-    def stamp(self) -> tuple[int, int, int] | None:
-        """Return what changes when a local file is written again (size, time, inode); None for any other file."""
+    def stamp(self) -> tuple[int, int, int, int] | None:
+        """Return what changes when a local file is written again; None for any other file.
+
+        Returns:
+            Its size, when it was modified and when its inode was changed (ns since 1970), and its inode. The first
+            time can be set, and is by programs that copy; the second cannot.
+        """
         if not self.is_local:
             return None
         try:
             status = os.stat(self.path)
         except (OSError, ValueError):
             return None
-        return status.st_size, status.st_mtime_ns, status.st_ino
+        return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
     def exists(self) -> bool:
         return self._attempt(lambda: bool(self.filesystem.exists(self.path)))
@@ -69,25 +98,26 @@ class Location:
     def is_folder(self) -> bool:
         return self._attempt(lambda: bool(self.filesystem.isdir(self.path)))
 
-    def files_below(self) -> dict[str, dict[str, Any]]:
+    def files_below(self) -> dict[str, FileFacts]:
         """Return the facts of all files of a folder, at any depth, by their path in the file system."""
-        return self._attempt(lambda: dict(self.filesystem.find(self.path, detail=True)))
+        return _facts_of(self._attempt(lambda: self.filesystem.find(self.path, detail=True)))
 
-    def matches(self) -> dict[str, dict[str, Any]]:
-        """Return the facts of the files that match this path as a glob pattern, by their path in the file system."""
-        return self._attempt(lambda: dict(self.filesystem.glob(self.path, detail=True)))
+    def matches(self) -> dict[str, FileFacts]:
+        """Return the facts of what matches this path as a glob pattern, by path in the file system."""
+        return _facts_of(self._attempt(lambda: self.filesystem.glob(self.path, detail=True)))
 
-    def facts(self, *, forbidden_is_missing: bool = False) -> dict[str, Any] | None:
-        """Return what the store says of a file without reading it; None if there is no such file.
+    def facts(self, *, forbidden_is_missing: bool = False) -> FileFacts | None:
+        """Return what the store says of a file without reading it; None if there is nothing, or a folder.
 
         Args:
             forbidden_is_missing: also None if the store refuses the request for good. Tables may name anything as a
                 picture's file, and stores refuse impossible names in many ways.
         """
 
-        def ask() -> dict[str, Any] | None:
+        def ask() -> FileFacts | None:
             try:
-                return dict(self.filesystem.info(self.path))
+                info = self.filesystem.info(self.path)
+                return None if info.get("type") == "directory" else FileFacts.of(info)
             except (FileNotFoundError, NotADirectoryError):
                 return None
             except (OSError, ValueError) as error:
@@ -96,6 +126,11 @@ class Location:
                 return None
 
         return self._attempt(ask)
+
+    def stored_sha256(self) -> str | None:
+        """Return the hexadecimal sha256 of a whole file as its store has computed or checked it; None if it has not."""
+        store, path = self.filesystem, self.path
+        return self._attempt(lambda: whole_sha256(store, path)) if is_s3(store) else None
 
     def size(self) -> int:
         return self._attempt(lambda: int(self.filesystem.size(self.path) or 0))
@@ -180,6 +215,5 @@ class _RangedFile(io.RawIOBase):
         return len(data)
 
 
-def digest_in(facts: dict[str, Any]) -> str | None:
-    """Return the digest that a store keeps of a file's contents, if it keeps one."""
-    return next((str(facts[key]) for key in _DIGESTS if facts.get(key)), None)
+def _facts_of(listing: Mapping[str, Mapping[str, Any]]) -> dict[str, FileFacts]:
+    return {path: FileFacts.of(info) for path, info in listing.items()}

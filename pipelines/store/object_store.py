@@ -6,7 +6,9 @@ the file; `attempt` repeats the whole operation, more patiently.
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import math
 import random
 import time
@@ -110,6 +112,22 @@ def read(store: FileSystem, path: str) -> bytes:
     # s3fs asks for the size first if it may read in parallel: two requests for the small files that this is for.
     data: bytes = store.cat_file(path, max_concurrency=1) if is_s3(store) else store.cat_file(path)
     return data
+
+
+def whole_sha256(store: FileSystem, path: str) -> str | None:
+    """Return the sha256 that S3 keeps of a whole object, hexadecimal; None if it keeps none. One request.
+
+    The digest of an object that was uploaded in parts is one of its parts' digests: it depends on their size.
+    """
+    bucket, key, _ = store.split_path(path)
+    head = store.call_s3("head_object", Bucket=bucket, Key=key, ChecksumMode="ENABLED")
+    # Servers that do not tell the type may still have it of parts, which the ETag then says.
+    in_parts = head.get("ChecksumType", "FULL_OBJECT") != "FULL_OBJECT" or "-" in str(head.get("ETag", "-"))
+    try:
+        digest = b"" if in_parts else base64.b64decode(head.get("ChecksumSHA256", ""), validate=True)
+    except ValueError:
+        return None
+    return digest.hex() if len(digest) == hashlib.sha256().digest_size else None
 
 
 def abort_uploads(url: str, store: FileSystem, path: str, *, below: bool = False) -> None:

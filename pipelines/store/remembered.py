@@ -1,6 +1,7 @@
 """Results that a process remembers of a file for as long as the file does not change."""
 
 import functools
+import os
 import threading
 import time
 from collections import OrderedDict
@@ -14,11 +15,21 @@ T = TypeVar("T")
 
 # Kernels set times by a clock that ticks every 10 ms or less: of two writes within a tick the second changes no time.
 _FRESH_S = 0.02
+# File systems without fractions of seconds; FAT's seconds are even.
+_COARSE_S = 2.5
+_NS_PER_S = 10**9
 
 
 def is_fresh(modified_at: float) -> bool:
     """Tell whether a file's time (seconds since 1970) is so recent that another write might not change it."""
     return abs(time.time() - modified_at) < _FRESH_S
+
+
+def is_settled(status: os.stat_result) -> bool:
+    """Tell whether any change of a file from now on would show in its times, one of which cannot be set."""
+    times = (status.st_mtime_ns, status.st_ctime_ns)
+    now = time.time_ns()
+    return all(abs(now - each) > _NS_PER_S * (_FRESH_S if each % _NS_PER_S else _COARSE_S) for each in times)
 
 
 def remember_by_stamp(

@@ -6,13 +6,12 @@ tokens: (captions, L) uint16
 
 from __future__ import annotations
 
-import json
 from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.shards.format import decode_npy
+from pipelines.shards.format import decode_json, decode_npy
 from pipelines.shards.order import Place
 from pipelines.shards.reader import ShardReader
 from pipelines.stages.pairs.held_out import held_out_places
@@ -61,7 +60,7 @@ class Latents:
         distinct: dict[str, None] = {}
         every = ((shard, row) for shard, rows in enumerate(self.reader.rows_per_shard) for row in range(rows))
         for place in chain(self.held_out, every):
-            facts = json.loads(self.reader.read(*place, ("json",))["json"])
+            facts = decode_json(self.reader.read(*place, ("json",))["json"])
             distinct.setdefault(facts["captions"][0])
             if len(distinct) == limit:
                 break

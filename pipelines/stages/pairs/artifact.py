@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.errors import UserError
+from pipelines.shards.format import decode_json
 from pipelines.shards.order import Place
 from pipelines.shards.reader import ShardReader
 from pipelines.stages.pairs.held_out import held_out_places
@@ -22,6 +22,8 @@ from pipelines.stages.pairs.pictures.formats import STORED
 from pipelines.store.ledger import Artifact
 
 CACHE_BYTES = 1 << 30
+MOST_PIXELS = 100_000_000
+_STORED_FORMATS = ("JPEG", "WEBP", "PNG")
 
 
 def count_shards(pairs: Artifact) -> int:
@@ -88,8 +90,15 @@ IMAGE_EXTENSIONS = STORED
 
 
 def decode_image(data: bytes) -> np.ndarray:
-    """Decode a picture stored in a shard to uint8 (H, W, 3) RGB."""
-    with Image.open(io.BytesIO(data)) as image:
+    """Decode a picture stored in a shard to uint8 (H, W, 3) RGB.
+
+    Raises:
+        ValueError: too many pixels; a few bytes can claim a picture of any size.
+        Exception: whatever else Pillow raises for bytes that are no picture of a stored format.
+    """
+    with Image.open(io.BytesIO(data), formats=_STORED_FORMATS) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS:,}")
         return np.array(image.convert("RGB"))
 
 
@@ -107,9 +116,9 @@ def image_of(sample: Mapping[str, Any]) -> bytes:
     )
 
 
-def sample_captions(sample: Mapping[str, bytes | str]) -> list[str]:
+def sample_captions(sample: Mapping[str, Any]) -> list[str]:
     """Return every caption of a pairs sample, in order."""
-    return [str(caption) for caption in json.loads(sample["json"])["captions"]]
+    return [str(caption) for caption in decode_json(sample["json"])["captions"]]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from pydantic import Field, field_validator, model_validator
 
 from pipelines.config import Config, runtime
 
+IdentifyBy = Literal["contents", "recorded", "listing"]
+
 
 class Columns(Config):
     """Names of a table's columns; None is replaced by a name that data sets use (URL, TEXT, file_name…).
@@ -150,6 +152,9 @@ class PairsConfig(Config):
             WebDataset tars; a local path, a glob, a brace pattern or any fsspec URL. It is identified by its content
             and may move.
         format: the kind of source; `auto` finds out.
+        identify_by: what tells one state of the source from another: the `contents` of its files, which are read once
+            where the store has no checksum; the same, but with digests `recorded` beside them (SHA256SUMS) believed; or
+            a `listing`, which reads nothing but does not recognise a copy elsewhere. See docs/pairs.md.
         columns: names of a table's columns; the usual names are found without it.
         limit: use only this many rows from the start of the source.
         image_size: pixels of the shorter side after resizing.
@@ -185,6 +190,8 @@ class PairsConfig(Config):
 
     source: str = runtime(min_length=1)
     format: Literal["auto", "table", "folder", "webdataset"] = "auto"
+    # No part of the key by itself: `recorded` gives the same digest as `contents`, and `listing` another one.
+    identify_by: IdentifyBy = runtime("contents")
     columns: Columns = Columns()
     limit: int | None = Field(None, ge=1)
     image_size: int = Field(256, ge=8)

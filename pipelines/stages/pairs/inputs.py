@@ -8,7 +8,7 @@ from pathlib import Path
 from pipelines.errors import UserError
 from pipelines.stages.pairs.config import PairsConfig, Scoring
 from pipelines.stages.pairs.rows import Source
-from pipelines.stages.pairs.sources.open import open_source
+from pipelines.stages.pairs.sources.open import open_listed, open_source
 from pipelines.stages.pairs.sources.tars import TarSource
 from pipelines.store.storage import sha256_file
 
@@ -17,7 +17,8 @@ _CLIP_FILES = re.compile(r".*\.(json|txt|safetensors|bin)")
 
 def source_digests(config: PairsConfig) -> dict[str, str]:
     """Digest the source by its contents, and the files of the models that score samples."""
-    return {"source": open_source(config).digest(), **model_digests(config.scoring)}
+    source, listing = open_listed(config)
+    return {"source": source.digest(listing, config.identify_by), **model_digests(config.scoring)}
 
 
 def model_digests(scoring: Scoring | None) -> dict[str, str]:

@@ -9,6 +9,9 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
+from pipelines.stages.pairs.config import IdentifyBy
+from pipelines.stages.pairs.sources.listing import UNLISTED, Listing
+
 # Names of a shard's own columns and json fields; a source's column of such a name becomes `source_NAME`.
 RESERVED = frozenset(
     {"row", "key", "status", "url", "caption", "captions", "sha256"}
@@ -75,8 +78,13 @@ class Source(Protocol):
         """Read rows start to stop - 1, in order."""
         ...
 
-    def digest(self) -> str:
-        """Digest the contents: equal for two copies of one data set in different places."""
+    def digest(self, listing: Listing = UNLISTED, identify_by: IdentifyBy = "contents") -> str:
+        """Digest the contents: equal for two copies of one data set in different places, unless `listing` is asked for.
+
+        Args:
+            listing: what is known of the source's files since it was opened.
+            identify_by: see `PairsConfig`.
+        """
         ...
 
 

@@ -33,7 +33,7 @@ SAMPLES = {
 
 
 def write_tar(path: Path, *extra: tarfile.TarInfo) -> Path:
-    """Write a tar as somebody else might: with folders, links and files that belong to no sample."""
+    """Write a tar as somebody else might: with folders and files that belong to no sample."""
     with tarfile.open(path, "w") as tar:
         for member in extra:
             tar.addfile(member)
@@ -52,7 +52,7 @@ def special(name: str, kind: bytes) -> tarfile.TarInfo:
 
 @pytest.fixture
 def tar(tmp_path: Path) -> Path:
-    return write_tar(tmp_path / "t.tar", special("a.d", tarfile.DIRTYPE), special("a/link.jpg", tarfile.SYMTYPE))
+    return write_tar(tmp_path / "t.tar", special("a.d", tarfile.DIRTYPE))
 
 
 def test_every_reader_finds_the_same_samples(tar: Path) -> None:
@@ -67,7 +67,12 @@ def test_every_reader_finds_the_same_samples(tar: Path) -> None:
     assert dict(random_samples([Tar(storage, "t.tar", len(data))], 9)) == SAMPLES
     reader = ShardReader(storage, [FileRecord(name="t.tar", rows=3, bytes=len(data), sha256="")])
     assert {key: reader.read(0, row) for row, key in enumerate(reader.keys(0))} == SAMPLES
-    assert verify_shard(url).rows == 3
+    report = verify_shard(url)
+    # What a Mac leaves beside a file is not looked into: no reader would.
+    assert (report.rows, [problem.split(" is ")[0] for problem in report.problems]) == (
+        3,
+        ["t.tar: a/one.jpg", "t.tar: a/one.left.PNG"],
+    )
 
 
 def test_plain_webdataset_finds_them_too(tar: Path) -> None:
@@ -76,26 +81,6 @@ def test_plain_webdataset_finds_them_too(tar: Path) -> None:
     # It takes what a Mac leaves beside a file for a sample of its own.
     assert theirs.pop("a/") == {"_one.jpg": b"junk"}
     assert theirs == SAMPLES
-
-
-def test_what_is_no_regular_file_of_a_shard_is_reported(tar: Path) -> None:
-    assert verify_shard(str(tar)).problems[:2] == [
-        "t.tar: a.d/ is not a regular file",
-        "t.tar: a/link.jpg is not a regular file",
-    ]
-
-
-def test_a_sparse_file_is_damage_in_a_shard_and_never_read(tmp_path: Path) -> None:
-    sparse = special("a.jpg", tarfile.GNUTYPE_SPARSE)
-    write_tar(tmp_path / "t.tar", sparse)
-    with pytest.raises(UserError, match=r"t\.tar is truncated or damaged \(a\.jpg is a sparse file\)"):
-        list(read_shard(tmp_path / "t.tar"))
-    size = (tmp_path / "t.tar").stat().st_size
-    reader = ShardReader(Storage(str(tmp_path)), [FileRecord(name="t.tar", rows=4, bytes=size, sha256="")])
-    with pytest.raises(UserError, match=r"is not a whole tar \(a\.jpg is a sparse file\)"):
-        reader.read(0, 0)
-    assert verify_shard(str(tmp_path / "t.tar")).problems[0] == "t.tar: a.jpg is not a regular file"
-    assert samples_of(str(tmp_path / "t.tar"), index_tar(str(tmp_path / "t.tar")), 0, 1)[0].files["jpg"][1] is None
 
 
 def test_a_header_that_promises_more_than_the_tar_holds_is_not_believed(tmp_path: Path) -> None:

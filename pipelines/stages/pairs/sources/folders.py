@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import posixpath
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -12,10 +12,12 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.errors import UserError
+from pipelines.stages.pairs.config import IdentifyBy
 from pipelines.stages.pairs.pictures.formats import IN_FOLDERS
 from pipelines.stages.pairs.rows import RejectedError, Row, captions_of, plain
 from pipelines.stages.pairs.sources.files import read_file
 from pipelines.stages.pairs.sources.fingerprint import digest_files
+from pipelines.stages.pairs.sources.listing import UNLISTED, Listing
 from pipelines.store.location import Location
 from pipelines.store.threads import map_in_threads
 
@@ -82,14 +84,10 @@ class FolderSource:
     def extra_types(self) -> Mapping[str, pa.DataType]:
         return {"file": pa.string()}
 
-    def digest(self) -> str:
+    def digest(self, listing: Listing = UNLISTED, identify_by: IdentifyBy = "contents") -> str:
         folder = Location.of(self.url)
-
-        def files() -> Iterator[tuple[str, Location]]:
-            names = (n for name in self.names for n in (name, _caption_name(name)))
-            return ((name, folder / name) for name in names)
-
-        return digest_files(files)
+        names = (n for name in self.names for n in (name, _caption_name(name)))
+        return digest_files(self.url, ((name, folder / name) for name in names), listing, identify_by)
 
     def read(self, start: int, stop: int) -> list[Row]:
         folder = Location.of(self.url)

@@ -6,7 +6,6 @@ import itertools
 import posixpath
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from braceexpand import braceexpand
 
@@ -14,10 +13,11 @@ from pipelines.errors import UserError
 from pipelines.stages.pairs.config import PairsConfig
 from pipelines.stages.pairs.rows import Source
 from pipelines.stages.pairs.sources.folders import PICTURE_SUFFIXES, Names, open_folder
+from pipelines.stages.pairs.sources.listing import Listing
 from pipelines.stages.pairs.sources.tables import TABLE_SUFFIXES, TableSource
 from pipelines.stages.pairs.sources.tars import TarSource
 from pipelines.store.failures import readable
-from pipelines.store.location import Location
+from pipelines.store.location import FileFacts, Location
 from pipelines.store.threads import map_in_threads
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -25,12 +25,21 @@ _CHANGE = "say `--set pairs.source=PATH`"
 # `{0..9999999999}` is a slip of the pen, not a data set.
 _MOST_EXPANDED = 1_000_000
 
-# Files by their path in the file system, with what the store says of each.
-_Listing = Mapping[str, Mapping[str, Any]]
+# Files by their path in the file system.
+_Files = Mapping[str, FileFacts]
 
 
 def open_source(config: PairsConfig) -> Source:
     """Open the source that a recipe names; nothing but listings and the head of a table is read.
+
+    Raises:
+        UserError: nothing is there, or nothing that this stage reads.
+    """
+    return open_listed(config)[0]
+
+
+def open_listed(config: PairsConfig) -> tuple[Source, Listing]:
+    """Open the source that a recipe names; also return what was learnt of its files.
 
     Raises:
         UserError: nothing is there, or nothing that this stage reads.
@@ -41,33 +50,32 @@ def open_source(config: PairsConfig) -> Source:
         raise UserError(f"{error}; {_CHANGE}") from None
     with readable(config.source):
         is_folder = location.is_folder()
-        listing = _below(location) if is_folder else _named(location, config)
-    if not listing and not is_folder:
+        files = location.files_below() if is_folder else _named(location, config)
+    if is_folder:
+        start = len(location.path.rstrip("/"))
+        paths = sorted(path for path in files if not _is_leftover(path[start:]))
+        return _open_folder(location, paths, config), Listing(files, location.path)
+    if not files:
         raise UserError(f"no file, folder or match at {config.source}: {_CHANGE}")
-    return (_open_folder if is_folder else _open_files)(location, sorted(listing), config)
+    return _open_files(location, sorted(files), config), Listing(files)
 
 
-def _below(folder: Location) -> _Listing:
-    start = len(folder.path.rstrip("/"))
-    return {path: facts for path, facts in folder.files_below().items() if not _is_leftover(path[start:])}
-
-
-def _named(location: Location, config: PairsConfig) -> _Listing:
+def _named(location: Location, config: PairsConfig) -> _Files:
     """Find the files that a path, a glob or a brace pattern names; a file whose name looks like a pattern wins."""
     if (facts := location.facts()) is not None:
         return {location.path: facts}
     if not {"{", "}"} & set(location.path):
         return _matches(location)
     patterns = _expand(config.source)
-    listings = list(map_in_threads(lambda pattern: _matches(Location.of(pattern)), patterns))
-    missing = [pattern for pattern, listing in zip(patterns, listings, strict=True) if not listing]
+    found = list(map_in_threads(lambda pattern: _matches(Location.of(pattern)), patterns))
+    missing = [pattern for pattern, listing in zip(patterns, found, strict=True) if not listing]
     # All or nothing: {000000..000123} means 124 files, and three missing ones would go unnoticed.
     if missing:
         raise UserError(
             f"{config.source} stands for {len(patterns)} files or patterns, of which {len(missing)} match nothing, "
             f"the first being {missing[0]}: {_CHANGE}"
         )
-    return {path: facts for listing in listings for path, facts in listing.items()}
+    return {path: facts for listing in found for path, facts in listing.items()}
 
 
 def _expand(pattern: str) -> list[str]:
@@ -81,7 +89,7 @@ def _expand(pattern: str) -> list[str]:
     return expanded
 
 
-def _matches(location: Location) -> _Listing:
+def _matches(location: Location) -> _Files:
     path = location.path
     if not set("*?[") & set(path):
         facts = location.facts()

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipelines.stages.pairs.config import Columns
+from pipelines.stages.pairs.config import Columns, IdentifyBy
 from pipelines.stages.pairs.rows import RejectedError, Row, captions_of, extra_names, plain, url_of, widest
 from pipelines.stages.pairs.sources.columns import ResolvedColumns, resolve_columns
 from pipelines.stages.pairs.sources.files import read_file
 from pipelines.stages.pairs.sources.fingerprint import digest_files
+from pipelines.stages.pairs.sources.listing import UNLISTED, Listing
 from pipelines.stages.pairs.sources.parquet_parts import read_column, read_footer, read_parquet
 from pipelines.stages.pairs.sources.text_tables import TEXT_SUFFIXES, TextIndex, index_text, read_text
 from pipelines.store.ledger import digest_json
@@ -29,6 +30,8 @@ TABLE_SUFFIXES = (".parquet", *TEXT_SUFFIXES)
 # Number of rows looked at to learn what a column holds.
 _SAMPLE_ROWS = 100
 _STEP_ROWS = 1000
+# Pictures in a store that are asked for one by one; if there are more, the folder is listed.
+_MOST_REQUESTS = 1000
 
 
 @dataclass(frozen=True)
@@ -107,13 +110,17 @@ class TableSource:
     def _carried(self) -> dict[str, str]:
         return extra_names([name for name in self._survey.types if name not in self.columns.used])
 
-    def digest(self) -> str:
+    def digest(self, listing: Listing = UNLISTED, identify_by: IdentifyBy = "contents") -> str:
         """Digest the bytes of the table, and of the pictures that stand beside it."""
-        table = digest_files(lambda: [("", Location.of(url)) for url in self.urls], always_read=True)
+        parts = (("", Location.of(url)) for url in self.urls)
+        table = digest_files(self.urls[0].rsplit("/", 1)[0], parts, listing, identify_by)
         column = self.columns.image
         if column is None or self._survey.types.get(column) is None:
             return table
-        return digest_json([table, digest_files(lambda: self._named_pictures(column))])
+        if listing.folder is None and not self._folder.is_local and self.total > _MOST_REQUESTS:
+            listing = Listing(self._folder.files_below(), self._folder.path)
+        pictures = digest_files(f"{self.pictures} pictures", self._named_pictures(column), listing, identify_by)
+        return digest_json([table, pictures])
 
     def _named_pictures(self, column: str) -> Iterator[tuple[str, Location]]:
         """Yield what a column says and the file it means, for values that name a picture."""

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 from array import array
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pipelines.shards.format import decode_json
 from pipelines.shards.samples import Sample, Span
 from pipelines.shards.tar_index import TarIndex, TarIndexes, index_tar, samples_of
+from pipelines.stages.pairs.config import IdentifyBy
 from pipelines.stages.pairs.pictures.formats import IN_TARS
 from pipelines.stages.pairs.rows import RejectedError, Row, captions_of, extra_names, kind_of, plain, type_of, url_of
 from pipelines.stages.pairs.sources.columns import TEXT_NAMES, URL_NAMES, first_of
 from pipelines.stages.pairs.sources.fingerprint import digest_files
+from pipelines.stages.pairs.sources.listing import UNLISTED, Listing
 from pipelines.store.location import Location
 from pipelines.store.threads import map_in_threads
 
@@ -71,9 +73,10 @@ class TarSource:
         types = {name: type_of(kind_of(row.extra.get(name)) for row in rows) for name in names}
         return {name: kind for name, kind in types.items() if kind is not None}
 
-    def digest(self) -> str:
-        tars = [Location.of(url) for url in self.urls]
-        return digest_files(lambda: ((tar.path.rsplit("/", 1)[-1], tar) for tar in tars))
+    def digest(self, listing: Listing = UNLISTED, identify_by: IdentifyBy = "contents") -> str:
+        tars = (Location.of(url) for url in self.urls)
+        named = ((tar.path.rsplit("/", 1)[-1], tar) for tar in tars)
+        return digest_files(self.urls[0].rsplit("/", 1)[0], named, listing, identify_by)
 
     def __getstate__(self) -> dict[str, Any]:
         # Found out once, here, instead of once in every worker.
@@ -101,7 +104,7 @@ class TarSource:
     def _row(self, index: int, url: str, sample: Sample[Span], facts: _Text, caption: _Text) -> Row:
         key = plain(sample.key)
         try:
-            loaded = None if facts is None else json.loads(_bytes(facts))
+            loaded = None if facts is None else decode_json(_bytes(facts))
             fields = loaded if isinstance(loaded, dict) else {}
             captions = self._captions(fields, caption)
         except RejectedError as error:
