@@ -22,6 +22,7 @@ from pipelines.errors import MisuseError, UserError
 from pipelines.store import local_disk, object_store
 from pipelines.store.failures import MissingFileError, explain_failure
 from pipelines.store.filesystems import FileSystem, filesystem_of, is_s3
+from pipelines.store.listing import FOLDER, list_folder, list_s3
 
 T = TypeVar("T")
 
@@ -86,7 +87,7 @@ class Storage:
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of every file of this folder, by name: one listing instead of one request per file."""
-        return {name: int(each["size"] or 0) for name, each in self._entries().items() if each["type"] == "file"}
+        return {name: size for name, size in self._entries().items() if size != FOLDER}
 
     def names(self, pattern: str = "*") -> list[str]:
         """Return the sorted names of this folder's entries that match a glob pattern; none if there is no folder."""
@@ -94,10 +95,13 @@ class Storage:
         # Files that are being written have hidden names.
         return sorted(n for n in self._entries() if not n.startswith(".") and fnmatch.fnmatchcase(n, pattern))
 
-    def _entries(self) -> dict[str, dict[str, Any]]:
+    def _entries(self) -> dict[str, int]:
+        """Return the bytes of every file of this folder by name, and FOLDER for each folder in it."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            entries = self._attempt("", lambda store, path: store.ls(path, detail=True))
-            return {str(each["name"]).rstrip("/").rsplit("/", 1)[-1]: each for each in entries}
+            store, path = self.filesystem, self.path()
+            if is_s3(store):
+                return list_s3(store, path, lambda request: object_store.attempt(self.url, request))
+            return self._attempt("", list_folder)
         return {}
 
     def modified_at(self, name: str) -> float:

@@ -1,0 +1,229 @@
+"""Files of an artifact as a columnar table: some hundred bytes a file in memory and fifty on disk, whatever their number.
+
+    name      string
+    rows      int64      samples in the file; 0 for files that hold none
+    bytes     int64
+    sha256    binary(32) digest of the file
+    content   binary(32) digest of what it holds without what depends on its place; null if nothing can be taken over
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import io
+from collections.abc import Collection, Iterable, Iterator
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# `pyarrow` is imported when a table is made or read: `ldm --help` and a plan need none.
+
+_DIGEST_BYTES = 32
+# Records that are made at once while a table is gone through.
+_RECORDS_AT_ONCE = 1024
+
+
+class FileRecord(BaseModel):
+    """One committed file: a shard, a weights file, a grid.
+
+    Attributes:
+        name: its path in the artifact's folder.
+        rows: samples in it; 0 for files that hold none.
+        bytes: its size.
+        sha256: hexadecimal digest of its bytes.
+        content: hexadecimal digest of what it holds, without what depends on its place (sample keys, shard number):
+            files with equal ones are interchangeable. None if nothing is to be taken over by it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    rows: int = 0
+    bytes: int
+    sha256: str
+    content: str | None = None
+
+
+class FileTable(Collection[FileRecord]):
+    """Records of committed files by name, in the order of their names; immutable.
+
+    Args:
+        table: an Arrow table with the columns above, sorted by name, each name once.
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table.combine_chunks()
+
+    @classmethod
+    def of(cls, records: Iterable[FileRecord]) -> FileTable:
+        """Make a table of records; of several with one name the first counts."""
+        import pyarrow as pa
+
+        first: dict[str, FileRecord] = {}
+        for record in records:
+            first.setdefault(record.name, record)
+        ordered = [first[name] for name in sorted(first)]
+        columns = {
+            "name": [record.name for record in ordered],
+            "rows": [record.rows for record in ordered],
+            "bytes": [record.bytes for record in ordered],
+            "sha256": [bytes.fromhex(record.sha256) for record in ordered],
+            "content": [bytes.fromhex(record.content) if record.content else None for record in ordered],
+        }
+        return cls(pa.table(columns, schema=_schema()))
+
+    @classmethod
+    def decode(cls, data: bytes) -> FileTable:
+        """Read a table from parquet. Raises ValueError if it is not one of these."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            return cls(pq.read_table(io.BytesIO(data)).cast(_schema()))
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(" ".join(str(error).split())[:200]) from error
+
+    def encode(self) -> bytes:
+        """Write the table as parquet."""
+        import pyarrow.parquet as pq
+
+        buffer = io.BytesIO()
+        # Digests do not compress, and names hardly need to: a dictionary of either would only cost.
+        pq.write_table(self._table, buffer, compression="zstd", use_dictionary=False, store_schema=False)
+        return buffer.getvalue()
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def __iter__(self) -> Iterator[FileRecord]:
+        for batch in self._table.to_batches(max_chunksize=_RECORDS_AT_ONCE):
+            yield from map(_record, batch.to_pylist())
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._find(name) is not None
+
+    def __getitem__(self, name: str) -> FileRecord:
+        if (position := self._find(name)) is None:
+            raise KeyError(name)
+        return _record(self._table.slice(position, 1).to_pylist()[0])
+
+    def get(self, name: str) -> FileRecord | None:
+        return self[name] if name in self else None
+
+    @property
+    def names(self) -> list[str]:
+        """All names, in order."""
+        return [str(name) for name in self._table.column("name").to_pylist()]
+
+    @cached_property
+    def rows(self) -> int:
+        """Samples in all files."""
+        return self._sum("rows")
+
+    @cached_property
+    def bytes(self) -> int:
+        """Size of all files."""
+        return self._sum("bytes")
+
+    @property
+    def table(self) -> pa.Table:
+        """The Arrow table, for what is done to all files at once."""
+        return self._table
+
+    def shards(self, suffix: str = ".tar") -> FileTable:
+        """Return the files whose names end with `suffix`."""
+        import pyarrow.compute as pc
+
+        return FileTable(self._table.filter(pc.ends_with(self._table.column("name"), suffix)))
+
+    def without(self, names: Iterable[str]) -> FileTable:
+        """Return the files of other names."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        given = pa.array(names, pa.string())
+        return FileTable(self._table.filter(pc.invert(pc.is_in(self._table.column("name"), value_set=given))))
+
+    def union(self, other: FileTable) -> FileTable:
+        """Return the files of both; of a name that both have, this table's record counts."""
+        import pyarrow as pa
+
+        added = other.without(self._table.column("name").combine_chunks())._table
+        return FileTable(pa.concat_tables([self._table, added]).sort_by("name"))
+
+    def digest(self, leave_out: tuple[str, ...] = ()) -> str:
+        """Return a digest of names and contents, equal for two tables of the same bytes under the same names.
+
+        Args:
+            leave_out: files, or folders ending in "/", that do not count.
+        """
+        digest = hashlib.sha256()
+        for record in self:
+            if not any(is_in(record.name, place) for place in leave_out):
+                digest.update(f"{record.name}\0{record.sha256}\n".encode())
+        return digest.hexdigest()
+
+    def _sum(self, column: str) -> int:
+        import pyarrow.compute as pc
+
+        return int(pc.sum(self._table.column(column)).as_py() or 0)
+
+    def _find(self, name: str) -> int | None:
+        if not len(self):
+            return None
+        names = self._table.column("name").chunk(0)
+        position = bisect.bisect_left(_Names(names), name)
+        return position if position < len(names) and names[position].as_py() == name else None
+
+    def __repr__(self) -> str:
+        return f"FileTable({len(self)} files)"
+
+
+class _Names:
+    """An Arrow array of names, as `bisect` reads it."""
+
+    def __init__(self, names: Any) -> None:
+        self._names = names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, position: int) -> str:
+        return str(self._names[position].as_py())
+
+
+def is_in(name: str, place: str) -> bool:
+    """Tell whether a file is `place`, or lies in it if that is a folder (ends in "/")."""
+    return name.startswith(place) if place.endswith("/") else name == place
+
+
+def _schema() -> pa.Schema:
+    import pyarrow as pa
+
+    digest = pa.binary(_DIGEST_BYTES)
+    return pa.schema(
+        [
+            ("name", pa.string()),
+            ("rows", pa.int64()),
+            ("bytes", pa.int64()),
+            ("sha256", digest),
+            ("content", digest),
+        ]
+    )
+
+
+def _record(values: dict[str, Any]) -> FileRecord:
+    content = values["content"]
+    # Not validated again: the columns have their types, and this is called for every file of an artifact.
+    return FileRecord.model_construct(
+        name=values["name"],
+        rows=values["rows"],
+        bytes=values["bytes"],
+        sha256=values["sha256"].hex(),
+        content=content.hex() if content is not None else None,
+    )
