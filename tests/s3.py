@@ -45,6 +45,11 @@ class FastS3:
 
     port: int
 
+    @classmethod
+    def at(cls, url: str) -> FastS3:
+        """Return the server of a URL such as `url`."""
+        return cls(int(url.rpartition(":")[2]))
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
