@@ -176,4 +176,4 @@ def run_stage(
 
 def contents(artifact: Artifact) -> dict[str, str]:
     """Return sha256 of every committed file, by name."""
-    return {record.name: record.sha256 for record in artifact.manifest.files}
+    return {record.name: record.sha256 for record in artifact.files}

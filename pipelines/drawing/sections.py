@@ -40,7 +40,7 @@ def loss_chart_of(artifact: Artifact) -> Markup:
 
 def previews(artifact: Artifact) -> list[tuple[int, str]]:
     """Return (step, data URL) of at most MOST_PREVIEWS preview grids, evenly spread, the last one among them."""
-    names = sorted(file.name for file in artifact.manifest.files if file.name.startswith("previews/step_"))
+    names = sorted(name for name in artifact.files.names if name.startswith("previews/step_"))
     stride = max(math.ceil(len(names) / MOST_PREVIEWS), 1)
     kept = names[::-1][::stride][::-1]
     return [(int(name.removesuffix(".png").rpartition("_")[2]), _picture_url(artifact, name)) for name in kept]
@@ -71,4 +71,4 @@ def _picture_url(artifact: Artifact, name: str) -> str:
 
 
 def _has(artifact: Artifact, name: str) -> bool:
-    return any(file.name == name for file in artifact.manifest.files)
+    return name in artifact.files

@@ -13,7 +13,9 @@ from pipelines.errors import UserError
 from pipelines.inspection.verify import finished_artifacts
 from pipelines.run.plan import STAGES
 from pipelines.shards.format import decode_npy, read_shard
-from pipelines.store.ledger import COMMITS, MANIFEST, WORK, read_manifest
+from pipelines.store.commits import COMMITS
+from pipelines.store.ledger import WORK
+from pipelines.store.manifest import MANIFEST, read_files, read_manifest
 from pipelines.store.storage import Storage
 
 if TYPE_CHECKING:
@@ -124,7 +126,7 @@ def _sample(sample: dict[str, Any]) -> dict[str, Any]:
 
 def _artifact(storage: Storage) -> dict[str, Any]:
     manifest = read_manifest(storage)
-    shards = [record for record in manifest.files if record.name.endswith(".tar")]
+    shards = read_files(storage, manifest.table).shards()
     first: list[dict[str, Any]] = []
     for record in shards:
         if record.rows:
@@ -152,7 +154,7 @@ def _summary(storage: Storage) -> dict[str, Any]:
         "key": manifest.key,
         "rows": manifest.rows,
         "bytes": manifest.bytes,
-        "files": len(manifest.files),
+        "files": manifest.files,
         "seconds": manifest.seconds,
     }
 

@@ -15,7 +15,8 @@ from pipelines.shards.format import decode_npy
 from pipelines.shards.samples import contents, samples
 from pipelines.shards.tar_headers import FileBytes, Member, TarError, members
 from pipelines.stages.pairs.artifact import IMAGE_EXTENSIONS
-from pipelines.store.ledger import MANIFEST, FileRecord, read_manifest
+from pipelines.store.file_table import FileRecord
+from pipelines.store.manifest import MANIFEST, read_files, read_manifest
 from pipelines.store.storage import Storage, sha256_file
 
 MAX_PROBLEMS_PER_SHARD = 5
@@ -79,9 +80,9 @@ def verify_artifact(storage: Storage) -> VerifyReport:
     Raises:
         UserError: there is no manifest, or it is not one.
     """
-    manifest = read_manifest(storage)
+    table = read_manifest(storage).table
     report = VerifyReport(storage.url)
-    for record in manifest.files:
+    for record in read_files(storage, table):
         report.files += 1
         report.problems += _verify_file(storage, record, report)
     return report

@@ -8,7 +8,7 @@ import os
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -42,7 +42,7 @@ class ShardReader:
     def __init__(
         self,
         storage: Storage,
-        shards: Sequence[FileRecord],
+        shards: Iterable[FileRecord],
         *,
         max_open: int = 64,
         cache_bytes: int = DEFAULT_CACHE_BYTES,

@@ -1,10 +1,10 @@
 """Files of an artifact as a columnar table: some hundred bytes a file in memory and fifty on disk, whatever their number.
 
-    name      string
-    rows      int64      samples in the file; 0 for files that hold none
-    bytes     int64
-    sha256    binary(32) digest of the file
-    content   binary(32) digest of what it holds without what depends on its place; null if nothing can be taken over
+name      string
+rows      int64      samples in the file; 0 for files that hold none
+bytes     int64
+sha256    binary(32) digest of the file
+content   binary(32) digest of what it holds without what depends on its place; null if nothing can be taken over
 """
 
 from __future__ import annotations

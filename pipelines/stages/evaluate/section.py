@@ -14,7 +14,7 @@ MOST_MISTAKES = 12
 def section(artifact: Artifact) -> Section:
     """Return the grids, and what the detector saw in them."""
     details = artifact.details
-    names = {file.name for file in artifact.manifest.files}
+    names = {file.name for file in artifact.files}
     scores = artifact.storage.read_json("scores.json").get("alignment", {}) if "scores.json" in names else {}
     groups = [
         (f"{name.replace('_', ' ')}: {'yes' if value == 'true' else 'no'}", score["accuracy"], score["samples"])

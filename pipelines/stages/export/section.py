@@ -12,6 +12,6 @@ def section(artifact: Artifact) -> Section:
         "stages/export/section.html.j2",
         facts=facts(("Layouts", ", ".join(artifact.details.get("layouts", [])))),
         place=artifact.storage.url,
-        files=[(file.name, file.bytes) for file in artifact.manifest.files],
+        files=[(file.name, file.bytes) for file in artifact.files],
     )
     return Section(html, appendix=True)

@@ -26,7 +26,7 @@ def run(context: StageContext[LatentsConfig]) -> dict[str, Any]:
     """
     pairs = context.upstream["pairs"].require("pairs", PAIRS_FORMAT)
     first_stage = context.upstream["autoencoder"].require("autoencoder", AUTOENCODER_FORMAT)
-    if not sum(record.rows for record in pairs.shards()):
+    if not pairs.shards().rows:
         raise UserError(f"{pairs.storage.url} holds no samples: see its parquet files for what became of each row")
     tokenizer = commit_vocabulary(context.config.tokenizer, pairs, context.writer)
     _encode_pending(context, pairs, first_stage)
@@ -51,7 +51,7 @@ def _encode_pending(context: StageContext[LatentsConfig], pairs: Artifact, first
         "config": config,
         "device": size.device,
     }
-    rows = sum(record.rows for record in pairs.shards())
+    rows = pairs.shards().rows
     done = rows - sum(item["rows"] for item in pending)
     meter, before = RateMeter(), done
     context.progress(done, rows)
@@ -77,7 +77,7 @@ def _details(
     moments, *latent_shape = shapes.pop()
     context.tracker.metrics({"latents/mean": sums.mean, "latents/std": sums.std, "latents/scale_factor": scale})
     return {
-        "samples": sum(record.rows for record in pairs.shards()),
+        "samples": pairs.shards().rows,
         "encoder_sha256": first_stage.details["encoder_sha256"],
         "tokenizer_sha256": tokenizer.digest,
         "vocabulary_size": tokenizer.vocabulary_size,

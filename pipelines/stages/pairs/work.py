@@ -89,7 +89,7 @@ class _PairsRun:
         return self.config.deduplicate or self.config.scoring is not None
 
     def run(self) -> None:
-        committed = self.context.writer.committed().keys()
+        committed = set(self.context.writer.committed().names)
         pending = [shard for shard in self.assignment.shards if not self._files(shard) <= committed]
         if self.stages_shards and pending:
             # Also those that are committed already: the others may be duplicates of their rows.
@@ -202,6 +202,6 @@ def _summarise(context: StageContext, runs: PastRuns) -> dict[str, Any]:
 def _additions(context: StageContext, runs: PastRuns) -> int:
     """Count the retries that gave samples: later stages have something new to read after each of them."""
     rows = Counter[str]()
-    for name, record in context.writer.committed().items():
-        rows[name.partition(".")[0]] += record.rows
+    for record in context.writer.committed():
+        rows[record.name.partition(".")[0]] += record.rows
     return sum(any(rows[shard_name(shard)] for shard in shards) for shards in runs.shards[1:])

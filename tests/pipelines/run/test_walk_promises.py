@@ -161,7 +161,7 @@ def test_encoding_latents_ends_when_another_driver_has_taken_the_root_over(
     upstream = {"pairs": pairs_artifact(tmp_path, rows=(1,) * 40), "autoencoder": first_stage_artifact(tmp_path)}
     config = LatentsConfig(tokenizer=TokenizerConfig(size=64, max_length=8), batch_size=2, workers=1)
     writer = run_until_taken_over(LATENTS, config, tmp_path, upstream, root.take_over_when(under_way), root)
-    assert 0 < sum(name.endswith(".tar") for name in writer.committed()) < 40
+    assert 0 < sum(name.endswith(".tar") for name in writer.committed().names) < 40
 
 
 def test_sampling_for_evaluation_ends_when_another_driver_has_taken_the_root_over(
@@ -175,7 +175,7 @@ def test_sampling_for_evaluation_ends_when_another_driver_has_taken_the_root_ove
         workers=1,
     )
     writer = run_until_taken_over(EVALUATE, config, tmp_path, upstream, root.take_over_when(under_way), root)
-    assert 0 < sum(name.startswith("samples/") for name in writer.committed()) < 40
+    assert 0 < sum(name.startswith("samples/") for name in writer.committed().names) < 40
     assert not writer.storage.exists("grid.png")
 
 
@@ -194,7 +194,7 @@ def test_no_pairs_are_published_when_another_driver_has_taken_the_root_over(
         return by_the_stage and any((tmp_path / "pairs").glob("key/work/*/*.parquet"))
 
     writer = run_until_taken_over(PAIRS, config, tmp_path, {}, root.take_over_when(all_are_made), root)
-    assert not writer.committed()
+    assert not writer.committed().names
 
 
 def test_training_ends_when_another_driver_has_taken_the_root_over(

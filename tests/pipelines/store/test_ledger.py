@@ -1,14 +1,25 @@
 """The ledger: keys, commits, refusals, generations."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipelines.errors import UserError
+from pipelines.store import commits
 from pipelines.store.ledger import Artifact, ArtifactWriter, Ledger, artifact_key
 from pipelines.store.storage import Storage
 
+FACTS: dict[str, Any] = {
+    "format_version": 1,
+    "config": {},
+    "identity": {},
+    "upstream": {},
+    "details": {},
+    "seconds": 1.0,
+    "code_version": "0",
+}
 IDENTITY: dict[str, Any] = {"stage": "toy", "format_version": 1, "config": {"size": 3}}
 
 
@@ -18,15 +29,7 @@ def make(ledger: Ledger, identity: dict[str, Any], contents: dict[str, bytes], v
     for name, data in contents.items():
         writer.storage.write_bytes(name, data)
         writer.commit(name, rows=1)
-    writer.finish(
-        format_version=version,
-        config={},
-        identity=identity,
-        upstream={},
-        details={},
-        seconds=1.0,
-        code_version="0",
-    )
+    writer.finish(**{**FACTS, "identity": identity, "format_version": version})
     artifact = ledger.find("toy", key)
     assert artifact is not None
     return artifact
@@ -136,7 +139,12 @@ def test_an_artifact_of_another_stage_format_or_key_is_refused_naming_both_sides
 
 def test_a_damaged_manifest_is_one_line(ledger: Ledger) -> None:
     artifact = make(ledger, IDENTITY, {})
-    for contents, message in ((b"{", "not valid JSON"), (b"{}", "is not a manifest")):
+    refused = (
+        (b"{", "not valid JSON"),
+        (b"{}", "is not a manifest"),
+        (b'{"stage": "pairs", "files": []}', r"was made by ldm 0\.1: .* choose another --root"),
+    )
+    for contents, message in refused:
         artifact.storage.write_bytes("manifest.json", contents)
         with pytest.raises(UserError, match=message):
             _ = Artifact("toy", artifact.key, artifact.storage).manifest
@@ -161,3 +169,85 @@ def test_a_forced_rerun_with_other_bytes_takes_over_and_nothing_is_lost(ledger: 
     newer = make(ledger, {**IDENTITY, "generation": 2}, {"a": b"third"})
     ledger.supersede(new, newer)
     assert ledger.resolve("toy", IDENTITY)[0] == newer.key
+
+
+def test_the_files_of_an_artifact_are_a_table_that_its_manifest_names(ledger: Ledger) -> None:
+    artifact = make(ledger, IDENTITY, {"000001.tar": b"abc", "000000.tar": b"0123456789", "model/a": b"x"})
+    assert artifact.files.names == ["000000.tar", "000001.tar", "model/a"]
+    assert (artifact.manifest.files, artifact.manifest.rows, artifact.manifest.bytes) == (3, 3, 14)
+    assert artifact.shards().names == ["000000.tar", "000001.tar"]
+    assert not artifact.storage.exists("commits")
+    Path(artifact.storage.path(artifact.manifest.table)).write_bytes(b"PAR1 damaged")
+    with pytest.raises(UserError, match=r"files-[0-9a-f]+\.parquet is not a table of files"):
+        _ = Artifact("toy", artifact.key, artifact.storage).files
+
+
+def test_what_is_sent_to_a_worker_does_not_grow_with_the_number_of_files(ledger: Ledger) -> None:
+    artifact = make(ledger, IDENTITY, {f"{number:06d}.tar": b"data" for number in range(300)})
+    assert len(artifact.files) == 300
+    sent = pickle.dumps(artifact)
+    assert len(sent) < 3000
+    assert pickle.loads(sent).manifest == artifact.manifest
+    writer = ArtifactWriter("toy", "k", ledger.storage("toy", "k"))
+    writer.gather(artifact.files)
+    assert len(pickle.dumps(writer)) < 1000
+
+
+def test_a_worker_reads_the_files_that_its_driver_saw_though_samples_were_added_since(ledger: Ledger) -> None:
+    artifact = make(ledger, IDENTITY, {"000000.tar": b"data"})
+    _ = artifact.manifest
+    sent = pickle.dumps(artifact)
+    writer = ArtifactWriter("toy", artifact.key, artifact.storage, grows=True)
+    writer.storage.write_bytes("000001.tar", b"more")
+    writer.commit("000001.tar", rows=1)
+    writer.finish(**{**FACTS, "identity": IDENTITY, "details": {"additions": 1}})
+    assert pickle.loads(sent).files.names == ["000000.tar"]
+    grown = ledger.find("toy", artifact.key)
+    assert grown is not None
+    assert grown.files.names == ["000000.tar", "000001.tar"]
+    assert grown.reference == f"{artifact.key}+1"
+    assert writer.is_committed("000000.tar")
+
+
+def test_records_that_the_driver_gathered_are_not_read_again_one_by_one(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commits, "_RECORDS_A_SEGMENT", 20)
+    writer = ArtifactWriter("toy", "k", ledger.storage("toy", "k"))
+    for number in range(50):
+        writer.storage.write_bytes(f"model/{number:06d}.tar", bytes(number))
+        writer.gather([writer.commit(f"model/{number:06d}.tar", rows=number)])
+    read: list[str] = []
+    original = Storage.read_json
+    monkeypatch.setattr(Storage, "read_json", lambda self, name: read.append(name) or original(self, name))
+    table = ArtifactWriter("toy", "k", ledger.storage("toy", "k")).committed()
+    assert [(record.rows, record.bytes) for record in table] == [(number, number) for number in range(50)]
+    # The driver ended with ten of them in its memory.
+    assert sorted(read) == [f"model__{number:06d}.tar.json" for number in range(40, 50)]
+
+
+def test_records_read_one_by_one_become_a_segment_and_many_segments_one(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commits, "_WORTH_A_SEGMENT", 10)
+    monkeypatch.setattr(commits, "_MOST_SEGMENTS", 3)
+    writer = ArtifactWriter("toy", "k", ledger.storage("toy", "k"))
+    for number in range(60):
+        writer.storage.write_bytes(f"{number:06d}.tar", b"data")
+        writer.commit(f"{number:06d}.tar", rows=1)
+        if number % 12 == 11:
+            assert len(writer.committed()) == number + 1
+            assert len((writer.storage / commits.SEGMENTS).names("*.parquet")) <= 4
+    assert len(writer.committed()) == 60
+
+
+def test_a_root_of_another_version_is_refused_with_what_to_do(ledger: Ledger) -> None:
+    ledger.require_version(["toy"])
+    make(ledger, IDENTITY, {})
+    with pytest.raises(UserError, match=r"was made by ldm 0\.1: .*choose another --root"):
+        ledger.require_version(["toy"])
+    ledger.mark_version()
+    ledger.require_version(["toy"])
+    ledger.root.write_json("ledger.json", {"version": 3})
+    with pytest.raises(UserError, match=r"is of ledger version 3, but this is ldm of version 2: use the ldm that"):
+        ledger.require_version(["toy"])

@@ -24,7 +24,7 @@ class _Bucket:
         bucket, _, key = path.partition("/")
         return bucket, key, None
 
-    def call_s3(self, name: str, *, Bucket: str, Prefix: str, Delimiter: str, StartAfter: str = "") -> dict[str, Any]:  # noqa: N803
+    def call_s3(self, name: str, *, Bucket: str, Prefix: str, Delimiter: str, StartAfter: str = "") -> dict[str, Any]:
         assert (name, Bucket, Delimiter) == ("list_objects_v2", "bucket", "/")
         with self._lock:
             self.requests += 1
@@ -66,7 +66,8 @@ OTHERS = ["manifest.json", "files-1.parquet", ".lock.json", "commits/000000.tar.
         SHARDS[4321:],
         # Several files a shard, so that a page ends within one.
         [f"{number:06d}.{width}x64.tar" for number in range(400) for width in range(64, 640, 64)],
-        [f"{number:06d}.tar" for number in range(999_000, 1_000_000)] + [f"{n}.tar" for n in range(1_000_000, 1_000_500)],
+        [f"{number:06d}.tar" for number in range(999_000, 1_000_000)]
+        + [f"{n}.tar" for n in range(1_000_000, 1_000_500)],
         [f"picture {number}.jpg" for number in range(3000)],
         [f"folder-{number}/a" for number in range(2500)],
     ],

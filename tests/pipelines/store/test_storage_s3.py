@@ -221,7 +221,7 @@ def test_the_first_commit_of_a_race_stands_and_commits_are_read_together(s3: S3,
         list(threads.map(lambda i: writer.commit(f"{i:02}.tar", rows=1), range(40)))
     committed = writer.committed()
     assert {record.rows for record in raced} == {committed["07.tar"].rows}
-    assert [record.bytes for record in committed.values()] == list(range(40))
+    assert [record.bytes for record in committed] == list(range(40))
 
 
 def fail(root: Storage) -> str:

@@ -37,7 +37,7 @@ def test_the_loss_falls_and_everything_is_reported(uninterrupted: toy.Run) -> No
     assert losses[-1] < 0.3 * losses[0]
     assert uninterrupted.progress[0] == (0, 48)
     assert uninterrupted.progress[-1] == (48, 48)
-    assert sorted(uninterrupted.writer.committed()) == [
+    assert uninterrupted.writer.committed().names == [
         "history.json",
         "previews/step_00000016.png",
         "previews/step_00000032.png",

@@ -15,7 +15,8 @@ from pipelines.errors import UserError
 from pipelines.shards.tar_windows import Tar, random_samples
 from pipelines.stages.pairs.pictures.formats import DECODED, IN_TARS
 from pipelines.stages.pairs.summary.unfinished import staged_tars
-from pipelines.store.ledger import MANIFEST, WORK, read_manifest
+from pipelines.store.ledger import WORK
+from pipelines.store.manifest import MANIFEST, read_files, read_manifest
 from pipelines.store.storage import Storage
 
 SAMPLES = 48
@@ -31,7 +32,8 @@ _MOUNT, _UNREADABLE = (238, 238, 238), (200, 120, 120)
 def tars_of(storage: Storage) -> list[Tar]:
     """List the shards of an artifact, finished or not."""
     if storage.exists(MANIFEST):
-        sizes = {record.name: record.bytes for record in read_manifest(storage).files if record.rows}
+        files = read_files(storage, read_manifest(storage).table).shards()
+        sizes = {record.name: record.bytes for record in files if record.rows}
     else:
         sizes = storage.sizes()
     return [Tar(storage, name, size) for name, size in sorted(sizes.items()) if name.endswith(".tar")]

@@ -37,7 +37,7 @@ def encoder(
 
 
 def item(pairs: Artifact, number: int = 0) -> dict[str, object]:
-    record = pairs.shards()[number]
+    record = list(pairs.shards())[number]
     return {"shard": record.name, "rows": record.rows, "bytes": record.bytes, "encoded": False}
 
 

@@ -116,7 +116,7 @@ def encode_in_this_process(root: Path, upstream: dict[str, Artifact]) -> dict[st
     )
     for record in upstream["pairs"].shards():
         encode({"shard": record.name, "rows": record.rows, "bytes": record.bytes, "encoded": False})
-    return {name: record.sha256 for name, record in writer.committed().items()}
+    return {record.name: record.sha256 for record in writer.committed()}
 
 
 def test_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(

@@ -116,7 +116,7 @@ def test_a_retry_adds_shards_and_changes_the_keys_of_later_stages(
 
     first, state, latents = walk()
     assert (state, first.details["statuses"]) == ("run", {"ok": 14, "http_503": 5, "http_404": 1})
-    before = {file.name: file for file in first.manifest.files}
+    before = {file.name: file for file in first.files}
 
     # Nothing has changed on the web: the retry is recorded, and later stages have nothing new to do.
     same, state, latents_then = walk(retry="failed")
@@ -127,7 +127,7 @@ def test_a_retry_adds_shards_and_changes_the_keys_of_later_stages(
     grown, state, latents_now = walk(retry="failed")
     assert (state, grown.details["samples"]) == ("retried", 16)
     assert latents_now != latents
-    after = {file.name: file for file in grown.manifest.files}
+    after = {file.name: file for file in grown.files}
     assert {name: after[name] for name in before} == before
     assert final_statuses(grown) == {
         i: "http_404" if i == 19 or i in (8, 16) else "duplicate" if i == 12 else "ok" for i in range(20)
