@@ -7,18 +7,22 @@ with what `ArtifactWriter` writes for the same files.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from pipelines import __version__
 from pipelines.run.plan import PlannedStage, Selection, plan
 from pipelines.run.recipe import Recipe
-from pipelines.store.ledger import COMMITS, MANIFEST, FileRecord, Manifest
+from pipelines.store.commits import COMMITS, SEGMENTS, ArtifactWriter
+from pipelines.store.file_table import FileRecord, FileTable
+from pipelines.store.ledger import Artifact, Ledger
 from pipelines.store.storage import Storage, encode_json
 from tests.benchmarks.bare_listing import Numbered
 from tests.s3 import FastS3
 
 ROWS_PER_SHARD = 10_000
+_GATHERED_AT_ONCE = 500
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Layout:
             for folder, ending, rows, size in self.shard:
                 yield _record(f"{folder}{number:06d}{ending}", rows, size)
 
-    def numbered(self, shards: int, *, records: bool) -> list[Numbered]:
+    def numbered(self, shards: int, *, records: bool = False) -> list[Numbered]:
         """Return how the objects of that many shards are named, with or without a record of each."""
         folders = [folder for folder, *_ in self.shard]
         groups = [(folder, folders.count(folder)) for folder in dict.fromkeys(folders)]
@@ -65,37 +69,48 @@ LAYOUTS = {
 
 
 def _record(name: str, rows: int, size: int) -> FileRecord:
-    return FileRecord(name=name, rows=rows, bytes=size, sha256=hashlib.sha256(name.encode()).hexdigest())
+    digest = hashlib.sha256(name.encode()).hexdigest()
+    # Of files with samples the contents have a digest of their own.
+    return FileRecord(name=name, rows=rows, bytes=size, sha256=digest, content=digest if rows else None)
 
 
-def add_committed(server: FastS3, storage: Storage, records: Iterator[FileRecord]) -> None:
-    """Put committed files, and the record of each, into an artifact's folder."""
-    prefix = storage.path().partition("/")[2]
-
-    def objects() -> Iterator[tuple[str, int | str]]:
-        for record in records:
-            yield f"{prefix}/{record.name}", record.bytes
-            commit = encode_json(record.model_dump()).decode()
-            yield f"{prefix}/{COMMITS}/{record.name.replace('/', '__')}.json", commit
-
-    server.add_objects(objects())
+def add_files(server: FastS3, storage: Storage, records: Iterable[FileRecord]) -> None:
+    """Put files into an artifact's folder."""
+    prefix = storage.path("").partition("/")[2].rstrip("/")
+    server.add_objects((f"{prefix}/{record.name}", record.bytes) for record in records)
 
 
-def write_manifest(planned: PlannedStage, storage: Storage, records: Iterator[FileRecord]) -> None:
-    """Finish an artifact."""
-    manifest = Manifest(
-        stage=planned.stage.name,
-        key=planned.key,
+def add_records(server: FastS3, storage: Storage, records: Iterable[FileRecord]) -> None:
+    """Put the record that a worker writes of each file into an artifact's folder."""
+    prefix = (storage / COMMITS).path("").partition("/")[2].rstrip("/")
+    server.add_objects(
+        (f"{prefix}/{record.name.replace('/', '__')}.json", encode_json(record.model_dump()).decode())
+        for record in records
+    )
+
+
+def write_segments(writer: ArtifactWriter, records: Iterable[FileRecord]) -> None:
+    """Leave the segments that a driver has written when it is killed, and no others."""
+    writer.storage.remove(SEGMENTS)
+    remaining = iter(records)
+    while batch := list(islice(remaining, _GATHERED_AT_ONCE)):
+        writer.gather(batch)
+
+
+def finish(planned: PlannedStage, storage: Storage, records: Iterable[FileRecord]) -> Artifact:
+    """Finish an artifact whose files are there."""
+    # A segment instead of a record for each file: they are removed at the end, one way or the other.
+    storage.write_bytes(f"{SEGMENTS}/all.parquet", FileTable.of(records).encode())
+    ArtifactWriter(planned.stage.name, planned.key, storage).finish(
         format_version=planned.stage.format_version,
-        code_version=__version__,
         config=planned.config.model_dump(mode="json"),
         identity=planned.identity,
         upstream={},
-        files=sorted(records, key=lambda record: record.name),
         details={},
         seconds=1.0,
+        code_version=__version__,
     )
-    storage.write_json(MANIFEST, manifest.model_dump(mode="json"))
+    return Artifact(planned.stage.name, planned.key, storage)
 
 
 @dataclass(frozen=True)
@@ -116,23 +131,33 @@ class Root:
 
     @property
     def finished_objects(self) -> list[Numbered]:
-        return LAYOUTS["pairs"].numbered(self.shards, records=True)
+        return LAYOUTS["pairs"].numbered(self.shards)
 
     @property
     def half_objects(self) -> list[Numbered]:
         return LAYOUTS["latents"].numbered(self.shards // 2, records=True)
 
+    def half_writer(self) -> ArtifactWriter:
+        """Return the writer of the artifact that is not finished."""
+        return ArtifactWriter("latents", self.half, Storage(self.url) / "latents" / self.half)
+
+    def reset_half(self) -> None:
+        """Undo what a run that went on has gathered in segments."""
+        write_segments(self.half_writer(), LAYOUTS["latents"].records(self.shards // 2))
+
 
 def make_root(server: FastS3, recipe: Recipe, shards: int) -> Root:
     """Fill the recipe's root, which is empty and lies in the server's bucket."""
     root, keys = Storage(recipe.root), {}
+    Ledger(root).mark_version()
     for planned in plan(recipe):
         name = planned.stage.name
         if name in LAYOUTS:
             keys[name], storage = planned.key, root / name / planned.key
-            add_committed(server, storage, LAYOUTS[name].records(shards))
-            write_manifest(planned, storage, LAYOUTS[name].records(shards))
+            add_files(server, storage, LAYOUTS[name].records(shards))
+            finish(planned, storage, LAYOUTS[name].records(shards))
     # As if the latents were being made again.
     half = next(each.key for each in plan(recipe, Selection(force=("latents",))) if each.stage.name == "latents")
-    add_committed(server, root / "latents" / half, LAYOUTS["latents"].records(shards // 2))
+    for add in (add_files, add_records):
+        add(server, root / "latents" / half, LAYOUTS["latents"].records(shards // 2))
     return Root(recipe.root, shards, keys, half)

@@ -21,7 +21,7 @@ from jobs.recipes import recipe_path
 from pipelines.run.estimate import estimate
 from pipelines.run.plan import plan as plan_stages
 from pipelines.run.recipe import Recipe, load_recipe
-from pipelines.store.ledger import Artifact, ArtifactWriter, Ledger
+from pipelines.store.ledger import Artifact, Ledger
 from pipelines.store.storage import Storage
 from tests.benchmarks.bare_listing import Numbered, list_objects
 from tests.benchmarks.ledger_state import Root
@@ -55,12 +55,12 @@ def check(task: Task) -> dict[str, Any]:
     """What is done before a stage with each artifact that it reads."""
     artifact = _pairs(task)
     artifact.check_sizes()
-    return {"files": len(artifact.manifest.files)}
+    return {"files": len(artifact.files)}
 
 
 def resume(task: Task) -> dict[str, Any]:
     """What a stage does first when it goes on."""
-    return {"files": len(_half(task).committed())}
+    return {"files": len(task.root.half_writer().committed())}
 
 
 def driver(task: Task) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def driver(task: Task) -> dict[str, Any]:
     import pipelines.run.walk  # noqa: F401  (only here: what a run imports, Ray among it, is part of its memory)
 
     plan(task)
-    pairs, half = _pairs(task), _half(task)
+    pairs, half = _pairs(task), task.root.half_writer()
     pairs.check_sizes()
     committed = half.committed()
     pending = [record.name for record in pairs.shards() if record.name not in committed]
@@ -110,10 +110,6 @@ def _pairs(task: Task) -> Artifact:
     artifact = Ledger(Storage(task.root.url)).find("pairs", task.root.keys["pairs"])
     assert artifact is not None
     return artifact
-
-
-def _half(task: Task) -> ArtifactWriter:
-    return ArtifactWriter("latents", task.root.half, Storage(task.root.url) / "latents" / task.root.half)
 
 
 def _peak_mib() -> float:

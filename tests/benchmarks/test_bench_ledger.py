@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from pipelines import __version__
 from pipelines.run.plan import plan
-from pipelines.store.ledger import Artifact, ArtifactWriter
+from pipelines.store.commits import COMMITS, SEGMENTS, ArtifactWriter
 from pipelines.store.location import Location
 from pipelines.store.storage import Storage
 from tests.benchmarks import bench_ledger
 from tests.benchmarks.bare_listing import Numbered, list_objects
-from tests.benchmarks.ledger_state import Layout, add_committed, write_manifest
+from tests.benchmarks.ledger_state import Layout, add_files, add_records, finish, write_segments
 from tests.benchmarks.ledger_work import recipe_of
 from tests.s3 import BUCKET, FastS3, fast_s3
 
@@ -40,25 +40,33 @@ def test_artifacts_are_as_the_ledger_writes_them(server: FastS3, tmp_path: Path)
     source.write_text('{"image": "a.png", "text": "a picture"}\n')
     planned = plan(recipe_of(f"s3://{BUCKET}/root", str(source)))[0]
     ours, real = Storage(f"s3://{BUCKET}/ours"), Storage(f"s3://{BUCKET}/real")
-    add_committed(server, ours, LAYOUT.records(3))
+    add_files(server, ours, LAYOUT.records(3))
+    add_records(server, ours, LAYOUT.records(3))
     writer = ArtifactWriter("pairs", planned.key, real)
     for record in LAYOUT.records(3):
         real.write_bytes(record.name, bytes(record.bytes))
-        writer.commit(record.name, rows=record.rows, sha256=record.sha256)
-    assert ArtifactWriter("pairs", planned.key, ours).committed() == writer.committed()
+        writer.commit(record.name, rows=record.rows, sha256=record.sha256, content=record.content)
     assert contents(ours) == contents(real)
-    write_manifest(planned, ours, LAYOUT.records(3))
-    writer.finish(
-        format_version=planned.stage.format_version,
-        config=planned.config.model_dump(mode="json"),
-        identity=planned.identity,
-        upstream={},
-        details={},
-        seconds=1.0,
-        code_version=__version__,
-    )
+    (ours / COMMITS).remove()
+    artifact = finish(planned, ours, LAYOUT.records(3))
+    writer.finish(**artifact.manifest.model_dump(include=set(inspect.signature(writer.finish).parameters)))
     assert contents(ours) == contents(real)
-    Artifact("pairs", planned.key, ours).check_sizes()
+    artifact.check_sizes()
+
+
+def test_segments_are_those_of_a_run_that_was_killed(server: FastS3) -> None:
+    storage = Storage(f"s3://{BUCKET}/root")
+    add_files(server, storage, LAYOUT.records(2600))
+    add_records(server, storage, LAYOUT.records(2600))
+    for _ in range(2):
+        write_segments(ArtifactWriter("latents", "key", storage), LAYOUT.records(2600))
+        assert len((storage / SEGMENTS).names()) == 2
+        server.take_figures()
+        table = ArtifactWriter("latents", "key", storage).committed()
+        # Two segments, and the records after the last one; they are gathered now.
+        assert server.take_figures().requests["GetObject"] == 2 + 5201 - 4000
+        assert list(table) == sorted(LAYOUT.records(2600), key=lambda record: record.name)
+        assert len((storage / SEGMENTS).names()) == 3
 
 
 def test_a_bare_listing_finds_every_object_in_full_pages(server: FastS3) -> None:
