@@ -74,6 +74,7 @@ class Display(RunObserver):
         self.finished: dict[str, StageRow] = {}
         self.running: dict[str, _Running] = {}
         self.logged = 0.0
+        self.waits_for = ""
         self.live = Live(console=console, get_renderable=self._draw, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> "Display":
@@ -90,6 +91,15 @@ class Display(RunObserver):
         self._log(
             f"{planned.stage.name}: {'continues' if planned.state == 'resumed' else 'starts'} (key {planned.key})"
         )
+
+    def waiting(self, planned: PlannedStage, holder: str, **progress: Any) -> None:
+        name = planned.stage.name
+        state = self.running.setdefault(name, _Running())
+        how_far = f"{progress['done']:,} of {progress['total']:,}" if progress.get("total") else "it has just begun"
+        state.update(progress.get("done", 0), progress.get("total", 0), {"waits for": f"{holder}: {how_far}"})
+        if self.waits_for != holder or time.monotonic() - self.logged > LOG_EVERY_S:
+            self._log(f"{name}: {planned.key} is being made by {holder}: {how_far}; waiting (--no-wait refuses)")
+        self.waits_for = holder
 
     def progress(self, name: str, done: int, total: int, **facts: str) -> None:
         state = self.running[name]

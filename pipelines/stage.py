@@ -8,12 +8,13 @@ stage knows neither the command line nor which other stages exist, only the name
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from pipelines.config import Config
+from pipelines.store.file_table import FileTable
 from pipelines.store.ledger import Artifact, ArtifactWriter
 from pipelines.store.storage import Storage
 from pipelines.tracking import StageTracker
@@ -48,7 +49,9 @@ class StageContext(Generic[ConfigT]):
         progress: called with how far the stage is.
         scratch: a local folder, deleted after the run.
         existing: the artifact already committed, when this run only adds samples to it; otherwise None.
-        check: raises UserError if another driver has taken over the root; long work calls it every few seconds.
+        check: raises UserError if another driver has taken over the artifact; long work calls it every few seconds.
+        siblings: folders and committed files of the stage's other artifacts under the same root, finished or not, to
+            take over what they hold; none in a forced re-run, which makes everything anew.
     """
 
     config: ConfigT
@@ -60,6 +63,7 @@ class StageContext(Generic[ConfigT]):
     scratch: Path
     existing: Artifact | None = None
     check: Callable[[], None] = lambda: None
+    siblings: Callable[[], Iterable[tuple[Storage, FileTable]]] = tuple
 
 
 @dataclass(frozen=True)

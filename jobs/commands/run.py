@@ -17,6 +17,12 @@ from pipelines.run.results import RunResult
 @click.command()
 @recipe_options
 @selection_options
+@click.option(
+    "--wait/--no-wait",
+    default=True,
+    show_default=True,
+    help="Wait for an artifact that another run is making, or refuse.",
+)
 @json_option
 @click.pass_obj
 def run(
@@ -28,6 +34,7 @@ def run(
     first: str | None,
     last: str | None,
     force: tuple[str, ...],
+    wait: bool,
     as_json: bool,
 ) -> None:
     """Run a recipe: every stage that is not cached yet.
@@ -47,7 +54,7 @@ def run(
     recipe = open_recipe(recipe_name, root, overrides)
     out = console(as_json)
     with Display(out) as display:
-        result = run_pipeline(recipe, selection(only, first, last, force), display, debug=debug)
+        result = run_pipeline(recipe, selection(only, first, last, force), display, debug=debug, wait=wait)
     print_result(out, result)
     if as_json:
         emit_json(result_json(result))

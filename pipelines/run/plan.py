@@ -134,6 +134,7 @@ def plan(recipe: Recipe, selection: Selection | None = None) -> list[PlannedStag
     selection = selection or Selection()
     check(recipe, selection)
     ledger = Ledger(Storage(recipe.root))
+    ledger.require_version(STAGE_NAMES)
     keys: dict[str, str] = {}
     walk = []
     for stage in stages_of(recipe):

@@ -1,6 +1,7 @@
 """Results of a run: rows of the stage table, the result, and the observer that is told of both."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from pipelines.run.plan import PlannedStage, State
 from pipelines.store.ledger import Artifact
@@ -48,6 +49,9 @@ class RunObserver:
     """Callbacks for the events of a run; the default ones do nothing."""
 
     def begin(self, planned: PlannedStage) -> None: ...
+
+    def waiting(self, planned: PlannedStage, holder: str, **progress: Any) -> None:
+        """Called every few seconds while another run makes the artifact; `progress` is what that run says of it."""
 
     def progress(self, name: str, done: int, total: int, **facts: str) -> None: ...
 

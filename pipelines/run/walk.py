@@ -6,28 +6,31 @@ pairs -> autoencoder -> latents -> diffusion -> evaluate -> export
 import contextlib
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from pipelines import __version__
 from pipelines.compute.cluster import connect
-from pipelines.config import Config
+from pipelines.compute.tasks import for_each
 from pipelines.errors import UserError, explain
 from pipelines.run.plan import STAGES, PlannedStage, Selection, plan, plan_stage
 from pipelines.run.recipe import Recipe
 from pipelines.run.report import build_report
 from pipelines.run.results import RunObserver, RunResult, StageRow
+from pipelines.run.runs import REPORT, Run, all_runs, begin
 from pipelines.stage import Progress, Stage, StageContext
+from pipelines.store.file_table import FileTable
 from pipelines.store.ledger import Artifact, ArtifactWriter, Ledger, artifact_key, digest_json
-from pipelines.store.lock import Hold, exclusive
+from pipelines.store.lock import Hold, Record, exclusive
 from pipelines.store.storage import Storage
 from pipelines.tracking import StageTracker, Tracker, store
 
-REPORT = "report.html"
-# Which MLflow run an unfinished pipeline run, and an unfinished stage, go on in.
-UNFINISHED = "unfinished.json"
+# Which MLflow run an unfinished stage goes on in.
 TRACKING = "tracking.json"
+LOCKS = ".locks"
 
 
 def run(
@@ -36,14 +39,18 @@ def run(
     observer: RunObserver | None = None,
     *,
     debug: bool = False,
+    wait: bool = True,
 ) -> RunResult:
     """Walk the stages; every one is `cached`, `resumed`, `retried`, `run` or `skipped` afterwards.
+
+    Several runs may share a root. An artifact is made by one of them at a time; who only reads it needs no lock.
 
     Args:
         recipe: what to run.
         selection: which stages; all of the recipe's by default.
         observer: told what happens.
         debug: show Ray's own log.
+        wait: wait for an artifact that another run is making; otherwise refuse.
 
     Raises:
         UserError: what a person can mend, on one line; what is committed stays.
@@ -51,63 +58,105 @@ def run(
     started = time.monotonic()
     root = Storage(recipe.root)
     # Said before the first stage runs: whatever is wrong with any stage's section or inputs.
-    stages = tuple(planned.stage for planned in plan(recipe, selection))
-    with exclusive(root) as hold:
-        walk = _Walk(recipe, selection or Selection(), observer or RunObserver(), debug, root, hold, stages)
-        result = walk.run()
+    planned = plan(recipe, selection)
+    walk = _Walk(recipe, selection or Selection(), observer or RunObserver(), debug, wait, root)
+    result = walk.run(planned)
     result.wall_s = round(time.monotonic() - started, 3)
     return result
 
 
 @dataclass
 class _Walk:
-    """One run, while this process holds the root."""
+    """One run."""
 
     recipe: Recipe
     selection: Selection
     observer: RunObserver
     debug: bool
+    wait: bool
     root: Storage
-    hold: Hold
-    stages: tuple[Stage[Any], ...]
     tracker: Tracker | None = None
     rows: list[StageRow] = field(default_factory=list)
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
 
-    def run(self) -> RunResult:
+    def run(self, planned: list[PlannedStage]) -> RunResult:
         tracking = self.recipe.tracking
         uri = store(tracking, self.root)[0] if tracking.enabled else None
         result = RunResult(self.root.url, self.rows, self.artifacts, uri)
-        with contextlib.ExitStack() as stack:
-            try:
-                self._walk(stack)
-            except BaseException:
-                self._finish_tracking("FAILED", result)
-                raise
-            if self.tracker is None and self._unfinished():
-                # Killed between the last stage and the report: both are still due.
-                self.tracker = self._start_tracking()
-            result.report = self._report()
-            self._finish_tracking("FINISHED", result)
+        if (before := self._run_before(planned)) is not None:
+            for each in planned:
+                self._record(each, each.artifact, 0.0)
+            result.report = f"{before.folder.url}/{REPORT}" if self.artifacts else None
+            return result
+        ledger = Ledger(self.root)
+        with begin(self.root, self.recipe.name, self.recipe.to_yaml(), self._digest) as this_run:
+            ledger.mark_version()
+            with contextlib.ExitStack() as stack:
+                try:
+                    for each in planned:
+                        self._settle_stage(ledger, each.stage, this_run, stack)
+                except BaseException:
+                    self._finish_tracking("FAILED", result)
+                    raise
+                if self.tracker is None and this_run.state.tracking_run:
+                    # Killed between the last stage and the report: both are still due.
+                    self.tracker = self._start_tracking(this_run)
+                result.report = self._report(this_run)
+                self._finish_tracking("FINISHED", result)
         return result
 
-    def _walk(self, stack: contextlib.ExitStack) -> None:
-        ledger = Ledger(self.root)
-        for stage in self.stages:
-            self.hold.check()
+    def _run_before(self, planned: list[PlannedStage]) -> Run | None:
+        """Return the finished run of this recipe that stands on the same artifacts, if there is nothing to do."""
+        if any(each.state not in ("cached", "skipped") for each in planned):
+            return None
+        standing = {each.stage.name: each.reference if each.artifact else None for each in planned}
+        for earlier in all_runs(self.root):
+            if earlier.state.recipe == self._digest and earlier.state.state == "finished":
+                return earlier if {s.name: s.reference for s in earlier.state.stages} == standing else None
+        return None
+
+    def _settle_stage(self, ledger: Ledger, stage: Stage[Any], this_run: Run, stack: contextlib.ExitStack) -> None:
+        """Find a stage cached, or make its artifact while nobody else does."""
+        while True:
             # Planned again: a stage that ran since may have settled on another key, and hours later a vocabulary or a
             # file of prompts may be another one. What has not changed is remembered, not digested again.
             planned = plan_stage(self.recipe, ledger, stage, self.keys, self.selection)
-            self.keys[stage.name] = planned.reference
             if planned.state in ("cached", "skipped"):
+                self.keys[stage.name] = planned.reference
                 self._record(planned, planned.artifact, 0.0)
-                continue
-            self._check_upstream(stage)
-            if self.tracker is None:
-                self.tracker = self._start_tracking()
-                stack.enter_context(connect(self.recipe.cluster, debug=self.debug))
-            self._run_stage(ledger, planned, self.tracker)
+                break
+            with self._held(planned) as hold:
+                # Whoever held it may have finished it meanwhile, or replaced it by another generation.
+                now = plan_stage(self.recipe, ledger, stage, self.keys, self.selection)
+                if (now.key, now.state in ("cached", "skipped")) != (planned.key, False):
+                    continue
+                self.keys[stage.name] = now.reference
+                self._check_upstream(stage)
+                if self.tracker is None:
+                    self.tracker = self._start_tracking(this_run)
+                    stack.enter_context(connect(self.recipe.cluster, debug=self.debug))
+                self._run_stage(ledger, now, self.tracker, hold)
+                break
+        this_run.record(self.rows[-1], self.artifacts.get(stage.name))
+
+    @contextlib.contextmanager
+    def _held(self, planned: PlannedStage) -> Iterator[Hold]:
+        """Hold the artifact to be made, after whoever makes it now."""
+        name = planned.stage.name
+
+        def show(holder: Record) -> None:
+            self.observer.waiting(planned, holder["holder"], **holder["progress"])
+
+        place = self.root / LOCKS / f"{name}-{planned.key}"
+        what = f"{name} {planned.key} under {self.root.url}"
+        with exclusive(place, what=what, wait=show if self.wait else None, interrupt=True) as hold:
+            try:
+                yield hold
+            except KeyboardInterrupt:
+                # By the lease, if it is lost: then that is the reason to give.
+                hold.check()
+                raise
 
     def _check_upstream(self, stage: Stage[Any]) -> None:
         for name in stage.upstream:
@@ -118,27 +167,27 @@ class _Walk:
                 )
             self.artifacts[name].check_sizes()
 
-    def _run_stage(self, ledger: Ledger, planned: PlannedStage, tracker: Tracker) -> None:
+    def _run_stage(self, ledger: Ledger, planned: PlannedStage, tracker: Tracker, hold: Hold) -> None:
         stage, storage = planned.stage, ledger.storage(planned.stage.name, planned.key)
         self.observer.begin(planned)
-        # Whoever wrote them is dead: the root is ours, and this stage has no worker yet.
+        # Whoever wrote them is dead: the artifact is ours, and this stage has no worker yet.
         storage.remove_leftovers()
         started = time.monotonic()
-        writer = ArtifactWriter(stage.name, planned.key, storage)
-        count = _Count(stage.name, self.observer)
+        writer = ArtifactWriter(stage.name, planned.key, storage, grows=planned.artifact is not None)
+        count = _Count(stage.name, self.observer, hold)
         stage_tracker = self._track_stage(tracker, planned, storage)
-        details = self._call(planned, writer, count, stage_tracker)
+        details = self._call(planned, writer, count, stage_tracker, hold)
         seconds = time.monotonic() - started
         # A driver that slept too long was taken for dead: another one makes this artifact now, and it is not ours to
         # finish.
-        self.hold.check()
-        artifact = self._finish(ledger, planned, writer, details, seconds)
+        hold.check()
+        artifact = self._finish(ledger, planned, writer, details, seconds, hold)
         stage_tracker.finish("FINISHED")
         self.keys[stage.name] = artifact.reference
         self._record(planned, artifact, seconds, count.worked)
 
     def _call(
-        self, planned: PlannedStage, writer: ArtifactWriter, progress: Progress, tracker: StageTracker
+        self, planned: PlannedStage, writer: ArtifactWriter, progress: Progress, tracker: StageTracker, hold: Hold
     ) -> dict[str, Any]:
         """Call the stage's `run`; return the manifest's details."""
         stage = planned.stage
@@ -154,7 +203,8 @@ class _Walk:
                         progress=progress,
                         scratch=Path(scratch),
                         existing=planned.artifact,
-                        check=self.hold.check,
+                        check=hold.check,
+                        siblings=partial(self._siblings, planned),
                     )
                 )
         except BaseException as error:
@@ -164,8 +214,19 @@ class _Walk:
             raise
         return details
 
+    def _siblings(self, planned: PlannedStage) -> Iterator[tuple[Storage, FileTable]]:
+        # Whoever forces a stage does not trust what is there.
+        if planned.stage.name not in self.selection.force:
+            yield from Ledger(self.root).siblings(planned.stage.name, planned.key)
+
     def _finish(
-        self, ledger: Ledger, planned: PlannedStage, writer: ArtifactWriter, details: dict[str, Any], seconds: float
+        self,
+        ledger: Ledger,
+        planned: PlannedStage,
+        writer: ArtifactWriter,
+        details: dict[str, Any],
+        seconds: float,
+        hold: Hold,
     ) -> Artifact:
         """Write the manifest; return the artifact that stands for the stage from now on."""
         stage = planned.stage
@@ -180,9 +241,9 @@ class _Walk:
         )
         artifact = ledger.find(stage.name, planned.key)
         assert artifact is not None
-        return artifact if planned.state == "retried" else self._settle(ledger, planned, artifact)
+        return artifact if planned.state == "retried" else self._settle(ledger, planned, artifact, hold)
 
-    def _settle(self, ledger: Ledger, planned: PlannedStage, artifact: Artifact) -> Artifact:
+    def _settle(self, ledger: Ledger, planned: PlannedStage, artifact: Artifact, hold: Hold) -> Artifact:
         """Compare a forced re-run with the generation before it; return the artifact that stays current."""
         if generation := planned.identity.get("generation", 0):
             before = {**planned.identity, "generation": generation - 1}
@@ -190,7 +251,8 @@ class _Walk:
                 # The first one was made without --force, and its key without a generation.
                 before.pop("generation")
             if old := ledger.find(planned.stage.name, artifact_key(before)):
-                return ledger.supersede(old, artifact, logs=planned.stage.logs)
+                in_tasks = partial(for_each, check=hold.check)
+                return ledger.supersede(old, artifact, logs=planned.stage.logs, for_each=in_tasks)
         return artifact
 
     def _record(self, planned: PlannedStage, artifact: Artifact | None, seconds: float, worked: int = 0) -> None:
@@ -204,24 +266,18 @@ class _Walk:
         self.rows.append(row)
         self.observer.end(row)
 
-    def _start_tracking(self) -> Tracker:
+    def _start_tracking(self, this_run: Run) -> Tracker:
         """Begin the MLflow run of this pipeline run, or go on in the one that a killed or failed run began."""
         spool = Path(self.root.path() if self.root.is_local else ".") / ".tracking"
         tracker = Tracker(self.recipe.tracking, self.root, spool)
-        values = self.recipe.resolved()
-        tracker.start_pipeline(self.recipe.name, values, {"ldm.root": self.root.url}, resume_run_id=self._unfinished())
-        if tracker.run_id:
-            self.root.write_json(UNFINISHED, {"run_id": tracker.run_id, "recipe": self._digest})
+        values, tags = self.recipe.resolved(), {"ldm.root": self.root.url, "ldm.run_folder": this_run.folder.url}
+        tracker.start_pipeline(self.recipe.name, values, tags, resume_run_id=this_run.state.tracking_run)
+        this_run.track(tracker.run_id)
         return tracker
 
     @property
     def _digest(self) -> str:
-        return digest_json({name: section.identity() for name, section in self.recipe if isinstance(section, Config)})
-
-    def _unfinished(self) -> str | None:
-        """Return the MLflow run of a pipeline run of this recipe that was killed or failed."""
-        begun = self.root.read_json(UNFINISHED) if self.root.exists(UNFINISHED) else {}
-        return begun.get("run_id") if begun.get("recipe") == self._digest else None
+        return digest_json(self.recipe.identity())
 
     @staticmethod
     def _track_stage(tracker: Tracker, planned: PlannedStage, storage: Storage) -> StageTracker:
@@ -235,30 +291,29 @@ class _Walk:
     def _finish_tracking(self, status: Literal["FINISHED", "FAILED"], result: RunResult) -> None:
         if self.tracker:
             if status == "FINISHED":
-                self.root.remove(UNFINISHED)
                 self.tracker.pipeline.metrics(_headlines(self.artifacts))
             self.tracker.finish(status)
             self.tracker.close()
             result.run_id = self.tracker.run_id
 
-    def _report(self) -> str | None:
+    def _report(self, this_run: Run) -> str | None:
         if not self.artifacts:
             return None
-        # With everything cached the page would say the same, but for a table of what this run did: nothing.
-        if self.tracker or not self.root.exists(REPORT):
-            html = build_report(self.root, self.recipe.to_yaml(), self.rows, self.artifacts)
-            self.root.write_bytes(REPORT, html.encode())
+        html = build_report(self.root, self.recipe.to_yaml(), self.rows, self.artifacts).encode()
+        this_run.folder.write_bytes(REPORT, html)
+        # The newest run's, where people look first.
+        self.root.write_bytes(REPORT, html)
         if self.tracker:
-            with self.root.local_copy(REPORT) as path:
+            with this_run.folder.local_copy(REPORT) as path:
                 self.tracker.pipeline.artifact(path)
-        return f"{self.root.url}/{REPORT}"
+        return f"{this_run.folder.url}/{REPORT}"
 
 
 class _Count:
-    """Pass a stage's progress on to the observer, and count what this run has worked on."""
+    """Pass a stage's progress on to the observer and to runs that wait, and count what this run has worked on."""
 
-    def __init__(self, name: str, observer: RunObserver) -> None:
-        self._name, self._observer = name, observer
+    def __init__(self, name: str, observer: RunObserver, hold: Hold) -> None:
+        self._name, self._observer, self._hold = name, observer, hold
         self._first: int | None = None
         self._last = 0
 
@@ -267,6 +322,7 @@ class _Count:
         self._first = done if self._first is None else min(self._first, done)
         self._last = done
         self._observer.progress(self._name, done, total, **facts)
+        self._hold.tell(done=done, total=total, facts=facts)
 
     @property
     def worked(self) -> int:

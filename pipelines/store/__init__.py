@@ -8,6 +8,10 @@ filesystems     file systems by URL: the only user of fsspec
 failures        which failures are transient, and what a person is told of the others
 remembered      what a process remembers of a file until the file changes
 threads         many slow answers at once
-ledger          artifacts, committed file by file, finished by a manifest
-lock            one driver at a time
+listing         names and sizes in large folders, many pages at once
+ledger          artifacts: named, found, replaced
+manifest        what a finished artifact says of itself
+file_table      its files, as columns
+commits         files committed one by one while an artifact is made
+lock            one driver an artifact
 """

@@ -63,7 +63,7 @@ class ArtifactWriter:
         Raises:
             UserError: a committed file has another size now; it is never redone silently.
         """
-        table = self._recorded()
+        table = self.recorded(gather=True)
         if len(table):
             sizes = file_sizes(self.storage, table.names)
             for record in table:
@@ -81,14 +81,22 @@ class ArtifactWriter:
         self._check_size(record, self.storage.size(name))
         return True
 
-    def commit(self, name: str, *, rows: int = 0, sha256: str | None = None, content: str | None = None) -> FileRecord:
+    def commit(
+        self,
+        name: str,
+        *,
+        rows: int = 0,
+        sha256: str | None = None,
+        content: str | None = None,
+        origin: str | None = None,
+    ) -> FileRecord:
         """Record a file that is already in place as committed; an earlier record of it stands.
 
         Args:
             name: the file's path in the artifact's folder.
             rows: samples in the file.
             sha256: digest of its bytes, if the caller has computed it; else the file is read once more.
-            content: digest of what it holds, see `FileRecord`.
+            content, origin: digests of what it holds and of what it was made from, see `FileRecord`.
 
         Raises:
             UserError: the file is missing.
@@ -100,7 +108,7 @@ class ArtifactWriter:
                 sha256 = sha256_file(file)
         if (size := self.storage.size(name)) < 0:
             raise UserError(f"{self.storage.url}/{name} is missing: it cannot be committed")
-        record = FileRecord(name=name, rows=rows, bytes=size, sha256=sha256, content=content)
+        record = FileRecord(name=name, rows=rows, bytes=size, sha256=sha256, content=content, origin=origin)
         # Of several writers exactly one creates the record. The others take its rows and digest for theirs, also if
         # they wrote other bytes: what the record says is what later stages have been promised.
         if self.storage.create(_record_name(name), encode_json(record.model_dump())):
@@ -183,8 +191,12 @@ class ArtifactWriter:
         self.storage.remove(COMMITS)
         return manifest
 
-    def _recorded(self) -> FileTable:
-        """Return all records: of the manifest if the artifact grows, of the segments, and those in neither."""
+    def recorded(self, *, gather: bool = False) -> FileTable:
+        """Return all records, without a look at the files: of the manifest if the artifact grows, and of `commits/`.
+
+        Args:
+            gather: keep what had to be read one by one in a segment; for the artifact's driver alone.
+        """
         tables = [read_files(self.storage, read_manifest(self.storage).table)] if self.grows else []
         segments = self.storage / SEGMENTS
         names = segments.names("*.parquet")
@@ -196,6 +208,8 @@ class ArtifactWriter:
         read = map(records.read_json, fresh) if records.is_local else map_in_threads(records.read_json, fresh, _READERS)
         found = FileTable.of(FileRecord.model_validate(record) for record in read)
         merged = known.union(found)
+        if not gather:
+            return merged
         if len(names) > _MOST_SEGMENTS:
             self._write_segment(merged)
             for name in names:

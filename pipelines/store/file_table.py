@@ -1,10 +1,11 @@
-"""Files of an artifact as a columnar table: some hundred bytes a file in memory and fifty on disk, whatever their number.
+"""Files of an artifact as a columnar table: a hundred bytes a file in memory and fifty on disk, however many they are.
 
 name      string
 rows      int64      samples in the file; 0 for files that hold none
 bytes     int64
 sha256    binary(32) digest of the file
-content   binary(32) digest of what it holds without what depends on its place; null if nothing can be taken over
+content   binary(32) digest of what it holds, without what depends on its place; null if nothing is taken over
+origin    binary(32) digest of all that its bytes were made from; null likewise
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ class FileRecord(BaseModel):
         rows: samples in it; 0 for files that hold none.
         bytes: its size.
         sha256: hexadecimal digest of its bytes.
-        content: hexadecimal digest of what it holds, without what depends on its place (sample keys, shard number):
-            files with equal ones are interchangeable. None if nothing is to be taken over by it.
+        content: hexadecimal digest of what it holds, without what depends on its place (sample keys, shard number).
+            None if nothing is to be taken over by it.
+        origin: hexadecimal digest of all that its bytes were made from: files with equal ones are interchangeable.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -47,6 +49,7 @@ class FileRecord(BaseModel):
     bytes: int
     sha256: str
     content: str | None = None
+    origin: str | None = None
 
 
 class FileTable(Collection[FileRecord]):
@@ -74,6 +77,7 @@ class FileTable(Collection[FileRecord]):
             "bytes": [record.bytes for record in ordered],
             "sha256": [bytes.fromhex(record.sha256) for record in ordered],
             "content": [bytes.fromhex(record.content) if record.content else None for record in ordered],
+            "origin": [bytes.fromhex(record.origin) if record.origin else None for record in ordered],
         }
         return cls(pa.table(columns, schema=_schema()))
 
@@ -113,7 +117,11 @@ class FileTable(Collection[FileRecord]):
         return _record(self._table.slice(position, 1).to_pylist()[0])
 
     def get(self, name: str) -> FileRecord | None:
-        return self[name] if name in self else None
+        """Return the record of a file; None if there is none."""
+        try:
+            return self[name]
+        except KeyError:
+            return None
 
     @property
     def names(self) -> list[str]:
@@ -213,12 +221,13 @@ def _schema() -> pa.Schema:
             ("bytes", pa.int64()),
             ("sha256", digest),
             ("content", digest),
+            ("origin", digest),
         ]
     )
 
 
 def _record(values: dict[str, Any]) -> FileRecord:
-    content = values["content"]
+    content, origin = values["content"], values["origin"]
     # Not validated again: the columns have their types, and this is called for every file of an artifact.
     return FileRecord.model_construct(
         name=values["name"],
@@ -226,4 +235,5 @@ def _record(values: dict[str, Any]) -> FileRecord:
         bytes=values["bytes"],
         sha256=values["sha256"].hex(),
         content=content.hex() if content is not None else None,
+        origin=origin.hex() if origin is not None else None,
     )

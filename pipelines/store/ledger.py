@@ -8,9 +8,10 @@ differ does the old folder get a `superseded.json` that points to the new one.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -180,6 +181,16 @@ class Ledger:
         """Return the finished artifacts of a stage, by key."""
         keys = (self.root / stage).names()
         return [artifact for key in keys if (artifact := self.find(stage, key)) is not None]
+
+    def siblings(self, stage: str, key: str) -> Iterator[tuple[Storage, FileTable]]:
+        """Yield folder and committed files of every other artifact of a stage, finished or not."""
+        for other in (self.root / stage).names():
+            if other != key:
+                storage = self.storage(stage, other)
+                # From one that is damaged, or that somebody finishes just now, nothing is taken.
+                with contextlib.suppress(UserError):
+                    artifact = self.find(stage, other)
+                    yield storage, artifact.files if artifact else ArtifactWriter(stage, other, storage).recorded()
 
     def started(self, stage: str, key: str) -> bool:
         return self.storage(stage, key).exists()

@@ -101,9 +101,11 @@ def _list_numbers(ask: _Ask, numbers: _Numbers, found: dict[str, int]) -> None:
             starts = [f"{begin + index * numbers.a_page:0{numbers.width}d}" for index in range(wave + 1)]
             if len(starts[-1]) > numbers.width:
                 return
-            before, ended = len(found), False
-            for sizes, ended in threads.map(partial(_list_range, ask), starts, starts[1:]):
+            before = len(found)
+            ranges = list(threads.map(partial(_list_range, ask), starts, starts[1:]))
+            for sizes, _ in ranges:
                 found |= sizes
+            ended = ranges[-1][1]
             # Nor across a gap: numbers of another width may follow, far away.
             if ended or len(found) == before:
                 return
@@ -116,9 +118,9 @@ def _list_range(ask: _Ask, start: str, stop: str) -> tuple[dict[str, int], bool]
     sizes = dict(page.sizes)
     beyond = [name for name in sizes if name >= stop]
     if not beyond:
-        for page in _follow(ask, page):
-            sizes |= page.sizes
-            if beyond := [name for name in page.sizes if name >= stop]:
+        for following in _follow(ask, page):
+            sizes |= following.sizes
+            if beyond := [name for name in following.sizes if name >= stop]:
                 break
     inside = {name: size for name, size in sizes.items() if name < stop}
     return inside, not beyond or not _NUMBER.match(min(beyond))

@@ -1,27 +1,30 @@
-"""One driver per root: a second one is refused with the first one's identity, or takes over if the first is dead.
+"""One driver at a time: a second one waits for the first, is refused with its name, or takes over if it is dead.
 
-On a local root the kernel keeps the lock and releases it when its holder dies, however it dies. In an object store it
+On a local disk the kernel keeps the lock and releases it when its holder dies, however it dies. In an object store it
 is a lease, `.lock.json`, whose holder renews it by raising a counter with every heartbeat. Clocks of two machines are
 never compared: whoever finds a lease watches the counter for a few heartbeats on its own clock, and takes the lease
 over if the counter does not move. Renewal and takeover are conditional on the contents last seen, so that of two
 drivers exactly one succeeds, and a holder that was suspended finds out.
 
-A driver that lost its root may still finish a few files before it notices. That is harmless: the first commit of a file
-stands, and if two drivers may write different bytes (what servers answer) each writes to a place of its own first.
+A driver that lost its lease may still finish a few files before it notices. That is harmless: the first commit of a
+file stands, and if two drivers may write different bytes (what servers answer) each writes to a place of its own first.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import json
 import os
+import signal
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from pipelines.errors import UserError
 from pipelines.store.failures import MissingFileError
@@ -34,32 +37,55 @@ BEAT_S = 5.0
 WATCHED_BEATS = 4
 # A holder that could not reach the store for this many heartbeats stops by itself. It is far more than WATCHED_BEATS:
 # an outage of the store keeps everybody from taking over, too.
-PATIENCE_BEATS = 60
+PATIENCE_BEATS = 120
+# How often whoever waits for a local lock tries again, and how often its holder says how far it is.
+POLL_S = 1.0
+# How long a driver that lost its lease is left to notice by itself, before it is interrupted.
+GRACE_BEATS = 1
+
+# What a holder says of itself: `holder` (who it is), and `progress`, whatever it told last.
+Record = dict[str, Any]
 
 
 class Hold(Protocol):
-    """A held lock on a root."""
+    """A held lock."""
 
     def check(self) -> None:
         """Raise UserError if it is ours no longer."""
 
+    def tell(self, **progress: Any) -> None:
+        """Let those who wait know how far we are; JSON values. Costs nothing and may be called often."""
+
 
 @contextlib.contextmanager
-def exclusive(root: Storage, beat_s: float = BEAT_S) -> Iterator[Hold]:
-    """Hold a root alone while the block runs.
+def exclusive(
+    place: Storage,
+    beat_s: float = BEAT_S,
+    *,
+    what: str | None = None,
+    wait: Callable[[Record], None] | None = None,
+    interrupt: bool = False,
+) -> Iterator[Hold]:
+    """Hold a folder alone while the block runs.
 
     Args:
-        root: the folder; a local one is created.
+        place: the folder that the lock lies in; a local one is created.
         beat_s: seconds between two heartbeats, in object stores.
+        what: the thing that is locked, for messages; the folder by default.
+        wait: called again and again with what the present holder says of itself, until it has ended or died; whatever
+            it raises ends the waiting. Without it a place that is held is refused.
+        interrupt: interrupt the main thread, as Ctrl-C does, if the lease is lost and `check` is not called for a
+            heartbeat: work that waits long for one result stops too.
 
     Raises:
-        UserError: another process holds it (named by pid, host and since when), or the root cannot be written.
+        UserError: another process holds it (named by pid, host and since when), or the folder cannot be written.
     """
-    if root.is_local:
-        with _flock(root) as hold:
+    what = what or f"root {place.url}"
+    if place.is_local:
+        with _flock(place, what, wait) as hold:
             yield hold
         return
-    lease = _Lease(root, beat_s)
+    lease = _Lease(place, beat_s, what, wait, interrupt and threading.current_thread() is threading.main_thread())
     lease.take()
     try:
         yield lease
@@ -67,49 +93,110 @@ def exclusive(root: Storage, beat_s: float = BEAT_S) -> Iterator[Hold]:
         lease.release()
 
 
+def is_held(place: Storage) -> bool:
+    """Tell whether somebody seems to hold a folder: its lock is locked, or its lease has not been removed."""
+    if not place.is_local:
+        return place.exists(LEASE)
+    try:
+        with open(Path(place.path()) / LOCK, "r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
 def _identity() -> str:
     return f"pid {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S %z')}"
 
 
-def _in_use(root: Storage, holder: str) -> UserError:
-    return UserError(f"root {root.url} is in use by {holder}: wait for it, or choose another --root")
+def _in_use(what: str, holder: str) -> UserError:
+    return UserError(f"{what} is in use by {holder}: wait for it, or choose another --root")
 
 
 class _Flock:
-    # The kernel takes a lock from nobody who is alive.
+    """A lock that the kernel takes from nobody who is alive."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self._holder = _identity()
+        self._told_at = 0.0
+        self._write({})
+
     def check(self) -> None:
         return None
 
+    def tell(self, **progress: Any) -> None:
+        if time.monotonic() - self._told_at >= POLL_S:
+            self._write(progress)
+
+    def _write(self, progress: dict[str, Any]) -> None:
+        self._told_at = time.monotonic()
+        # A full disk must not end the work for it.
+        with contextlib.suppress(OSError):
+            self._file.seek(0)
+            self._file.truncate()
+            json.dump({"holder": self._holder, "progress": progress}, self._file)
+            self._file.flush()
+
 
 @contextlib.contextmanager
-def _flock(root: Storage) -> Iterator[_Flock]:
-    folder = Path(root.path())
+def _flock(place: Storage, what: str, wait: Callable[[Record], None] | None) -> Iterator[_Flock]:
+    folder = Path(place.path())
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise UserError(f"cannot write to root {root.url}: {error.strerror}; choose another with --root") from error
+        raise UserError(f"cannot write to {what}: {error.strerror}; choose another with --root") from error
     with os.fdopen(descriptor, "r+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise _in_use(root, file.read().strip() or "another process") from None
-        # For whoever is refused. The file stays: if it were removed, a driver that has just opened it would lock a
-        # file that nobody else can see.
-        file.truncate(0)
-        file.write(_identity())
-        file.flush()
-        yield _Flock()
-        file.truncate(0)
+        while not _try_flock(file, folder):
+            record = _read_holder(file)
+            if wait is None:
+                raise _in_use(what, record["holder"])
+            wait(record)
+            time.sleep(POLL_S)
+        yield _Flock(file)
+        # The file stays: if it were removed, a driver that has just opened it would lock a file that nobody else can
+        # see. But nobody shall be named who has ended.
+        file.seek(0)
+        file.truncate()
+
+
+def _try_flock(file: TextIO, folder: Path) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        name = errno.errorcode.get(error.errno or 0, str(error))
+        raise UserError(
+            f"the file system of {folder} cannot lock files ({name}): mount it with locks (Lustre: -o flock, NFS: with "
+            "lockd running), or choose another --root"
+        ) from error
+    return True
+
+
+def _read_holder(file: TextIO) -> Record:
+    file.seek(0)
+    try:
+        record: Record = json.loads(file.read())
+    except ValueError:
+        # It is just writing it.
+        return {"holder": "another process", "progress": {}}
+    return record
 
 
 class _Lease:
-    """The lease of one driver on a root in an object store, renewed by a thread of its own."""
+    """The lease of one driver in an object store, renewed by a thread of its own."""
 
-    def __init__(self, root: Storage, beat_s: float) -> None:
-        self.root, self.beat_s = root, beat_s
+    def __init__(
+        self, root: Storage, beat_s: float, what: str, wait: Callable[[Record], None] | None, interrupt: bool
+    ) -> None:
+        self.root, self.beat_s, self.what, self.wait, self.interrupt = root, beat_s, what, wait, interrupt
         self.token, self.holder = uuid.uuid4().hex, _identity()
         self.beat = 0
+        self.progress: dict[str, Any] = {}
         # The version of what we wrote last; None if the response was lost.
         self.version: str | None = None
         self.thief: str | None = None
@@ -129,7 +216,8 @@ class _Lease:
             # which shows once both have written.
             time.sleep(self.beat_s)
             if (found := self._read()) is None or found["token"] != self.token:
-                raise _in_use(self.root, found["holder"] if found else "another process")
+                self._wait_or_refuse(found or {"holder": "another process"})
+                continue
             break
         self.version, self.renewed_at = version, time.monotonic()
         self.thread.start()
@@ -142,14 +230,17 @@ class _Lease:
                 self._renew()
         if self.thief:
             raise UserError(
-                f"root {self.root.url} was taken over by {self.thief} while this run did not answer: this run stops; "
+                f"{self.what} was taken over by {self.thief} while this run did not answer: this run stops; "
                 "what it committed is kept"
             )
-        if (silent_s := time.monotonic() - self.renewed_at) > PATIENCE_BEATS * self.beat_s:
+        if (silent_s := self._silent_s) > PATIENCE_BEATS * self.beat_s:
             raise UserError(
                 f"{self.root.url}/{LEASE} could not be renewed for {silent_s:.0f} s: check the network and the store, "
                 "then run the same command again; what is committed is kept"
             )
+
+    def tell(self, **progress: Any) -> None:
+        self.progress = progress
 
     def release(self) -> None:
         """Remove the lease if it is still ours."""
@@ -160,18 +251,35 @@ class _Lease:
             if (found := self._read()) and found["token"] == self.token:
                 self.root.remove(LEASE)
 
-    def _record(self) -> bytes:
-        return encode_json({"holder": self.holder, "token": self.token, "beat": self.beat, "beat_s": self.beat_s})
+    @property
+    def _silent_s(self) -> float:
+        return time.monotonic() - self.renewed_at
 
-    def _read(self) -> dict[str, Any] | None:
+    def _record(self) -> bytes:
+        return encode_json(
+            {
+                "holder": self.holder,
+                "token": self.token,
+                "beat": self.beat,
+                "beat_s": self.beat_s,
+                "progress": self.progress,
+            }
+        )
+
+    def _read(self) -> Record | None:
         try:
-            record: dict[str, Any] = self.root.read_json(LEASE)
+            record: Record = self.root.read_json(LEASE)
         except MissingFileError:
             return None
         return record
 
+    def _wait_or_refuse(self, record: Record) -> None:
+        if self.wait is None:
+            raise _in_use(self.what, record["holder"])
+        self.wait({"progress": {}, **record})
+
     def _watch(self) -> str | None:
-        """Watch a lease for a few of its holder's heartbeats.
+        """Watch a lease for a few of its holder's heartbeats, or for as long as it lives if we may wait.
 
         Returns:
             The version of the lease if its counter stands still; None if it is gone.
@@ -188,13 +296,19 @@ class _Lease:
             if (now := self._read()) is None:
                 return None
             if (now["token"], now["beat"]) != (first["token"], first["beat"]):
-                raise _in_use(self.root, now["holder"])
+                self._wait_or_refuse(now)
+                return None
         return version
 
     def _renew_regularly(self) -> None:
         while not self.released.wait(self.beat_s) and not self.thief:
             with contextlib.suppress(UserError):
                 self._renew()
+            if self._silent_s > PATIENCE_BEATS * self.beat_s:
+                break
+        if self.interrupt and not self.released.wait(GRACE_BEATS * self.beat_s):
+            # What waits for one long result calls no `check`.
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     def _renew(self) -> None:
         with self.turn:

@@ -131,16 +131,19 @@ def test_only_refuses_to_run_without_what_it_reads(ldm: Ldm, recipe: Path, tmp_p
     assert "latents needs pairs, which is not finished" in one_line(err)
 
 
-def test_a_root_in_use_is_refused_with_its_holder(ldm: Ldm, recipe: Path, tmp_path: Path) -> None:
+def test_an_artifact_that_another_run_makes_is_refused_with_its_holder(ldm: Ldm, recipe: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
-    root.mkdir()
+    _, out, _ = ldm("plan", recipe, "--root", root, "--json")
+    lock = root / ".locks" / f"pairs-{json.loads(out)['stages'][0]['key']}" / ".lock"
+    lock.parent.mkdir(parents=True)
     holder = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
-    holder += "f.write('pid 4242 on elsewhere'); f.flush(); print('held', flush=True); time.sleep(600)"
-    process = subprocess.Popen([sys.executable, "-c", holder, root / ".lock"], stdout=subprocess.PIPE)
+    holder += """f.write('{"holder": "pid 4242 on elsewhere", "progress": {}}'); f.flush(); """
+    holder += "print('held', flush=True); time.sleep(600)"
+    process = subprocess.Popen([sys.executable, "-c", holder, lock], stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
         process.stdout.readline()
-        code, _, err = ldm("run", recipe, "--root", root)
+        code, _, err = ldm("run", recipe, "--root", root, "--no-wait")
     finally:
         process.kill()
         process.wait()

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from pipelines.stages.pairs.config import PairsConfig
+from pipelines.store.file_table import FileTable
 from tests.pipelines.stages.pairs.conftest import RunPairs
 from tests.pipelines.stages.pairs.web_server import Web, picture
 from tests.pipelines.store.s3 import BUCKET, KEY_ID, S3, SECRET, SESSION, Plan, environment
@@ -23,9 +24,9 @@ from tests.tiny import tiny_recipe
 ROWS = 60
 
 
-def start(recipe: Path, url: str) -> subprocess.Popen[str]:
+def start(recipe: Path, url: str, *options: str) -> subprocess.Popen[str]:
     """Start `ldm run --only pairs`, with a Ray of its own, whose workers see the store too."""
-    command = [sys.executable, "-m", "jobs.cli", "--debug", "run", str(recipe), "--only", "pairs", "--json"]
+    command = [sys.executable, "-m", "jobs.cli", "--debug", "run", str(recipe), "--only", "pairs", "--json", *options]
     return subprocess.Popen(
         command,
         env={**os.environ, **environment(url)},
@@ -77,7 +78,7 @@ def test_a_bad_network_and_a_dead_driver_change_nothing(
             time.sleep(0.1)
         assert first.poll() is None
         # A second driver is refused, by the name of the first; once that is dead, the next one takes over.
-        second = start(recipe, proxy.url)
+        second = start(recipe, proxy.url, "--no-wait")
         _, error = second.communicate(timeout=90)
         assert second.returncode == 1
         assert f"is in use by pid {first.pid}" in error
@@ -94,13 +95,15 @@ def test_a_bad_network_and_a_dead_driver_change_nothing(
 
     found = s3_server.objects(prefix)
     folder = next(key for key in found if key.endswith("manifest.json")).removesuffix("manifest.json")
+    manifest = json.loads(s3_server.read(f"{folder}manifest.json"))
+    table = FileTable.decode(s3_server.read(f"{folder}{manifest['table']}"))
     shards = {key.removeprefix(folder): key for key in found if key.endswith((".tar", ".parquet"))}
+    del shards[manifest["table"]]
     assert {name: s3_server.read(key) for name, key in shards.items()} == {
         name: whole.read_bytes(name) for name in whole.names("0*")
     }
-    manifest = json.loads(s3_server.read(f"{folder}manifest.json"))
     assert manifest["details"]["statuses"] == details["statuses"]
-    assert {file["name"] for file in manifest["files"]} == shards.keys()
+    assert set(table.names) == shards.keys()
     assert not any("/work/" in key for key in found)
     assert s3_server.uploads() == []
 

@@ -1,0 +1,193 @@
+"""The runs of a root: `ROOT/runs/RUN/` holds what each of them was asked for, did and reported.
+
+    recipe.yaml   the resolved recipe
+    run.json      state, stages with the artifacts that they stand for, MLflow run
+    report.html   the report; the newest run's is also ROOT/report.html
+
+A run that was killed or failed is continued by the next one of the same recipe. Artifacts that a run names are kept by
+`ldm gc`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipelines.errors import UserError
+from pipelines.run.results import StageRow
+from pipelines.store.ledger import Artifact
+from pipelines.store.lock import exclusive, is_held
+from pipelines.store.storage import Storage
+from pipelines.store.threads import map_in_threads
+
+RUNS = "runs"
+RECIPE = "recipe.yaml"
+STATE = "run.json"
+REPORT = "report.html"
+# Runs that are looked through for one to continue.
+_RECENT = 100
+
+State = Literal["running", "finished", "failed"]
+
+
+class StageState(BaseModel):
+    """What a run knows of one of its stages.
+
+    Attributes:
+        name: the stage's name.
+        state: what was done, or is being done.
+        key: the artifact's key.
+        reference: key and growth counter of the artifact that the run stands on; None if it is not finished.
+        rows, bytes, seconds: what it came to.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    name: str
+    state: str
+    key: str
+    reference: str | None = None
+    rows: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+class RunState(BaseModel):
+    """Contents of `run.json`."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    name: str
+    recipe: str
+    state: State
+    started_at: str
+    ended_at: str | None = None
+    tracking_run: str | None = None
+    stages: tuple[StageState, ...] = ()
+
+
+@dataclass
+class Run:
+    """One run, while it goes on.
+
+    Attributes:
+        root: the root it runs on.
+        id: its folder's name: when it began, the recipe's name, and a few random digits.
+        state: what `run.json` says.
+    """
+
+    root: Storage
+    id: str
+    state: RunState
+
+    @property
+    def folder(self) -> Storage:
+        return self.root / RUNS / self.id
+
+    def record(self, row: StageRow, artifact: Artifact | None) -> None:
+        """Write down what became of a stage."""
+        stage = StageState(
+            name=row.name,
+            state=row.state,
+            key=row.key,
+            reference=artifact.reference if artifact else None,
+            rows=row.rows,
+            bytes=row.bytes,
+            seconds=row.seconds,
+        )
+        others = tuple(each for each in self.state.stages if each.name != row.name)
+        self._update(stages=(*others, stage))
+
+    def track(self, tracking_run: str | None) -> None:
+        """Write down in which MLflow run this one is logged."""
+        self._update(tracking_run=tracking_run)
+
+    def end(self, state: State) -> None:
+        self._update(state=state, ended_at=_now())
+
+    def _update(self, **changes: Any) -> None:
+        changed = self.state.model_copy(update=changes)
+        if changed != self.state:
+            self.state = changed
+            self.folder.write_json(STATE, self.state.model_dump(mode="json"))
+
+
+@contextlib.contextmanager
+def begin(root: Storage, name: str, recipe: str, digest: str) -> Iterator[Run]:
+    """Begin a run, or go on with the newest one of the same recipe that was killed or failed.
+
+    Args:
+        root: the root.
+        name: the recipe's name.
+        recipe: the resolved recipe as YAML.
+        digest: of everything in the recipe that can change an output.
+
+    Raises:
+        UserError: the root cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        run = _continued(root, digest, stack) or _new(root, name, digest, stack)
+        run.folder.write_bytes(RECIPE, recipe.encode())
+        run.folder.write_json(STATE, run.state.model_dump(mode="json"))
+        try:
+            yield run
+        except BaseException:
+            # A store that is away must not hide why the run failed.
+            with contextlib.suppress(UserError):
+                run.end("failed")
+            raise
+        run.end("finished")
+
+
+def all_runs(root: Storage, newest: int | None = None) -> list[Run]:
+    """Return the runs of a root, the newest first; those without a readable state are left out."""
+    names = sorted((root / RUNS).names(), reverse=True)[:newest]
+    read = map_in_threads(lambda name: (name, _read(root / RUNS / name)), names)
+    return [Run(root, name, state) for name, state in read if state is not None]
+
+
+def is_running(run: Run) -> bool:
+    """Tell whether a run's driver seems to be at work."""
+    return run.state.state == "running" and is_held(_lock(run.root, run.id))
+
+
+def _new(root: Storage, name: str, digest: str, stack: contextlib.ExitStack) -> Run:
+    plain = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:40] or "run"
+    run_id = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{plain}-{uuid.uuid4().hex[:4]}"
+    stack.enter_context(exclusive(_lock(root, run_id), what=f"root {root.url}"))
+    return Run(root, run_id, RunState(name=name, recipe=digest, state="running", started_at=_now()))
+
+
+def _continued(root: Storage, digest: str, stack: contextlib.ExitStack) -> Run | None:
+    for run in all_runs(root, _RECENT):
+        if run.state.recipe == digest and run.state.state != "finished":
+            try:
+                stack.enter_context(exclusive(_lock(root, run.id)))
+            except UserError:
+                # Its driver lives, or somebody was quicker.
+                continue
+            return Run(root, run.id, run.state.model_copy(update={"state": "running", "ended_at": None}))
+    return None
+
+
+def _lock(root: Storage, run_id: str) -> Storage:
+    return root / ".locks" / f"run-{run_id}"
+
+
+def _read(folder: Storage) -> RunState | None:
+    try:
+        return RunState.model_validate(folder.read_json(STATE))
+    except (UserError, ValidationError):
+        return None
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
