@@ -1,10 +1,14 @@
 """The base of every typed configuration: unknown keys are refused; each field says whether it can change the output."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import to_jsonable_python
+
+# Stands for the default of a setting that has none.
+REQUIRED = object()
 
 
 class Config(BaseModel):
@@ -13,13 +17,58 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     def identity(self) -> dict[str, Any]:
-        """Return the fields that can change the output, as JSON values, for the artifact's key."""
+        """Return what an artifact's key is made of: the settings that differ from their defaults, as JSON values.
+
+        A field that is added later, with what was done before as its default, therefore keeps every key. In return, a
+        default that changes must raise the format version of its stage (tests/jobs/test_golden_defaults.py).
+        """
+        found: dict[str, Any] = identity_of(self)
+        return found
+
+    def settings(self) -> dict[str, Any]:
+        """Return all fields that can change the output, defaults too, as JSON values."""
         values = self.model_dump(mode="json")
         return {
-            name: (inner.identity() if isinstance(inner := getattr(self, name), Config) else values[name])
+            name: (inner.settings() if isinstance(inner := getattr(self, name), Config) else values[name])
             for name, field in type(self).model_fields.items()
             if not is_runtime(field)
         }
+
+
+def identity_of(value: Any) -> Any:
+    """Return the JSON value that stands for a setting in a key; of configurations only what differs from defaults."""
+    if isinstance(value, Config) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
+        return {
+            name: found
+            for name, default in defaults_of(type(value)).items()
+            if (found := identity_of(getattr(value, name))) != default
+        }
+    if isinstance(value, Mapping):
+        return {str(name): identity_of(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [identity_of(inner) for inner in value]
+    return to_jsonable_python(value)
+
+
+def defaults_of(config: type[Any]) -> dict[str, Any]:
+    """Return what keys leave out: the default of every field that can change the output, in the form of `identity_of`.
+
+    Args:
+        config: a `Config`, or a dataclass of `ldm_core.configs`. A field without a default has REQUIRED.
+    """
+    if issubclass(config, Config):
+        return {
+            name: REQUIRED if field.is_required() else identity_of(field.get_default(call_default_factory=True))
+            for name, field in config.model_fields.items()
+            if not is_runtime(field)
+        }
+    return {field.name: _default_of(field) for field in dataclasses.fields(config)}
+
+
+def _default_of(field: "dataclasses.Field[Any]") -> Any:
+    if field.default is not dataclasses.MISSING:
+        return identity_of(field.default)
+    return identity_of(field.default_factory()) if field.default_factory is not dataclasses.MISSING else REQUIRED
 
 
 def runtime(default: Any = ..., **options: Any) -> Any:

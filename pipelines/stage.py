@@ -108,6 +108,10 @@ def _no_inputs(config: Any) -> dict[str, str]:
     return {}
 
 
+def _depends_on_all(config: Any) -> None:
+    return None
+
+
 def _unknown(sections: Sections, before: Mapping[str, Estimate]) -> Estimate:
     return Estimate()
 
@@ -128,12 +132,14 @@ class Stage(Generic[ConfigT]):
         estimate: what it will come to, from the recipe's sections and the estimates of earlier stages. Leaves out
             seconds, which are scaled from earlier runs.
         uses_seed: whether the recipe's seed can change its output.
+        self_contained: the settings that, with `inputs`, are all that can change the output under this config; None if
+            the other settings, the seed and the upstream artifacts count too.
         may_grow: whether this config asks to add to a finished artifact; None if that never happens.
         unit: what `progress` counts, in the plural; None if a rate of it says nothing.
         headlines: keys of `details` that the pipeline's MLflow run shows, so that runs can be compared in one table.
         local_inputs: dotted fields of its config that may name files of the submitting machine.
-        logs: committed files, or folders ending in "/", whose contents depend on how often something is logged; they
-            do not count when two artifacts are compared.
+        logs: committed files, or folders ending in "/", whose contents do not follow from the key but, say, from how
+            often something is logged; they do not count when two artifacts are compared, and no later stage reads them.
         outputs: files that a person opens, by display name.
         survey: facts of an artifact that is not finished yet, for `ldm inspect`.
         view: facts of an artifact, as `ldm inspect` gives them, for a terminal; None shows them as they are.
@@ -150,6 +156,7 @@ class Stage(Generic[ConfigT]):
     check: Callable[[Sections], None] = _nothing_to_check
     estimate: Callable[[Sections, Mapping[str, Estimate]], Estimate] = _unknown
     uses_seed: bool = True
+    self_contained: Callable[[ConfigT], dict[str, Any] | None] = _depends_on_all
     may_grow: Callable[[ConfigT, Artifact], bool] | None = None
     unit: str | None = None
     headlines: tuple[str, ...] = ()
@@ -168,12 +175,13 @@ class Stage(Generic[ConfigT]):
             seed: the recipe's seed.
             upstream_keys: the reference of each upstream artifact.
         """
+        identity = {"stage": self.name, "format_version": self.format_version, "inputs": self.inputs(config)}
+        if (settings := self.self_contained(config)) is not None:
+            return {**identity, "config": settings}
         return {
-            "stage": self.name,
-            "format_version": self.format_version,
+            **identity,
             "config": config.identity(),
             "upstream": dict(upstream_keys),
-            "inputs": self.inputs(config),
             **({"seed": seed} if self.uses_seed else {}),
         }
 

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from pipelines.config import Config
 from pipelines.shards.format import encode_npy, write_shard
 from pipelines.stage import Stage, StageContext
 from pipelines.stages.pairs.artifact import PAIRS_FORMAT
+from pipelines.stages.pairs.shard.files import write_table
 from pipelines.store.ledger import Artifact, ArtifactWriter
 from pipelines.store.storage import Storage
 from pipelines.tracking import null_stage_tracker
@@ -39,9 +41,18 @@ def pairs_artifact(root: Path, *, rows: tuple[int, ...] = (5, 0, 4), side: int =
     writer = ArtifactWriter("pairs", name, Storage(str(root)) / "pairs" / name)
     random = np.random.default_rng(0)
     for shard, count in enumerate(rows):
+        samples = [pair_sample(random, f"{shard:05d}{row:04d}", side) for row in range(count)]
         with writer.storage.writer(f"{shard:06d}.tar") as path:
-            write_shard(path, [pair_sample(random, f"{shard:05d}{row:04d}", side) for row in range(count)])
+            write_shard(path, samples)
         writer.commit(f"{shard:06d}.tar", rows=count)
+        captions = [json.loads(files["json"])["captions"] for _, files in samples]
+        columns = {
+            "key": pa.array([key for key, _ in samples], pa.string()),
+            "status": pa.array(["ok"] * count, pa.string()),
+            "captions": pa.array(captions, pa.list_(pa.string())),
+        }
+        write_table(writer.storage, shard, pa.table(columns))
+        writer.commit(f"{shard:06d}.parquet")
     return finish(writer, {"samples": sum(rows), "image_size": side}, PAIRS_FORMAT)
 
 

@@ -6,7 +6,7 @@ Given BERT's vocabulary the ids are those of `bert-base-uncased`; `build_vocabul
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -57,6 +57,11 @@ def parse_vocabulary(data: bytes, *, source: str) -> list[str]:
 
 
 def build_vocabulary(captions: Iterable[str], *, size: int) -> list[str]:
+    """Build a WordPiece vocabulary of whole words: `vocabulary_of` the words of these captions."""
+    return vocabulary_of(count_words(captions), size=size)
+
+
+def vocabulary_of(words: Mapping[str, int], *, size: int) -> list[str]:
     """Build a WordPiece vocabulary of whole words for a small data set.
 
     The special tokens come first, then the characters seen and their continuations (at most half of the remaining
@@ -64,7 +69,7 @@ def build_vocabulary(captions: Iterable[str], *, size: int) -> list[str]:
     result depends on the multiset of captions alone.
 
     Args:
-        captions: the data set's captions, each as often as it occurs.
+        words: how often each word occurs in the data set's captions, as `count_words` counts them.
         size: largest number of tokens in the vocabulary.
 
     Returns:
@@ -77,7 +82,6 @@ def build_vocabulary(captions: Iterable[str], *, size: int) -> list[str]:
     # word pieces, and it would change the bytes of vocab.txt, on which the artifacts' keys depend.
     if not 16 <= size <= MAX_VOCABULARY_SIZE:
         raise ValueError(f"vocabulary size must be between 16 and {MAX_VOCABULARY_SIZE}, got {size}")
-    words = _count_words(captions)
     characters: Counter[str] = Counter()
     for word, count in words.items():
         for character in word:
@@ -85,10 +89,10 @@ def build_vocabulary(captions: Iterable[str], *, size: int) -> list[str]:
     vocabulary = list(SPECIAL_TOKENS)
     # Each character takes two tokens: at the start of a word and, marked by ##, within it.
     room_for_characters = (size - len(vocabulary)) // 4
-    spelt = sorted(_most_frequent(characters)[:room_for_characters])
+    spelt = sorted(most_frequent(characters)[:room_for_characters])
     vocabulary += spelt + [f"##{character}" for character in spelt]
     known = set(vocabulary)
-    new_words = [word for word in _most_frequent(words) if word not in known]
+    new_words = [word for word in most_frequent(words) if word not in known]
     return vocabulary + new_words[: size - len(vocabulary)]
 
 
@@ -97,7 +101,7 @@ def storable(caption: str) -> str:
     return caption.encode("utf-8", "replace").decode("utf-8")
 
 
-def _count_words(captions: Iterable[str]) -> Counter[str]:
+def count_words(captions: Iterable[str]) -> Counter[str]:
     """Count how often each word occurs, words being what BERT splits a caption into before WordPiece."""
     from tokenizers.pre_tokenizers import BertPreTokenizer
 
@@ -109,7 +113,8 @@ def _count_words(captions: Iterable[str]) -> Counter[str]:
     return Counter({word: count for word, count in words.items() if len(word) <= MAX_WORD_CHARACTERS})
 
 
-def _most_frequent(counts: Counter[str]) -> list[str]:
+def most_frequent(counts: Mapping[str, int]) -> list[str]:
+    """Return words by falling frequency, ties in alphabetical order."""
     return sorted(counts, key=lambda item: (-counts[item], item))
 
 

@@ -91,7 +91,8 @@ def map_on_actors(
     # keeps some thousand bytes per block, so that beyond a limit a block holds several items.
     dataset = ray.data.from_items(list(items), override_num_blocks=min(len(items), MAX_BLOCKS)).map(
         _Reporting,  # type: ignore[arg-type]
-        fn_constructor_kwargs={"worker": worker, "arguments": arguments},
+        # Once for all actors: Ray would otherwise send each of them its own. Arrays a node's actors share.
+        fn_constructor_kwargs={"worker": worker, "arguments": ray.put(arguments)},
         compute=ray.data.ActorPoolStrategy(
             size=size.workers,
             max_concurrent_calls_per_actor=calls_at_once,
@@ -113,10 +114,10 @@ def map_on_actors(
 class _Reporting:
     """A worker that returns its UserErrors as data, because Ray Data rewrites the messages of exceptions."""
 
-    def __init__(self, *, worker: type[Worker], arguments: dict[str, Any]) -> None:
+    def __init__(self, *, worker: type[Worker], arguments: ray.ObjectRef[dict[str, Any]]) -> None:
         self.error = ""
         try:
-            self.work = worker(**arguments)
+            self.work = worker(**ray.get(arguments))
         except Exception as error:
             self.error = _message(error)
 

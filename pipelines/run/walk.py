@@ -234,7 +234,8 @@ class _Walk:
             format_version=stage.format_version,
             config=planned.config.model_dump(mode="json"),
             identity=planned.identity,
-            upstream={name: self.keys[name] for name in stage.upstream},
+            # What the key depends on: an imported first stage is not made from the pairs that it is shown on.
+            upstream=planned.identity.get("upstream", {}),
             details=details,
             seconds=seconds,
             code_version=__version__,
@@ -277,14 +278,14 @@ class _Walk:
 
     @property
     def _digest(self) -> str:
-        return digest_json(self.recipe.identity())
+        return digest_json(self.recipe.settings())
 
     @staticmethod
     def _track_stage(tracker: Tracker, planned: PlannedStage, storage: Storage) -> StageTracker:
         begun = storage.read_json(TRACKING) if storage.exists(TRACKING) else {}
         stage_tracker = tracker.stage(planned.stage.name, planned.key, resume_run_id=begun.get("run_id"))
         if not begun:
-            stage_tracker.params(planned.identity["config"])
+            stage_tracker.params(planned.config.settings())
             storage.write_json(TRACKING, {"run_id": stage_tracker.run_id})
         return stage_tracker
 

@@ -22,7 +22,8 @@ from pipelines.shards.tar_headers import FileBytes, TarError, members
 class ShardWriter:
     """Write a tar of samples, one after the other; the same samples give the same bytes on any machine.
 
-    Use it as a context manager. Afterwards `rows`, `bytes` and `sha256` say what was written.
+    Use it as a context manager. Afterwards `rows`, `bytes` and `sha256` say what was written, and `content` is a digest
+    of the samples in order without their keys: shards of equal content hold the same samples, wherever they stand.
 
     Args:
         path: a local file, written in place (put it under `Storage.writer` to make it appear whole).
@@ -31,7 +32,7 @@ class ShardWriter:
     def __init__(self, path: Path | str) -> None:
         self.rows = self.bytes = 0
         self._keys: set[str] = set()
-        self._digest = hashlib.sha256()
+        self._digest, self._content = hashlib.sha256(), hashlib.sha256()
         self._file = open(path, "wb")  # noqa: SIM115 (closed by __exit__)
 
     def __enter__(self) -> "ShardWriter":
@@ -44,8 +45,12 @@ class ShardWriter:
         assert key not in self._keys, f"sample key {key} written twice"
         self._keys.add(key)
         self.rows += 1
+        # With lengths, so that no two lists of samples are the same bytes.
+        self._content.update(b"%d\n" % len(files))
         for extension in sorted(files):
             data = files[extension]
+            self._content.update(f"{extension} {len(data)}\n".encode())
+            self._content.update(data)
             self._write(_header(f"{key}.{extension}", len(data)))
             self._write(data)
             if rest := len(data) % tarfile.BLOCKSIZE:
@@ -62,6 +67,10 @@ class ShardWriter:
     @property
     def sha256(self) -> str:
         return self._digest.hexdigest()
+
+    @property
+    def content(self) -> str:
+        return self._content.hexdigest()
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import overload
+
+import numpy as np
 
 from pipelines.errors import UserError
 from pipelines.shards.samples import Sample, Span, samples, span
@@ -31,6 +34,33 @@ class TarIndex:
 
     rows: int
     marks: array[int] = field(repr=False)
+
+
+class TarIndexes(Sequence[TarIndex]):
+    """The indexes of many tars in a few arrays, which the workers of a node share."""
+
+    def __init__(self, indexes: Iterable[TarIndex]) -> None:
+        rows, ends, marks = array("q"), array("q"), array("q")
+        for index in indexes:
+            rows.append(index.rows)
+            marks += index.marks
+            ends.append(len(marks))
+        self._rows, self._ends, self._marks = (np.array(each, np.int64) for each in (rows, ends, marks))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, tar: int) -> TarIndex: ...
+    @overload
+    def __getitem__(self, tar: slice) -> list[TarIndex]: ...
+    def __getitem__(self, tar: int | slice) -> TarIndex | list[TarIndex]:
+        if isinstance(tar, slice):
+            return [self[each] for each in range(*tar.indices(len(self)))]
+        rows, end = int(self._rows[tar]), self._ends[tar]
+        number = tar % len(self)
+        marks = self._marks[self._ends[number - 1] if number else 0 : end]
+        return TarIndex(rows, array("q", marks.tolist()))
 
 
 def index_tar(url: str) -> TarIndex:

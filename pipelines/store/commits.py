@@ -9,7 +9,6 @@ manifest.json                 written last, names the table; then `commits/` is 
 
 from __future__ import annotations
 
-import hashlib
 import time
 import uuid
 from collections import Counter
@@ -20,7 +19,7 @@ from typing import Any
 
 from pipelines.errors import UserError
 from pipelines.store.file_table import FileRecord, FileTable
-from pipelines.store.manifest import MANIFEST, Manifest, read_files, read_manifest
+from pipelines.store.manifest import MANIFEST, Manifest, read_files, read_manifest, write_files
 from pipelines.store.storage import Storage, encode_json, sha256_file
 from pipelines.store.threads import map_in_threads
 
@@ -166,11 +165,6 @@ class ArtifactWriter:
             seconds: how long the stage took.
             code_version: version of this package.
         """
-        table = self.committed()
-        data = table.encode()
-        # By its content: a reader of the manifest before this one still finds the table that it names.
-        name = f"files-{hashlib.sha256(data).hexdigest()[:16]}.parquet"
-        self.storage.write_bytes(name, data)
         manifest = Manifest(
             stage=self.stage,
             key=self.key,
@@ -181,10 +175,7 @@ class ArtifactWriter:
             upstream=upstream,
             details=details,
             seconds=round(seconds, 3),
-            rows=table.rows,
-            bytes=table.bytes,
-            files=len(table),
-            table=name,
+            **write_files(self.storage, self.committed()),
         )
         self.storage.write_json(MANIFEST, manifest.model_dump(mode="json"))
         # Whoever dies here leaves records that say what the table says.

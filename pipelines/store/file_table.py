@@ -172,7 +172,7 @@ class FileTable(Collection[FileRecord]):
         """
         digest = hashlib.sha256()
         for record in self:
-            if not any(is_in(record.name, place) for place in leave_out):
+            if not any(_is_in(record.name, place) for place in leave_out):
                 digest.update(f"{record.name}\0{record.sha256}\n".encode())
         return digest.hexdigest()
 
@@ -205,7 +205,7 @@ class _Names:
         return str(self._names[position].as_py())
 
 
-def is_in(name: str, place: str) -> bool:
+def _is_in(name: str, place: str) -> bool:
     """Tell whether a file is `place`, or lies in it if that is a folder (ends in "/")."""
     return name.startswith(place) if place.endswith("/") else name == place
 

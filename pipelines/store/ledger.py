@@ -21,8 +21,8 @@ from pipelines.store.commits import COMMITS as COMMITS
 from pipelines.store.commits import ArtifactWriter as ArtifactWriter
 from pipelines.store.commits import file_sizes
 from pipelines.store.file_table import FileRecord as FileRecord
-from pipelines.store.file_table import FileTable, is_in
-from pipelines.store.manifest import LEDGER_VERSION, TOO_OLD, Manifest, read_files
+from pipelines.store.file_table import FileTable
+from pipelines.store.manifest import LEDGER_VERSION, TOO_OLD, Manifest, read_files, write_files
 from pipelines.store.manifest import MANIFEST as MANIFEST
 from pipelines.store.manifest import read_manifest as read_manifest
 from pipelines.store.storage import Storage, encode_json, sha256_file
@@ -201,7 +201,8 @@ class Ledger:
         """Settle a forced re-run, and return the artifact that stands.
 
         If the contents are equal, the old artifact stays (healed where a file of it was damaged) and the new one goes.
-        Otherwise the old one stays on disk, and its key points to the new one from now on.
+        Otherwise the old one stays on disk, and its key points to the new one from now on. A damaged log that the new
+        one wrote otherwise cannot be healed from it, and is taken out of the old one.
 
         Args:
             old: the artifact before the re-run.
@@ -218,20 +219,33 @@ class Ledger:
             return new
         step = max(_FILES_A_TASK, -(-len(old.files) // _MOST_TASKS))
         groups = range(0, len(old.files), step)
-        for _ in for_each(partial(_heal, old, new, step, logs), groups):
-            pass
+        lost = [name for names in for_each(partial(_heal, old, new, step), groups) for name in names]
+        if lost:
+            kept = write_files(old.storage, old.files.without(lost))
+            old.storage.write_json(MANIFEST, old.manifest.model_copy(update=kept).model_dump(mode="json"))
+            for name in lost:
+                old.storage.remove(name)
+            old = Artifact(old.stage, old.key, old.storage)
         # In this order, so that what is left after a kill is an unfinished artifact, never one that looks whole.
         for name in (MANIFEST, DETAILS, COMMITS, ""):
             new.storage.remove(name)
         return old
 
 
-def _heal(old: Artifact, new: Artifact, count: int, logs: tuple[str, ...], first: int) -> None:
-    """Replace what is damaged of `count` files of the old artifact, from the `first` one on, by the new one's."""
+def _heal(old: Artifact, new: Artifact, count: int, first: int) -> list[str]:
+    """Replace what is damaged of `count` files of the old artifact, from the `first` one on, by the new one's.
+
+    Returns:
+        Names of the damaged logs: what the new run logged is not what the old one's record says.
+    """
+    lost = []
     for record in FileTable(old.files.table.slice(first, count)):
-        # A log of the new run is not what the old one's record says.
-        if not any(is_in(record.name, log) for log in logs) and not _intact(old.storage, record):
-            new.storage.copy(record.name, old.storage)
+        if not _intact(old.storage, record):
+            if new.files.get(record.name) == record:
+                new.storage.copy(record.name, old.storage)
+            else:
+                lost.append(record.name)
+    return lost
 
 
 def _intact(storage: Storage, record: FileRecord) -> bool:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 STAGE_NAME = "autoencoder"
 FORMAT_VERSION = 1
 FOLDER = "first_stage"
+RECONSTRUCTIONS = "reconstructions.png"
 
 
 def load_first_stage(artifact: Artifact, device: Any = "cpu") -> FirstStage:
@@ -119,7 +120,7 @@ def commit_first_stage(
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             writer.commit_once(f"{FOLDER}/{name}", partial(shutil.copyfile, Path(folder) / name))
     png = test.grid_png(first_stage, device)
-    writer.commit_once("reconstructions.png", lambda path: path.write_bytes(png))
+    writer.commit_once(RECONSTRUCTIONS, lambda path: path.write_bytes(png))
     with writer.storage.open(f"{FOLDER}/{WEIGHTS_FILE}") as file:
         digest = sha256_file(file)
     return {

@@ -2,6 +2,8 @@
 
 Writes `first_stage/model.safetensors`, `first_stage/config.json`, `reconstructions.png` (originals above
 reconstructions), and if it trains `history.json` and `previews/step_NNNNNNNN.png`.
+
+An imported first stage is its weights and its model: recipes with other pairs, seeds or losses share one artifact.
 """
 
 from __future__ import annotations
@@ -10,8 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldm_core.configs.parameter_count import first_stage_parameters
+from pipelines.config import identity_of
 from pipelines.stage import Estimate, Section, Sections, Stage, StageContext
-from pipelines.stages.autoencoder.artifact import FORMAT_VERSION, STAGE_NAME, weights_file
+from pipelines.stages.autoencoder.artifact import FORMAT_VERSION, RECONSTRUCTIONS, STAGE_NAME, weights_file
 from pipelines.stages.autoencoder.config import AutoencoderConfig
 from pipelines.store.ledger import Artifact
 from pipelines.store.storage import sha256_file
@@ -34,7 +37,12 @@ def _section(artifact: Artifact) -> Section:
 
 
 def _inputs(config: AutoencoderConfig) -> dict[str, str]:
-    return {"weights": sha256_file(weights_file(config.weights))} if config.weights else {}
+    return {"weights": sha256_file(weights_file(config.weights))} if config.weights is not None else {}
+
+
+def _self_contained(config: AutoencoderConfig) -> dict[str, Any] | None:
+    """Return the model of a first stage that is imported: whatever else a recipe says, its weights stay the same."""
+    return {"model": identity_of(config.model)} if config.weights is not None else None
 
 
 def _estimate(sections: Sections, before: Mapping[str, Estimate]) -> Estimate:
@@ -60,9 +68,11 @@ STAGE = Stage(
     section=_section,
     check=_check,
     inputs=_inputs,
+    self_contained=_self_contained,
     estimate=_estimate,
     unit="steps",
     headlines=("final_loss", "psnr_db"),
     local_inputs=("weights",),
-    logs=LOGS,
+    # The picture of an import is of the pairs that happened to be there first.
+    logs=(*LOGS, RECONSTRUCTIONS),
 )

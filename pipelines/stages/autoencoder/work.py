@@ -19,7 +19,6 @@ from pipelines.stages.autoencoder.learner import AutoencoderTask
 from pipelines.stages.autoencoder.pictures import held_out
 from pipelines.stages.autoencoder.reconstruction import SHOWN, ReconstructionTest
 from pipelines.stages.pairs.artifact import Pictures, open_pairs
-from pipelines.store.storage import sha256_file
 from pipelines.training.fit import finished, fit
 
 
@@ -64,7 +63,9 @@ def _import(context: StageContext[AutoencoderConfig], config: AutoencoderConfig)
     reader.close()
     details = commit_first_stage(context.writer, first_stage, test, device)
     context.tracker.metrics({"reconstruction/psnr_db": details["psnr_db"]}, step=0)
-    return details
+    # Recipes with other pairs share this artifact: a figure measured on these is none of its own, but says of which.
+    check = {name: details.pop(name) for name in ("psnr_db", "psnr_pictures", "psnr_held_out")}
+    return {**details, "import_check": {"pairs": context.upstream["pairs"].reference, **check}}
 
 
 def _checked_reader(context: StageContext[AutoencoderConfig], config: AutoencoderConfig) -> Any:
@@ -80,7 +81,3 @@ def _checked_reader(context: StageContext[AutoencoderConfig], config: Autoencode
             f"set pairs.image_size to a multiple of {factor} and pairs.resize=center_crop"
         )
     return reader
-
-
-def _inputs(config: AutoencoderConfig) -> dict[str, str]:
-    return {"weights": sha256_file(weights_file(config.weights))} if config.weights else {}

@@ -13,7 +13,8 @@ class TokenizerConfig(Config):
     Args:
         vocabulary: a WordPiece `vocab.txt` (bert-base-uncased's, for the paper's models); None builds one from the
             captions. The file's sha256 is part of the key, its path is not.
-        size: number of entries of a vocabulary built from the captions.
+        size: number of entries of a vocabulary built from the captions. Of data sets with up to a million distinct
+            words all are counted; with more than twice as many, those that are rare so far are forgotten.
         max_length: tokens per caption, [CLS] and [SEP] included; longer captions are cut, shorter ones padded.
     """
 

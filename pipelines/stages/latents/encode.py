@@ -21,20 +21,15 @@ from numpy.typing import NDArray
 from ldm_core.images import to_unit_range
 from pipelines.compute.actor_pool import prepare_torch
 from pipelines.errors import UserError
-from pipelines.shards.format import decode_npy, encode_npy, read_shard, write_shard
+from pipelines.shards.format import ShardWriter, decode_npy, encode_npy, read_shard
 from pipelines.stages.autoencoder.artifact import load_first_stage
 from pipelines.stages.latents.config import LatentsConfig
-from pipelines.stages.latents.statistics import LatentSums, total
+from pipelines.stages.latents.statistics import LatentSums, statistics_name, total
 from pipelines.stages.latents.vocabulary import load_vocabulary
 from pipelines.stages.pairs.artifact import decode_image, image_of, sample_captions
-from pipelines.store.ledger import Artifact, ArtifactWriter
+from pipelines.store.ledger import Artifact, ArtifactWriter, FileRecord
 
 BATCHES_AHEAD = 3
-
-
-def statistics_name(shard: str) -> str:
-    """Return the name of the file with the sums over a shard's latents: `stats/000000.json`."""
-    return f"stats/{shard.removesuffix('.tar')}.json"
 
 
 @dataclass(frozen=True)
@@ -80,27 +75,35 @@ class EncodeShard:
 
         Args:
             item: `shard` (its name), `rows` and `bytes` (of the pairs shard, from its manifest), `encoded` (true if
-                the latents are committed, and only their sums are missing).
+                the latents are committed, and only their sums are missing), `origin` and `content` (of the latents).
+
+        Returns:
+            `rows`, and `records` of the files committed.
 
         Raises:
             UserError: the pairs shard is missing or damaged, its pictures do not fit the first stage, or its encoding
                 is not finite.
         """
-        shard = item["shard"]
+        shard, records = item["shard"], []
         # Looked up again: Ray repeats what a dead actor had finished, and a committed file is never replaced.
         if not item["encoded"] and not self.writer.is_committed(shard):
             self._check_source(shard, item["bytes"])
-            with self.writer.storage.writer(shard) as path:
-                rows = write_shard(path, self._encoded_samples(shard))
-            if rows != item["rows"]:
+            with self.writer.storage.writer(shard) as path, ShardWriter(path) as tar:
+                for key, files in self._encoded_samples(shard):
+                    tar.add(key, files)
+            if tar.rows != item["rows"]:
                 raise UserError(
-                    f"{self.pairs.storage.url}/{shard} should hold {item['rows']} samples but holds {rows}: "
+                    f"{self.pairs.storage.url}/{shard} should hold {item['rows']} samples but holds {tar.rows}: "
                     "it is damaged; run `ldm run RECIPE --force pairs` to rebuild it"
                 )
-            self.writer.commit(shard, rows=rows)
+            records.append(
+                self.writer.commit(
+                    shard, rows=tar.rows, sha256=tar.sha256, origin=item["origin"], content=item["content"]
+                )
+            )
         if not self.writer.is_committed(statistics_name(shard)):
-            self._commit_statistics(shard)
-        return {"shard": shard, "rows": item["rows"]}
+            records.append(self._commit_statistics(shard))
+        return {"rows": item["rows"], "records": [record.model_dump() for record in records]}
 
     def _check_source(self, shard: str, expected_bytes: int) -> None:
         found = self.pairs.storage.size(shard)
@@ -111,7 +114,7 @@ class EncodeShard:
                 "`ldm run RECIPE --force pairs` to rebuild it"
             )
 
-    def _commit_statistics(self, shard: str) -> None:
+    def _commit_statistics(self, shard: str) -> FileRecord:
         """Commit the sums over a shard. Of what is stored, not of what was computed: its bytes alone decide them."""
         shapes, sums = set(), []
         with self.writer.storage.open(shard) as file:
@@ -123,7 +126,7 @@ class EncodeShard:
             raise UserError(f"latents of {shard} differ in shape ({sorted(shapes)}): set pairs.resize=center_crop")
         shape = list(shapes.pop()) if shapes else None
         self.writer.storage.write_json(statistics_name(shard), {"shape": shape, **total(sums).to_dict()})
-        self.writer.commit(statistics_name(shard))
+        return self.writer.commit(statistics_name(shard))
 
     def _encoded_samples(self, shard: str) -> Iterator[tuple[str, dict[str, bytes]]]:
         for batch in self._decoded_batches(shard):

@@ -14,6 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def statistics_name(shard: str) -> str:
+    """Return the name of the file with the sums over a shard's latents: `stats/000000.json`."""
+    return f"stats/{shard.removesuffix('.tar')}.json"
+
+
 @dataclass(frozen=True)
 class LatentSums:
     """Number of latent elements z, and the sums of E[z] and of E[z^2] over them, in float64."""

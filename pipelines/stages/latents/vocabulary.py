@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from ldm_core.model_files import VOCABULARY_FILE
+from pipelines.compute.tasks import ForEach, chunks
 from pipelines.errors import UserError
 from pipelines.stages.latents.config import TokenizerConfig
-from pipelines.stages.pairs.artifact import all_captions
+from pipelines.stages.pairs.artifact import count_shards
 from pipelines.store.ledger import Artifact, ArtifactWriter
 from pipelines.store.location import Location
 from pipelines.store.storage import Storage, sha256_file
 
 if TYPE_CHECKING:
     from ldm_core.tokenizers.tokenizer import Tokenizer
+
+SHARDS_PER_TASK = 256
+# Some hundred megabytes while words are counted. A vocabulary holds a few ten thousand of them, and is exact for data
+# sets of fewer words than this.
+MOST_WORDS = 1_000_000
 
 
 def vocabulary_digest(config: TokenizerConfig) -> dict[str, str]:
@@ -30,13 +38,22 @@ def vocabulary_digest(config: TokenizerConfig) -> dict[str, str]:
     return {"vocabulary": digest}
 
 
-def commit_vocabulary(config: TokenizerConfig, pairs: Artifact, writer: ArtifactWriter) -> Tokenizer:
+def commit_vocabulary(
+    config: TokenizerConfig, pairs: Artifact, writer: ArtifactWriter, for_each: ForEach = map
+) -> Tokenizer:
     """Return the tokenizer over the committed `vocab.txt`, after writing that file if it is not committed yet.
+
+    Args:
+        config: the tokenizer's section of the recipe.
+        pairs: the finished artifact of the pairs.
+        writer: writes the artifact of latents.
+        for_each: maps a function over a range of numbers, somewhere, with the results in order. There is a number for
+            every SHARDS_PER_TASK shards of the pairs.
 
     Raises:
         UserError: the given file is no vocabulary, or a shard of the pairs is damaged.
     """
-    writer.commit_once(VOCABULARY_FILE, lambda path: _make(config, pairs).write(path))
+    writer.commit_once(VOCABULARY_FILE, lambda path: _make(config, pairs, for_each).write(path))
     return load_vocabulary(writer.storage, config)
 
 
@@ -45,14 +62,43 @@ def load_vocabulary(storage: Storage, config: TokenizerConfig) -> Tokenizer:
     return _tokenizer(storage.read_bytes(VOCABULARY_FILE), config, origin=f"{storage.url}/{VOCABULARY_FILE}")
 
 
-def _make(config: TokenizerConfig, pairs: Artifact) -> Tokenizer:
+def _make(config: TokenizerConfig, pairs: Artifact, for_each: ForEach) -> Tokenizer:
     from ldm_core.tokenizers.tokenizer import Tokenizer
-    from ldm_core.tokenizers.wordpiece import build_vocabulary
+    from ldm_core.tokenizers.wordpiece import vocabulary_of
 
     if config.vocabulary is not None:
         return _tokenizer(Location.of(config.vocabulary).read(), config, origin=config.vocabulary)
-    words = build_vocabulary(all_captions(pairs), size=config.size)
+    words = vocabulary_of(_count_words(pairs, for_each), size=config.size)
     return Tokenizer.from_vocabulary(words, max_length=config.max_length)
+
+
+def _count_words(pairs: Artifact, for_each: ForEach) -> Counter[str]:
+    """Count the words of all captions in the tables of the pairs."""
+    storage, groups = pairs.storage, list(chunks(range(count_shards(pairs)), SHARDS_PER_TASK))
+
+    def count_group(number: int) -> Counter[str]:
+        # A plan digests the vocabulary, and waits neither for Arrow nor for the tokenizers.
+        from ldm_core.tokenizers.wordpiece import count_words
+        from pipelines.stages.pairs.shard.files import CAPTION_COLUMNS, read_tables, sample_captions_of
+
+        tables = read_tables(storage, groups[number], CAPTION_COLUMNS)
+        return _sum(count_words(sample_captions_of(table)) for table in tables)
+
+    # In order: which words are forgotten depends on it, and a vocabulary must not depend on chance.
+    return _sum(for_each(count_group, range(len(groups))))
+
+
+def _sum(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
+    """Add counts of words; of more words than MOST_WORDS those that are rare so far are forgotten."""
+    from ldm_core.tokenizers.wordpiece import most_frequent
+
+    total: Counter[str] = Counter()
+    for each in counts:
+        total.update(each)
+        # Not at every word above the limit: forgetting costs a sort.
+        if len(total) > 2 * MOST_WORDS:
+            total = Counter({word: total[word] for word in most_frequent(total)[:MOST_WORDS]})
+    return total
 
 
 def _tokenizer(data: bytes, config: TokenizerConfig, *, origin: str) -> Tokenizer:

@@ -1,20 +1,26 @@
-"""The work of the `latents` stage: encode every pair that is not encoded yet, then sum up."""
+"""The work of the `latents` stage: take over or encode every pair that is not encoded yet, then sum up."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from ldm_core.tokenizers.tokenizer import Tokenizer
 from pipelines.compute.actor_pool import map_on_actors, pool_size
+from pipelines.compute.tasks import chunks, for_each
 from pipelines.errors import UserError
 from pipelines.stage import RateMeter, StageContext
 from pipelines.stages.autoencoder.artifact import FORMAT_VERSION as AUTOENCODER_FORMAT
 from pipelines.stages.latents.config import LatentsConfig
-from pipelines.stages.latents.encode import EncodeShard, statistics_name
-from pipelines.stages.latents.statistics import LatentSums, scale_factor, total
+from pipelines.stages.latents.encode import EncodeShard
+from pipelines.stages.latents.statistics import LatentSums, scale_factor, statistics_name, total
+from pipelines.stages.latents.takeover import Encoding, take_over
 from pipelines.stages.latents.vocabulary import commit_vocabulary
 from pipelines.stages.pairs.artifact import PAIRS_FORMAT
-from pipelines.store.ledger import Artifact
+from pipelines.store.ledger import Artifact, FileRecord
+from pipelines.store.threads import map_in_threads
+
+SUMS_PER_TASK = 1024
 
 
 def run(context: StageContext[LatentsConfig]) -> dict[str, Any]:
@@ -28,22 +34,57 @@ def run(context: StageContext[LatentsConfig]) -> dict[str, Any]:
     first_stage = context.upstream["autoencoder"].require("autoencoder", AUTOENCODER_FORMAT)
     if not pairs.shards().rows:
         raise UserError(f"{pairs.storage.url} holds no samples: see its parquet files for what became of each row")
-    tokenizer = commit_vocabulary(context.config.tokenizer, pairs, context.writer)
-    _encode_pending(context, pairs, first_stage)
+    in_tasks = partial(for_each, check=context.check)
+    tokenizer = commit_vocabulary(context.config.tokenizer, pairs, context.writer, in_tasks)
+    _encode_pending(context, pairs, first_stage, tokenizer)
     return _details(context, pairs, first_stage, tokenizer)
 
 
-def _encode_pending(context: StageContext[LatentsConfig], pairs: Artifact, first_stage: Artifact) -> None:
-    config = context.config
-    committed = context.writer.committed()
-    pending: list[dict[str, Any]] = [
-        {"shard": r.name, "rows": r.rows, "bytes": r.bytes, "encoded": r.name in committed}
-        for r in pairs.shards()
-        if r.name not in committed or statistics_name(r.name) not in committed
-    ]
+def _encode_pending(
+    context: StageContext[LatentsConfig], pairs: Artifact, first_stage: Artifact, tokenizer: Tokenizer
+) -> None:
+    """Commit every shard that is not committed: taken over from other artifacts where they hold it, else encoded."""
+    config, writer = context.config, context.writer
+    shards, committed = pairs.shards(), set(writer.committed().names)
+    pending = [r for r in shards if r.name not in committed or statistics_name(r.name) not in committed]
     if not pending:
         return
-    size = pool_size(len(pending), workers=config.workers, use_gpu=config.use_gpu)
+    encoding = Encoding.of(first_stage, tokenizer, config)
+    identities = {record.name: encoding.identify(record) for record in pending}
+    done = shards.rows - sum(record.rows for record in pending)
+    context.progress(done, shards.rows)
+    wanted = {name: identity for name, identity in identities.items() if name not in committed}
+    taken: set[str] = set()
+    for record in take_over(pairs, wanted, context.siblings(), writer, config.tokenizer, context.check):
+        writer.gather([record])
+        taken.add(record.name)
+        done += record.rows
+        context.progress(done, shards.rows, taken_over=f"{len(taken & wanted.keys()):,} shards")
+    items = [
+        {
+            "shard": record.name,
+            "rows": record.rows,
+            "bytes": record.bytes,
+            "encoded": record.name in committed,
+            "origin": identities[record.name].origin,
+            "content": identities[record.name].content,
+        }
+        for record in pending
+        if record.name not in taken
+    ]
+    if items:
+        _encode(context, pairs, first_stage, items, done)
+
+
+def _encode(
+    context: StageContext[LatentsConfig],
+    pairs: Artifact,
+    first_stage: Artifact,
+    items: list[dict[str, Any]],
+    done: int,
+) -> None:
+    config, rows = context.config, pairs.shards().rows
+    size = pool_size(len(items), workers=config.workers, use_gpu=config.use_gpu)
     arguments = {
         "pairs": pairs,
         "first_stage": first_stage,
@@ -51,11 +92,9 @@ def _encode_pending(context: StageContext[LatentsConfig], pairs: Artifact, first
         "config": config,
         "device": size.device,
     }
-    rows = pairs.shards().rows
-    done = rows - sum(item["rows"] for item in pending)
     meter, before = RateMeter(), done
-    context.progress(done, rows)
-    for result in map_on_actors(pending, EncodeShard, arguments=arguments, size=size, check=context.check):
+    for result in map_on_actors(items, EncodeShard, arguments=arguments, size=size, check=context.check):
+        context.writer.gather(map(FileRecord.model_validate, result["records"]))
         done += result["rows"]
         rate = meter.rate(done - before)
         context.progress(done, rows, images_per_s=f"{rate:.0f}")
@@ -65,11 +104,9 @@ def _encode_pending(context: StageContext[LatentsConfig], pairs: Artifact, first
 def _details(
     context: StageContext[LatentsConfig], pairs: Artifact, first_stage: Artifact, tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    statistics = [context.writer.storage.read_json(statistics_name(r.name)) for r in pairs.shards()]
-    shapes = {tuple(shard["shape"]) for shard in statistics if shard["shape"]}
+    sums, shapes = _sum_up(context, pairs.shards().names)
     if len(shapes) > 1:
         raise UserError(f"latents differ in shape from shard to shard ({sorted(shapes)}): set pairs.resize=center_crop")
-    sums = total([LatentSums.from_dict(shard) for shard in statistics])
     try:
         scale = scale_factor(sums)
     except ValueError as error:
@@ -89,3 +126,20 @@ def _details(
         "latent_mean": sums.mean,
         "scale_factor": scale,
     }
+
+
+def _sum_up(context: StageContext[LatentsConfig], shards: list[str]) -> tuple[LatentSums, set[tuple[int, ...]]]:
+    """Return the sums over all shards and the shapes of their latents, read in tasks of a fixed number of shards."""
+    storage, groups = context.writer.storage, list(chunks(shards, SUMS_PER_TASK))
+
+    def sum_group(number: int) -> dict[str, Any]:
+        names = [statistics_name(shard) for shard in groups[number]]
+        read = map(storage.read_json, names) if storage.is_local else map_in_threads(storage.read_json, names)
+        parts = list(read)
+        sums = total(LatentSums.from_dict(part) for part in parts)
+        return {"sums": sums.to_dict(), "shapes": sorted({tuple(part["shape"]) for part in parts if part["shape"]})}
+
+    # In the order of the shards, groups always alike: the last bit does not depend on who is done first.
+    found = list(for_each(sum_group, range(len(groups)), context.check))
+    shapes = {tuple(shape) for group in found for shape in group["shapes"]}
+    return total(LatentSums.from_dict(group["sums"]) for group in found), shapes

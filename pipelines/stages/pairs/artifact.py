@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,6 +23,12 @@ CACHE_BYTES = 1 << 30
 
 # The number of a shard, and of a sample in it.
 Place = tuple[int, int]
+
+
+def count_shards(pairs: Artifact) -> int:
+    """Count the shards of a pairs artifact, which are numbered from 0 on."""
+    # By their tables: with buckets a shard has several tars. Tables of something else lie in folders of their own.
+    return sum("/" not in name for name in pairs.shards(".parquet").names)
 
 
 def open_pairs(pairs: Artifact) -> ShardReader:
@@ -77,7 +83,7 @@ class Pictures:
 
 
 # Of the artifact that the pairs stage writes and others read; raised when its bytes or their meaning change.
-PAIRS_FORMAT = 2
+PAIRS_FORMAT = 3
 
 IMAGE_EXTENSIONS = STORED
 
@@ -105,14 +111,6 @@ def image_of(sample: Mapping[str, Any]) -> bytes:
 def sample_captions(sample: Mapping[str, bytes | str]) -> list[str]:
     """Return every caption of a pairs sample, in order."""
     return [str(caption) for caption in json.loads(sample["json"])["captions"]]
-
-
-def all_captions(pairs: Artifact) -> Iterator[str]:
-    """Yield every caption of every sample of a pairs artifact."""
-    for record in pairs.shards():
-        with pairs.storage.open(record.name) as file:
-            for sample in read_shard(file):
-                yield from sample_captions(sample)
 
 
 @dataclass(frozen=True)

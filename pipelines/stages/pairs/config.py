@@ -131,13 +131,14 @@ class Scoring(Config):
         clip: folder of a CLIP model in the layout of open_clip or transformers.
         aesthetic_head: weights (.safetensors, .pth) of linear layers that turn the normalised embedding of a picture
             into one number, as LAION's predictors do.
-        batch_size: pictures that are scored at once.
+        batch_size: pictures that are scored at once. Part of the key: kernels, and so the last digit of a score, may
+            depend on it.
         workers, use_gpu: size of the pool, and whether it uses GPUs; None for whatever the cluster has.
     """
 
     clip: str = runtime(min_length=1)
     aesthetic_head: str | None = runtime(None)
-    batch_size: int = runtime(32, ge=1)
+    batch_size: int = Field(32, ge=1)
     workers: int | None = runtime(None, ge=1)
     use_gpu: bool | None = runtime(None)
 
@@ -175,7 +176,8 @@ class PairsConfig(Config):
         scoring: the model that `clip_score` and `aesthetic_score` come from.
         deduplicate: drop later rows whose source bytes (or URL) were seen at a smaller row.
         near_duplicates: also drop later rows whose perceptual hash (64 bits) differs in at most this many bits.
-        rows_per_shard: input rows of one shard, the unit of work and of commit.
+        rows_per_shard: input rows of one shard, the unit of work and of commit. A file of the source with at least as
+            many begins and ends shards of its own; the last one may have fewer.
         retry: `failed` fetches those rows of a finished artifact again whose failure was transient, and adds shards.
         download: how pictures behind URLs are fetched.
         workers: processes that make shards; None for one on each CPU of the cluster.

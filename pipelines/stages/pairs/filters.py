@@ -1,4 +1,8 @@
-"""The recipe's `filters`: rules about a row's columns, its caption and its picture that leave rows out."""
+"""The recipe's `filters`: rules about a row's columns, its caption and its picture that leave rows out.
+
+A row that breaks several rules has the status of the first. They are applied by kind (columns, caption, picture, model)
+and by name, never in the order of the recipe, which the artifact's key does not know.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,10 @@ MODEL_VALUES = frozenset({"clip_score", "aesthetic_score"})
 
 
 def column_filters(config: PairsConfig) -> dict[str, Rule]:
-    """Return the rules about columns of the source."""
-    return {n: r for n, r in config.filters.items() if n not in CAPTION_VALUES | PICTURE_VALUES | MODEL_VALUES}
+    """Return the rules about columns of the source, by name and in the order of names."""
+    return {
+        n: config.filters[n] for n in sorted(config.filters.keys() - CAPTION_VALUES - PICTURE_VALUES - MODEL_VALUES)
+    }
 
 
 def check_row(row: Row, config: PairsConfig) -> None:
@@ -46,14 +52,13 @@ def _column(names: tuple[str, ...], wanted: str) -> str | None:
 
 
 def check_values(values: Mapping[str, Any], config: PairsConfig) -> None:
-    """Apply the rules about these values, by name; other rules are not applied.
+    """Apply the rules about these values in the order of names; other rules are not applied.
 
     Raises:
         RejectedError: `filtered:NAME` of the first rule that fails.
     """
-    for name, value in values.items():
-        if rule := config.filters.get(name):
-            _check(name, rule, value)
+    for name in sorted(config.filters.keys() & values.keys()):
+        _check(name, config.filters[name], values[name])
 
 
 def _check(name: str, rule: Rule, value: Any) -> None:

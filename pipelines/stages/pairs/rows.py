@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -54,6 +54,11 @@ class Source(Protocol):
     @property
     def total(self) -> int:
         """The number of rows."""
+        ...
+
+    @property
+    def parts(self) -> Sequence[int]:
+        """The number of rows in each file that holds rows, in order; shards are cut where large ones begin and end."""
         ...
 
     @property

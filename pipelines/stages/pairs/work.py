@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from pipelines.compute.actor_pool import map_on_actors, pool_size
-from pipelines.compute.tasks import chunks, for_each
+from pipelines.compute.tasks import for_each
 from pipelines.errors import UserError
 from pipelines.stage import StageContext
 from pipelines.stages.pairs.assignment import Assignment
@@ -55,12 +57,15 @@ def run(context: StageContext[PairsConfig]) -> dict[str, Any]:
     """
     config: PairsConfig = context.config
     source = open_source(config)
-    total = limited_rows(source, config)
-    if total == 0:
+    if limited_rows(source, config) == 0:
         raise UserError(f"{config.source} has no rows: say `--set pairs.source=PATH` of a source with pairs in it")
     _require_columns(source, config)
     past = PastRuns.of(context.existing)
-    assignment = past.assign(context.writer.storage, config.rows_per_shard, total)
+    if past.end:
+        retried = past.rows_to_retry(context.writer.storage, partial(for_each, check=context.check))
+        assignment = Assignment.of_retry(retried, config.rows_per_shard, past.end)
+    else:
+        assignment = Assignment.of_parts(source.parts, config.rows_per_shard, config.limit)
     _PairsRun(context, source, assignment, past).run()
     return _summarise(context, past.followed_by(assignment))
 
@@ -110,7 +115,7 @@ class _PairsRun:
         if not shards:
             return
         context = self.context
-        write_plan(self.work, self.assignment.rows, self.config.rows_per_shard)
+        write_plan(self.work, self.assignment.rows, len(self.assignment.shards))
         size = pool_size(len(shards), workers=self.config.workers, use_gpu=False)
         at_once = self.config.shards_in_flight if self.source.downloads else 1
         board = ProgressBoard()
@@ -129,10 +134,11 @@ class _PairsRun:
             # No more than its share: a worker that starts first would otherwise take them all.
             calls_at_once=min(at_once, math.ceil(len(shards) / size.workers)),
         )
-        before = self.assignment.rows - sum(map(self.assignment.row_count, shards))
+        before = self.assignment.rows - self.assignment.count_rows(shards)
         with contextlib.closing(board), ProgressDisplay(context, board, before, self.assignment.rows) as display:
-            for _ in results:
+            for made in results:
                 context.check()
+                board.finish(made["shard"], made["statuses"], made["bytes"])
                 display.track()
 
     def _score(self) -> None:
@@ -149,13 +155,14 @@ class _PairsRun:
         search = self._duplicate_search() if config.deduplicate else None
         if search is not None:
             search.run(partial(for_each, check=context.check))
-        groups = list(chunks(pending, _SHARDS_PER_PUBLISHING_TASK))
-        writer = context.writer
+        # Every task is sent this: an array is a few bytes a shard, which the tasks of a node share.
+        numbers, size, writer = np.array(pending), _SHARDS_PER_PUBLISHING_TASK, context.writer
 
         def publish_group(group: int) -> None:
-            publish([StagedShard.open(work, shard) for shard in groups[group]], config, writer, search)
+            shards = numbers[group * size : (group + 1) * size].tolist()
+            publish([StagedShard.open(work, shard) for shard in shards], config, writer, search)
 
-        for _ in for_each(publish_group, range(len(groups)), context.check):
+        for _ in for_each(publish_group, range(math.ceil(len(numbers) / size)), context.check):
             pass
 
     def _duplicate_search(self) -> DuplicateSearch:
@@ -165,7 +172,7 @@ class _PairsRun:
             # A folder for each run: what an earlier one has found is not what this one looks for.
             self.work / f"run-{run}",
             (*earlier, ShardsOfRun(self.work, self.assignment.shards, run, staged=True)),
-            self.assignment.total,
+            limited_rows(self.source, self.config),
             self.config.near_duplicates,
         )
 
@@ -182,12 +189,18 @@ def _require_columns(source: Source, config: PairsConfig) -> None:
 
 def _summarise(context: StageContext, runs: PastRuns) -> dict[str, Any]:
     config: PairsConfig = context.config
-    storage = context.writer.storage
+    storage, committed = context.writer.storage, context.writer.committed()
     details = summarise(
-        storage, runs.shards, image_size=config.image_size, for_each=partial(for_each, check=context.check)
+        storage,
+        runs.shards,
+        image_size=config.image_size,
+        stored_bytes=committed.shards(".tar").bytes,
+        for_each=partial(for_each, check=context.check),
     )
     details["rounds"] = list(runs.first_shards)
-    details["additions"] = _additions(context, runs)
+    # The retries that gave samples: later stages have something new to read after each of them.
+    filled = {record.name.partition(".")[0] for record in committed if record.rows}
+    details["additions"] = sum(any(shard_name(shard) in filled for shard in shards) for shards in runs.shards[1:])
     if not details["samples"]:
         # Nothing is lost by it, and after a network failure the next run must try again.
         for name in [COMMITS, *storage.names("*.tar"), *storage.names("*.parquet")]:
@@ -197,11 +210,3 @@ def _summarise(context: StageContext, runs: PastRuns) -> dict[str, Any]:
     for status, count in details["statuses"].items():
         context.tracker.metric(f"pairs/{status.replace(':', '_')}", count)
     return details
-
-
-def _additions(context: StageContext, runs: PastRuns) -> int:
-    """Count the retries that gave samples: later stages have something new to read after each of them."""
-    rows = Counter[str]()
-    for record in context.writer.committed():
-        rows[record.name.partition(".")[0]] += record.rows
-    return sum(any(rows[shard_name(shard)] for shard in shards) for shards in runs.shards[1:])

@@ -36,6 +36,31 @@ def test_bytes_depend_on_nothing_but_the_samples(tmp_path: Path) -> None:
         assert {(m.mtime, m.uid, m.gid, m.uname, m.gname) for m in tar} == {(0, 0, 0, "", "")}
 
 
+def content(path: Path, samples: list[tuple[str, dict[str, bytes]]]) -> str:
+    with ShardWriter(path) as shard:
+        for key, files in samples:
+            shard.add(key, files)
+    return shard.content
+
+
+def test_shards_of_the_same_samples_have_the_same_content_whatever_their_keys(tmp_path: Path) -> None:
+    known = content(tmp_path / "a.tar", SAMPLES)
+    assert content(tmp_path / "b.tar", [(f"9{key}", files) for key, files in SAMPLES]) == known
+    assert (tmp_path / "a.tar").read_bytes() != (tmp_path / "b.tar").read_bytes()
+    (first, files), second = SAMPLES
+    others = [
+        [second, SAMPLES[0]],
+        [SAMPLES[0]],
+        [(first, {**files, "txt": b"other"}), second],
+        [(first, {name.replace("jpg", "png"): data for name, data in files.items()}), second],
+        # One sample with the files of two, and bytes that move from one file to the next.
+        [("1", {"a": b"x", "b": b"y"})],
+        [("1", {"a": b"x"}), ("2", {"b": b"y"})],
+        [("1", {"a": b"xb 1\ny", "b": b""})],
+    ]
+    assert len({known, *(content(tmp_path / "c.tar", samples) for samples in others)}) == 1 + len(others)
+
+
 def test_plain_webdataset_reads_the_shard(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.tar", SAMPLES)
     found = list(webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False, empty_check=False))

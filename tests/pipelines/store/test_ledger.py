@@ -160,6 +160,20 @@ def test_a_forced_rerun_with_equal_bytes_keeps_the_old_artifact_and_heals_it(led
     assert ledger.resolve("toy", IDENTITY)[0] == old.key
 
 
+def test_a_forced_rerun_never_puts_its_log_where_another_was_committed(ledger: Ledger) -> None:
+    files = {"a": b"same", "log/1": b"then", "log/2": b"equal", "log/3": b"kept"}
+    old = make(ledger, IDENTITY, files)
+    Path(old.storage.path("log/1")).write_bytes(b"X")
+    Path(old.storage.path("log/2")).write_bytes(b"X")
+    new = make(ledger, {**IDENTITY, "generation": 1}, {**files, "log/1": b"another", "log/3": b"other"})
+    healed = ledger.supersede(old, new, logs=("log/",))
+    assert healed == old
+    assert healed.files.names == ["a", "log/2", "log/3"]
+    healed.check_sizes()
+    assert (healed.storage.read_bytes("log/2"), healed.storage.read_bytes("log/3")) == (b"equal", b"kept")
+    assert not healed.storage.exists("log/1")
+
+
 def test_a_forced_rerun_with_other_bytes_takes_over_and_nothing_is_lost(ledger: Ledger) -> None:
     old = make(ledger, IDENTITY, {"a": b"first"})
     new = make(ledger, {**IDENTITY, "generation": 1}, {"a": b"other"})

@@ -60,7 +60,7 @@ class ProgressDisplay:
     def _show(self) -> None:
         # The board counts this run alone: rates must not include rows that an earlier run finished.
         counts = self._board.read()
-        # Fewer rows than before: the board could not be reached, or was restarted and lacks some workers' counts.
+        # Fewer rows than before: an actor has died, and what it had not finished is made again.
         if counts["rows"] < self._rows:
             return
         self._rows = counts["rows"]

@@ -27,7 +27,7 @@ from pipelines.compute.host_memory import keep_freed_memory
 from pipelines.stages.pairs.assignment import Assignment
 from pipelines.stages.pairs.config import PairsConfig
 from pipelines.stages.pairs.filters import check_row
-from pipelines.stages.pairs.making.progress_board import ProgressBoard, WorkerCounts
+from pipelines.stages.pairs.making.progress_board import Poster, ShardCounts, WorkerCounts
 from pipelines.stages.pairs.memory import WORKER_MEMORY, Allowance
 from pipelines.stages.pairs.pictures.transcode import make_picture
 from pipelines.stages.pairs.rows import RejectedError, Row, Source
@@ -64,7 +64,7 @@ class ShardMaker:
         assignment: Assignment,
         work: Storage,
         writer: ArtifactWriter | None,
-        board: ProgressBoard | None,
+        board: Poster | None,
     ) -> None:
         self._source, self._config, self._assignment = source, config, assignment
         self._work, self._writer = work, writer
@@ -77,24 +77,26 @@ class ShardMaker:
             config,
             downloads=source.downloads,
             remote="://" in url and not url.startswith("file://"),
-            counts=WorkerCounts(board, self._attempt),
         )
+        self._counts = WorkerCounts(board, self._attempt)
         # An actor is not told when it is no longer needed: its process just ends.
         atexit.register(self._processor.close)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Make the shard `item["shard"]` and return how many rows have which status."""
+        """Make the shard `item["shard"]`; return its number, its rows by status and the bytes fetched for them."""
         number = item["shard"]
-        # It may have been made by a process that died before it could say so, or before everything was committed.
-        shard = StagedShard.open(self._work, number) if is_staged(self._work, number) else self._make(number)
-        if self._writer is not None:
-            shard.publish(self._writer)
-        return dict(shard.statuses)
+        with self._counts.of(number) as counts:
+            # It may have been made by a process that died before it could say so, or before everything was committed.
+            known = is_staged(self._work, number)
+            shard = StagedShard.open(self._work, number) if known else self._make(number, counts)
+            if self._writer is not None:
+                shard.publish(self._writer)
+            return {"shard": number, "statuses": dict(shard.statuses), "bytes": counts.now()["bytes"]}
 
-    def _make(self, number: int) -> StagedShard:
+    def _make(self, number: int, counts: ShardCounts) -> StagedShard:
         rows = read_rows(self._source, self._assignment.rows_of(number))
         with self._processor.spool() as spool:
-            outcomes = self._processor.process(rows, spool)
+            outcomes = self._processor.process(rows, spool, counts)
             return stage_shard(
                 self._work,
                 number,
@@ -147,11 +149,10 @@ class Processor:
         config: the stage's section of the recipe.
         downloads: whether pictures are behind URLs.
         remote: whether pictures are read from a remote store.
-        counts: receives every finished row.
     """
 
-    def __init__(self, config: PairsConfig, *, downloads: bool, remote: bool, counts: WorkerCounts) -> None:
-        self._config, self._counts = config, counts
+    def __init__(self, config: PairsConfig, *, downloads: bool, remote: bool) -> None:
+        self._config = config
         self._allowance = Allowance(WORKER_MEMORY.encoded_bytes)
         self._read_bodies = threading.BoundedSemaphore(WORKER_MEMORY.remote_bodies)
         # Unbounded: what waits in it is bounded at its source, by the memory of the client or by `_read_bodies`.
@@ -178,9 +179,15 @@ class Processor:
         """Return a place for the pictures of one shard until it is written; close it afterwards."""
         return Spool(self._allowance)
 
-    def process(self, rows: Sequence[Row], spool: Spool) -> list[Outcome]:
-        """Return the outcome of every row, in order; the pictures' bytes are in the spool."""
-        pending = _PendingRows(spool, [self._decide(row) for row in rows], self._counts)
+    def process(self, rows: Sequence[Row], spool: Spool, counts: ShardCounts) -> list[Outcome]:
+        """Return the outcome of every row, in order; the pictures' bytes are in the spool.
+
+        Args:
+            rows: the rows of a shard.
+            spool: receives the encoded pictures.
+            counts: receives every finished row.
+        """
+        pending = _PendingRows(spool, [self._decide(row) for row in rows], counts)
         if self._client:
             self._fetch(pending, rows, self._client)
         elif self._readers:
@@ -281,7 +288,7 @@ class _Body:
 class _PendingRows:
     """The rows of one shard until each has an outcome."""
 
-    def __init__(self, spool: Spool, decided: list[Outcome | None], counts: WorkerCounts) -> None:
+    def __init__(self, spool: Spool, decided: list[Outcome | None], counts: ShardCounts) -> None:
         self.spool = spool
         self.undecided = [index for index, outcome in enumerate(decided) if outcome is None]
         self._outcomes = decided

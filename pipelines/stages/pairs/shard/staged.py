@@ -167,7 +167,7 @@ class StagedShard:
         files = self._rewrite(writer.storage, changes) if changes else self._copy(writer.storage)
         # The parquet comes last: once it is committed, the whole shard is.
         for file in files:
-            writer.commit(file.name, rows=file.rows, sha256=file.sha256)
+            writer.commit(file.name, rows=file.rows, sha256=file.sha256, content=file.content)
 
     def _copy(self, target: Storage) -> Sequence[FileRecord]:
         for file in self.files:
@@ -316,6 +316,10 @@ def _table(
         "width": pa.array([picture and picture.original_width for picture in pictures], pa.int32()),
         "height": pa.array([picture and picture.original_height for picture in pictures], pa.int32()),
     }
+    if any(len(row.captions) > 1 for row in rows):
+        # All captions of the samples; in other shards `caption` holds them all.
+        all_captions = [list(row.captions) if outcome.picture else None for row, outcome in zip(rows, outcomes)]
+        columns["captions"] = pa.array(all_captions, pa.list_(pa.string()))
     if config.resize == "buckets":
         columns["bucket"] = pa.array([picture and picture.bucket for picture in pictures], pa.string())
     if config.near_duplicates is not None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import posixpath
-from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import overload
 
+import numpy as np
 import pyarrow as pa
 
 from pipelines.errors import UserError
@@ -29,13 +28,13 @@ _CAPTION_STATUS = {"missing_file": None, "too_large": "caption_too_long"}
 class Names(Sequence[str]):
     """Millions of names in the memory of their bytes; cheap to pickle.
 
-    A tuple of strings would take a hundred bytes more for each, in every worker.
+    A tuple of strings would take a hundred bytes more for each, in every worker; arrays the workers of a node share.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
         encoded = [name.encode("utf-8", "surrogateescape") for name in names]
-        self._bytes = b"".join(encoded)
-        self._ends = array("q", itertools.accumulate(map(len, encoded)))
+        self._bytes = np.frombuffer(b"".join(encoded), np.uint8)
+        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -49,7 +48,8 @@ class Names(Sequence[str]):
             return [self[i] for i in range(*index.indices(len(self)))]
         end = self._ends[index]
         number = index % len(self)
-        return self._bytes[self._ends[number - 1] if number else 0 : end].decode("utf-8", "surrogateescape")
+        name = self._bytes[self._ends[number - 1] if number else 0 : end].tobytes()
+        return name.decode("utf-8", "surrogateescape")
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,10 @@ class FolderSource:
     @property
     def total(self) -> int:
         return len(self.names)
+
+    @property
+    def parts(self) -> Sequence[int]:
+        return [self.total]
 
     @property
     def downloads(self) -> bool:

@@ -13,7 +13,7 @@ from braceexpand import braceexpand
 from pipelines.errors import UserError
 from pipelines.stages.pairs.config import PairsConfig
 from pipelines.stages.pairs.rows import Source
-from pipelines.stages.pairs.sources.folders import PICTURE_SUFFIXES, open_folder
+from pipelines.stages.pairs.sources.folders import PICTURE_SUFFIXES, Names, open_folder
 from pipelines.stages.pairs.sources.tables import TABLE_SUFFIXES, TableSource
 from pipelines.stages.pairs.sources.tars import TarSource
 from pipelines.store.failures import readable
@@ -120,15 +120,15 @@ def _open_folder(folder: Location, paths: list[str], config: PairsConfig) -> Sou
     raise UserError(f"{config.source} holds nothing of format {wanted}: {_CHANGE} or pairs.format=auto")
 
 
-def _table(urls: tuple[str, ...], config: PairsConfig) -> TableSource:
+def _table(urls: Names, config: PairsConfig) -> TableSource:
     suffixes = {posixpath.splitext(url)[1].lower() for url in urls}
     if len(suffixes) > 1:
         raise UserError(f"{config.source} holds tables of several kinds ({', '.join(sorted(suffixes))}): name one")
     return TableSource(urls=urls, wanted=config.columns, pictures=urls[0].rsplit("/", 1)[0])
 
 
-def _urls(location: Location, paths: list[str]) -> tuple[str, ...]:
-    return tuple(Location(location.filesystem, path).url for path in paths)
+def _urls(location: Location, paths: list[str]) -> Names:
+    return Names(Location(location.filesystem, path).url for path in paths)
 
 
 def _fixed_part(pattern: str) -> str:

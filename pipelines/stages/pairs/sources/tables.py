@@ -7,7 +7,7 @@ import itertools
 import posixpath
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +56,7 @@ class TableSource:
         pictures: the folder that relative picture paths start from.
     """
 
-    urls: tuple[str, ...]
+    urls: Sequence[str]
     wanted: Columns
     pictures: str
 
@@ -75,6 +75,11 @@ class TableSource:
     @property
     def total(self) -> int:
         return self._survey.ends[-1]
+
+    @property
+    def parts(self) -> Sequence[int]:
+        ends = self._survey.ends
+        return [end - begin for begin, end in itertools.pairwise([0, *ends])]
 
     @property
     def downloads(self) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipelines.shards.samples import Sample, Span
-from pipelines.shards.tar_index import TarIndex, index_tar, samples_of
+from pipelines.shards.tar_index import TarIndex, TarIndexes, index_tar, samples_of
 from pipelines.stages.pairs.pictures.formats import IN_TARS
 from pipelines.stages.pairs.rows import RejectedError, Row, captions_of, extra_names, kind_of, plain, type_of, url_of
 from pipelines.stages.pairs.sources.columns import TEXT_NAMES, URL_NAMES, first_of
@@ -40,12 +40,12 @@ class TarSource:
         text: the json field that holds the caption, if the recipe names one.
     """
 
-    urls: tuple[str, ...]
+    urls: Sequence[str]
     text: str | None
 
     @functools.cached_property
-    def _indexes(self) -> tuple[TarIndex, ...]:
-        return tuple(map_in_threads(index_tar, self.urls))
+    def _indexes(self) -> TarIndexes:
+        return TarIndexes(map_in_threads(index_tar, self.urls))
 
     @functools.cached_property
     def _ends(self) -> array[int]:
@@ -54,6 +54,10 @@ class TarSource:
     @property
     def total(self) -> int:
         return self._ends[-1]
+
+    @property
+    def parts(self) -> Sequence[int]:
+        return [index.rows for index in self._indexes]
 
     @property
     def downloads(self) -> bool:

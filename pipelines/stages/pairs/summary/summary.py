@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from pipelines.compute.tasks import ForEach, chunks
 from pipelines.stages.pairs.retries import replaced_rows
-from pipelines.stages.pairs.shard.files import table_name
+from pipelines.stages.pairs.rows_file import RowsFile
+from pipelines.stages.pairs.shard.files import read_tables
 from pipelines.stages.pairs.shard.outcome import OK
 from pipelines.stages.pairs.summary.histogram import Histogram
 from pipelines.stages.pairs.summary.hosts import HostCounts
+from pipelines.store.ledger import WORK
 from pipelines.store.storage import Storage
-from pipelines.store.threads import map_in_threads
 
 EDGES: dict[str, tuple[float, ...]] = {
     "caption_words": (0, 2, 4, 6, 8, 10, 12, 15, 20, 25, 30, 40, 60, 100),
@@ -36,7 +35,9 @@ _EXAMPLES = 12
 _EXAMPLE_CHARACTERS = 300
 
 
-def summarise(storage: Storage, runs: Sequence[range], *, image_size: int, for_each: ForEach = map) -> dict[str, Any]:
+def summarise(
+    storage: Storage, runs: Sequence[range], *, image_size: int, stored_bytes: int, for_each: ForEach = map
+) -> dict[str, Any]:
     """Summarise a pairs artifact from the tables beside its shards.
 
     Histograms are `{"edges": […], "counts": […]}`: counts[i] is of edges[i] <= value < edges[i + 1], the last one is of
@@ -47,12 +48,13 @@ def summarise(storage: Storage, runs: Sequence[range], *, image_size: int, for_e
         storage: the artifact's folder.
         runs: the shards of the first run and of each retry, whose statuses replace earlier ones.
         image_size: size of the stored pictures, in pixels.
+        stored_bytes: bytes of all tars.
         for_each: maps a function over a range of numbers, somewhere, with the results in order. There is a number for
             every SHARDS_PER_TASK shards.
     """
     groups = [
         (group, replaced)
-        for shards, replaced in zip(runs, replaced_rows(storage, runs))
+        for shards, replaced in zip(runs, replaced_rows(storage, runs, for_each))
         for group in chunks(shards, SHARDS_PER_TASK)
     ]
 
@@ -64,29 +66,29 @@ def summarise(storage: Storage, runs: Sequence[range], *, image_size: int, for_e
     # In order: which hosts are forgotten depends on it, and a summary must not depend on chance.
     for partial in for_each(summarise_group, range(len(groups))):
         whole.merge(Partial.from_json(partial))
-    stored = sum(size for name, size in storage.sizes().items() if name.endswith(".tar"))
+    if len(runs) > 1:
+        # The rows that are replaced were written down there.
+        storage.remove(WORK)
     return {
         **whole.details(),
-        "bytes": stored,
-        "bytes_per_sample": round(stored / max(whole.statuses[OK], 1)),
+        "bytes": stored_bytes,
+        "bytes_per_sample": round(stored_bytes / max(whole.statuses[OK], 1)),
         "image_size": image_size,
     }
 
 
-def summarise_shards(storage: Storage, shards: Sequence[int], replaced: NDArray[np.int64] | None = None) -> Partial:
+def summarise_shards(storage: Storage, shards: Sequence[int], replaced: RowsFile | None = None) -> Partial:
     """Summarise the tables of some shards, in a bounded amount of memory.
 
     Args:
         storage: the folder they are in.
         shards: their numbers.
-        replaced: rows, ascending, whose lines do not count; None for none.
+        replaced: rows whose lines do not count; None for none.
     """
     partial = Partial()
-    # An object store takes long for one answer, but gives many at once.
-    read = map if storage.is_local else map_in_threads
-    for table in read(lambda shard: _read(storage, shard), shards):
-        if replaced is not None and len(replaced):
-            table = table.filter(np.isin(table.column("row").to_numpy(), replaced, invert=True))
+    for table in read_tables(storage, shards, _COLUMNS):
+        if replaced is not None:
+            table = table.filter(~replaced.holds(table.column("row").to_numpy()))
         partial.add(table.combine_chunks())
     return partial
 
@@ -170,12 +172,6 @@ class Partial:
             examples=value["examples"],
             failures=value["failures"],
         )
-
-
-def _read(storage: Storage, shard: int) -> pa.Table:
-    # Not by `pq.read_table`: with tables as small as these its dataset takes twice as long.
-    file = pq.ParquetFile(pa.BufferReader(storage.read_bytes(table_name(shard))))
-    return file.read([name for name in _COLUMNS if name in file.schema_arrow.names], use_threads=False)
 
 
 def _counts(values: pa.ChunkedArray) -> dict[str, int]:

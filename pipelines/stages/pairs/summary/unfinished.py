@@ -9,15 +9,16 @@ from pipelines.stages.pairs.shard.staged import StagedShard, staged_shards
 from pipelines.stages.pairs.summary.summary import summarise_shards
 from pipelines.store.ledger import COMMITS, WORK
 from pipelines.store.storage import Storage
+from pipelines.store.threads import map_in_threads
 
 PLAN = "plan.json"
 # Of more tables than this only some are read: looking at a long run must not take minutes.
 TABLES_READ = 1024
 
 
-def write_plan(work: Storage, rows: int, rows_per_shard: int) -> None:
+def write_plan(work: Storage, rows: int, shards: int) -> None:
     """Write down how much is going to be made; removed with the work folder once it is."""
-    work.write_json(PLAN, {"rows": rows, "shards": -(-rows // rows_per_shard)})
+    work.write_json(PLAN, {"rows": rows, "shards": shards})
 
 
 def survey(storage: Storage) -> dict[str, Any]:
@@ -36,8 +37,9 @@ def survey(storage: Storage) -> dict[str, Any]:
     staged = sorted(set(staged_shards(work)) - set(committed))
     stride = -(-(len(committed) + len(staged)) // TABLES_READ) or 1
     partial = summarise_shards(storage, committed[::stride])
-    for shard in staged[::stride]:
-        partial.merge(summarise_shards(StagedShard.open(work, shard).folder, [shard]))
+    read = map if storage.is_local else map_in_threads
+    for later in read(lambda shard: summarise_shards(StagedShard.open(work, shard).folder, [shard]), staged[::stride]):
+        partial.merge(later)
     plan = work.read_json(PLAN) if work.exists(PLAN) else {}
     return {
         "shards": {"committed": len(committed), "made": len(staged), "planned": plan.get("shards")},
@@ -49,5 +51,6 @@ def survey(storage: Storage) -> dict[str, Any]:
 
 def staged_tars(work: Storage) -> list[Tar]:
     """List the tars of the staged shards; of the first TABLES_READ of them if there are more."""
-    shards = [StagedShard.open(work, number) for number in staged_shards(work)[:TABLES_READ]]
+    read = map if work.is_local else map_in_threads
+    shards = read(lambda number: StagedShard.open(work, number), staged_shards(work)[:TABLES_READ])
     return [Tar(shard.folder, tar.name, tar.bytes) for shard in shards for tar in shard.tars]

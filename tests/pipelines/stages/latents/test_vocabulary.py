@@ -4,12 +4,16 @@ from pathlib import Path
 
 import pytest
 
+from ldm_core.tokenizers.wordpiece import build_vocabulary
 from pipelines.errors import UserError
+from pipelines.shards.format import read_shard
+from pipelines.stages.latents import vocabulary
 from pipelines.stages.latents.config import TokenizerConfig
 from pipelines.stages.latents.vocabulary import commit_vocabulary, vocabulary_digest
+from pipelines.stages.pairs.artifact import sample_captions
 from pipelines.store.ledger import ArtifactWriter
 from pipelines.store.storage import Storage
-from tests.tiny_artifacts import pairs_artifact
+from tests.tiny_artifacts import WORDS, pairs_artifact
 
 VOCABULARY = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nred\ncircle\n"
 
@@ -31,10 +35,36 @@ def test_vocabulary_of_the_captions_knows_their_words(tmp_path: Path) -> None:
     assert {"red", "circle", "square"} <= set(tokenizer.vocabulary)
 
 
+def test_vocabulary_is_that_of_all_captions_in_the_tars_however_they_are_dealt_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = pairs_artifact(tmp_path, rows=(3, 0, 4, 2))
+    captions = [
+        caption
+        for record in pairs.shards()
+        for sample in read_shard(Path(pairs.storage.path(record.name)))
+        for caption in sample_captions(sample)
+    ]
+    assert len(captions) == 18
+    expected = build_vocabulary(captions, size=64)
+    for shards in (256, 1):
+        monkeypatch.setattr(vocabulary, "SHARDS_PER_TASK", shards)
+        tokenizer = commit_vocabulary(TokenizerConfig(size=64), pairs, writer(tmp_path / str(shards)))
+        assert list(tokenizer.vocabulary) == expected
+
+
+def test_of_too_many_words_the_rare_ones_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = pairs_artifact(tmp_path, rows=(9, 9, 9))
+    monkeypatch.setattr(vocabulary, "SHARDS_PER_TASK", 1)
+    monkeypatch.setattr(vocabulary, "MOST_WORDS", 3)
+    tokenizer = commit_vocabulary(TokenizerConfig(size=64), pairs, writer(tmp_path))
+    assert 3 <= len([token for token in tokenizer.vocabulary if token in WORDS]) < len(WORDS)
+
+
 def test_committed_vocabulary_stays_when_the_run_goes_on(tmp_path: Path) -> None:
     pairs = pairs_artifact(tmp_path)
     first = commit_vocabulary(TokenizerConfig(size=64), pairs, writer(tmp_path))
-    pairs.storage.remove("000000.tar")
+    pairs.storage.remove("000000.parquet")
     assert commit_vocabulary(TokenizerConfig(size=64), pairs, writer(tmp_path)).digest == first.digest
 
 

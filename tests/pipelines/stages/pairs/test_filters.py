@@ -7,6 +7,7 @@ import pytest
 from pipelines.stages.pairs.config import PairsConfig
 from pipelines.stages.pairs.filters import check_row, check_values, column_filters
 from pipelines.stages.pairs.rows import RejectedError, Row
+from pipelines.store.ledger import artifact_key
 
 
 def status(filters: dict[str, Any], captions: tuple[str, ...] = ("a red circle",), **extra: Any) -> str:
@@ -87,3 +88,23 @@ def test_pictures_and_models_are_judged_where_their_values_are_known() -> None:
 def test_recipes_that_make_no_sense_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PairsConfig.model_validate({"source": "x", **values})
+
+
+def test_the_order_of_the_recipe_decides_neither_the_status_nor_the_key() -> None:
+    rules = {
+        "size": {"min": 9},
+        "caption_words": {"min": 9},
+        "similarity": {"min": 9},
+        "aspect": {"max": 0},
+        "caption": {"matches": "square"},
+        "punsafe": {"max": 0},
+    }
+    turned = dict(reversed(rules.items()))
+    for filters in (rules, turned):
+        row = {"similarity": 0.1, "punsafe": 0.5}
+        assert status(filters, **row) == "filtered:punsafe", "columns come first, by name"
+        assert status(filters, **(row | {"punsafe": 0})) == "filtered:similarity"
+        assert status(filters, similarity=9, punsafe=0) == "filtered:caption"
+        with pytest.raises(RejectedError, match="filtered:aspect"):
+            check_values({"width": 8, "size": 8, "aspect": 1.0}, config(filters))
+    assert artifact_key(config(rules).identity()) == artifact_key(config(turned).identity())

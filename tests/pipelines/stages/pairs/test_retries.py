@@ -1,6 +1,7 @@
 """`pairs.retry=failed`: rows whose failure may have passed are tried again; shards are added, none is touched."""
 
 import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from pipelines.run.plan import Selection, plan
 from pipelines.run.recipe import Recipe
 from pipelines.run.walk import run
 from pipelines.shards.format import read_shard
+from pipelines.stages.pairs import retries
 from pipelines.stages.pairs.assignment import Assignment
 from pipelines.stages.pairs.making.worker import read_rows
-from pipelines.stages.pairs.retries import failed_rows, replaced_rows
+from pipelines.stages.pairs.retries import PastRuns, failed_rows, replaced_rows
 from pipelines.stages.pairs.rows import Row
+from pipelines.stages.pairs.rows_file import RowsFile
 from pipelines.stages.pairs.shard.files import write_table
 from pipelines.stages.pairs.shard.outcome import is_transient
 from pipelines.store.ledger import Artifact
@@ -60,7 +63,50 @@ def test_the_last_run_of_a_row_decides_what_has_failed(tmp_path: Path) -> None:
     assert failed_rows(storage, [range(2), range(2, 3)]).tolist() == [3, 4]
     assert failed_rows(storage, [range(2), range(2, 3), range(3, 4)]).tolist() == [4]
     replaced = replaced_rows(storage, [range(2), range(2, 3), range(3, 4)])
-    assert [rows.tolist() for rows in replaced] == [[1, 3], [3], []]
+    assert [rows and rows.part(0, rows.count).tolist() for rows in replaced] == [[1, 3], [3], None]
+    assert replaced_rows(storage, [range(4)]) == [None]
+
+
+def test_rows_that_failed_are_the_same_however_the_tables_are_dealt_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, draw = Storage(str(tmp_path)), np.random.default_rng(0)
+    runs, latest = [range(12), range(12, 17), range(17, 19)], dict[int, str]()
+    rows = np.arange(0, 240 * 1_000_003, 1_000_003)
+    for shards in runs:
+        for shard, numbers in zip(shards, np.array_split(rows, len(shards))):
+            statuses = draw.choice(["ok", "timeout", "http_404"], len(numbers)).tolist()
+            latest |= dict(zip(numbers.tolist(), statuses))
+            write_table(storage, shard, pa.table({"row": numbers, "status": statuses}))
+        rows = np.array([row for row, status in latest.items() if status == "timeout"])
+    assert len(rows) > 3
+    assert failed_rows(storage, runs).tolist() == rows.tolist()
+    monkeypatch.setattr(retries, "SHARDS_PER_TASK", 5)
+    assert failed_rows(storage, runs).tolist() == rows.tolist()
+
+
+def test_a_retry_that_goes_on_does_not_read_all_tables_again(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    write_table(storage, 0, pa.table({"row": [0, 1], "status": ["timeout", "ok"]}))
+    past = PastRuns((0,), 1)
+    assert past.rows_to_retry(storage).part(0, 1).tolist() == [0]
+    storage.remove("000000.parquet")
+    assert past.rows_to_retry(storage).part(0, 1).tolist() == [0]
+
+
+def test_a_file_of_rows_is_read_in_part(tmp_path: Path) -> None:
+    rows = np.arange(0, 100_000, 7)
+    written = RowsFile.write(Storage(str(tmp_path)), "x.rows", rows)
+    for file in (written, pickle.loads(pickle.dumps(RowsFile.open(Storage(str(tmp_path)), "x.rows")))):
+        assert file.count == len(rows)
+        assert file.part(5000, 5003).tolist() == rows[5000:5003].tolist()
+        assert file.part(3, 3).tolist() == []
+        for first in (0, 3, 7 * 4095, 7 * 4096 - 1, 7 * 4096, 99_000, 10**6):
+            wanted = np.arange(first, first + 600)
+            assert file.holds(wanted).tolist() == np.isin(wanted, rows).tolist()
+        assert file.holds(rows[:0]).tolist() == []
+    # 32 KiB of what may be hundreds of megabytes.
+    assert len(pickle.dumps(written)) < 1000
 
 
 class Numbers:
@@ -74,10 +120,11 @@ class Numbers:
         return [Row(index=index, captions=("a",)) for index in range(start, stop)]
 
 
-def test_scattered_rows_are_read_in_few_pieces() -> None:
+def test_scattered_rows_are_read_in_few_pieces(tmp_path: Path) -> None:
     source: Any = Numbers()
     rows = np.array([3, 5, 90, 100_000, 100_001, 500_000])
-    assignment = Assignment(rows_per_shard=4, total=10**6, first_shard=7, retried=rows)
+    retried = RowsFile.write(Storage(str(tmp_path)), "retry.rows", rows)
+    assignment = Assignment.of_retry(retried, rows_per_shard=4, first_shard=7)
     assert (assignment.rows, assignment.shards) == (6, range(7, 9))
     read = [row.index for shard in assignment.shards for row in read_rows(source, assignment.rows_of(shard))]
     assert read == rows.tolist()

@@ -8,11 +8,12 @@ import numpy as np
 
 from pipelines.stages.pairs.assignment import Assignment
 from pipelines.stages.pairs.config import PairsConfig
-from pipelines.stages.pairs.making.progress_board import WorkerCounts
+from pipelines.stages.pairs.making.progress_board import ShardCounts
 from pipelines.stages.pairs.making.worker import Processor, ShardMaker
 from pipelines.stages.pairs.publishing.duplicate_search import ShardsOfRun
 from pipelines.stages.pairs.rows import Row
 from pipelines.stages.pairs.shard.duplicate_tokens import Tokens, tokens_of_table
+from pipelines.stages.pairs.shard.files import CAPTION_COLUMNS, sample_captions_of
 from pipelines.stages.pairs.shard.staged import StagedShard, staged_shards
 from pipelines.stages.pairs.sources.open import open_source
 from pipelines.store.storage import Storage
@@ -35,9 +36,17 @@ def stage_two_shards(folder: Path) -> Storage:
     work = Storage(str(folder / "work"))
     source = open_source(config)
     maker = ShardMaker(
-        source=source, config=config, assignment=Assignment(4, source.total), work=work, writer=None, board=None
+        source=source,
+        config=config,
+        assignment=Assignment.of_parts(source.parts, 4),
+        work=work,
+        writer=None,
+        board=None,
     )
-    assert [maker({"shard": number}) for number in range(2)] == [{"ok": 4}, {"not_an_image": 1, "ok": 2}]
+    made = [maker({"shard": number}) for number in range(2)]
+    assert [each["shard"] for each in made] == [0, 1]
+    assert [each["statuses"] for each in made] == [{"ok": 4}, {"not_an_image": 1, "ok": 2}]
+    assert sum(each["bytes"] for each in made) == sum(map(len, files))
     return work
 
 
@@ -65,16 +74,42 @@ def test_shards_that_an_earlier_version_staged_without_tokens_are_searched_too(t
     )
 
 
+def test_tables_tell_all_captions_of_the_samples(tmp_path: Path) -> None:
+    for number in range(6):
+        (tmp_path / f"{number}.jpg").write_bytes(b"damaged" if number == 1 else picture(number))
+    texts = ["one", ["gone", "too"], ["two", "deux"], "three", "four", "five"]
+    lines = [json.dumps({"file_name": f"{number}.jpg", "text": text}) for number, text in enumerate(texts)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    config = PairsConfig(source=str(tmp_path / "metadata.jsonl"), image_size=32, deduplicate=False)
+    work, source = Storage(str(tmp_path / "work")), open_source(config)
+    maker = ShardMaker(
+        source=source,
+        config=config,
+        assignment=Assignment.of_parts(source.parts, 4),
+        work=work,
+        writer=None,
+        board=None,
+    )
+    tables = []
+    for number in range(2):
+        maker({"shard": number})
+        tables.append(StagedShard.open(work, number).read_columns(CAPTION_COLUMNS))
+    assert [sample_captions_of(table) for table in tables] == [["one", "two", "deux", "three"], ["four", "five"]]
+    # Where each row has one caption, it is not written twice.
+    assert ["captions" in table.column_names for table in tables] == [True, False]
+
+
 def test_a_closed_worker_leaves_no_threads_behind(server: Web) -> None:
     before = set(threading.enumerate())
     server.files["a.jpg"] = picture(1)
     config = PairsConfig.model_validate(
         {"source": "x", "image_size": 32, "download": {"connect_to": server.connect_to}}
     )
-    processor = Processor(config, downloads=True, remote=False, counts=WorkerCounts(None, "worker"))
+    processor, counts = Processor(config, downloads=True, remote=False), ShardCounts()
     with processor.spool() as spool:
         rows = [Row(index=0, captions=("a",), url=server.url("a.jpg")), Row(index=1, captions=())]
-        assert [outcome.status for outcome in processor.process(rows, spool)] == ["ok", "empty_caption"]
+        assert [outcome.status for outcome in processor.process(rows, spool, counts)] == ["ok", "empty_caption"]
+    assert counts.now() == {"rows": 2, "bytes": len(picture(1)), "status:ok": 1, "status:empty_caption": 1}
     started = set(threading.enumerate()) - before
     assert {thread.name for thread in started} >= {"decode", "downloads"}
     processor.close()

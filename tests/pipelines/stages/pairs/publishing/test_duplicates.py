@@ -1,6 +1,7 @@
 """Duplicates: the smallest row wins, whatever the order of arrival, and however the work is dealt out."""
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,7 @@ def test_dealing_out_over_files_finds_the_same(tmp_path: Path, monkeypatch: pyte
         # Later ones first: the order must not matter.
         return [function(item) for item in reversed(items)]
 
+    monkeypatch.setattr(duplicate_search, "ROWS_PER_RANGE", 150)
     whole = DuplicateSearch(Storage(str(tmp_path / "one")), (shards,), len(rows), 4)
     whole.run(for_each)
     assert not calls
@@ -153,10 +155,43 @@ def test_dealing_out_over_files_finds_the_same(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(duplicate_search, "SHARDS_PER_TASK", 5)
     dealt = DuplicateSearch(Storage(str(tmp_path / "many")), (shards,), len(rows), 4)
     dealt.run(for_each)
-    assert calls == [3, dealt.parts - 1]
+    assert calls == [3, dealt.parts, 4]
     assert dealt.parts > 3
     assert as_dict(dealt.verdicts(0, 599)) == as_dict(whole.verdicts(0, 599)) == expected(rows, 4)
     assert as_dict(dealt.verdicts(100, 150)) == {n: v for n, v in expected(rows, 4).items() if 100 <= n <= 150}
-    # Killed and started again, nothing is looked for twice.
+    # Whoever publishes some rows reads what concerns them, and nothing else.
+    for part in range(dealt.parts):
+        dealt.work.remove(f"verdicts/{part:05d}")
+    for number in (0, 2, 3):
+        dealt.work.remove(f"duplicates/{number:05d}.npy")
+    assert as_dict(dealt.verdicts(160, 299)) == {n: v for n, v in expected(rows, 4).items() if 160 <= n < 300}
+    # Started again, nothing is looked for twice.
     dealt.run(for_each)
-    assert len(calls) == 2
+    assert len(calls) == 3
+
+
+def test_a_search_that_was_killed_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = random_rows(300)
+    for name, size in (("TOKENS_IN_DRIVER", 100), ("TOKENS_PER_PART", 800), ("SHARDS_PER_TASK", 2)):
+        monkeypatch.setattr(duplicate_search, name, size)
+    shards = write_tables(Storage(str(tmp_path / "shards")), rows)
+    search = DuplicateSearch(Storage(str(tmp_path / "work")), (shards,), len(rows), 4)
+    for step in range(3):
+        steps = iter(range(3))
+
+        def killed(function: Any, items: Any, *, last: int = step, steps: Iterator[int] = steps) -> Any:
+            is_last = next(steps) == last
+            for item in items:
+                function(item)
+                if is_last:
+                    raise KeyboardInterrupt
+            return ()
+
+        with pytest.raises(KeyboardInterrupt):
+            search.run(killed)
+        assert not search.work.exists("duplicates/done")
+    # What is there is not made again.
+    for shard in shards.numbers:
+        shards.folder.remove(f"{shard:06d}.parquet")
+    search.run(map)
+    assert as_dict(search.verdicts(0, 299)) == expected(rows, 4)

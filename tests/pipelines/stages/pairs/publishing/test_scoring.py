@@ -104,11 +104,13 @@ def test_the_key_follows_the_models(tmp_path: Path, clip_folder: Path) -> None: 
     source = write_set(tmp_path / "set", 2)
     head = write_head(tmp_path / "head.safetensors")
 
-    def identity() -> dict[str, object]:
-        scoring = {"clip": str(clip_folder), "aesthetic_head": str(head)}
+    def identity(**settings: object) -> dict[str, object]:
+        scoring = {"clip": str(clip_folder), "aesthetic_head": str(head), **settings}
         return STAGE.identity(PairsConfig.model_validate({"source": source, "scoring": scoring}), 0, {})
 
     before = identity()
+    assert identity(batch_size=32, workers=2, use_gpu=True) == before
+    assert identity(batch_size=64) != before
     save_file({"weight": torch.zeros(1, 12), "bias": torch.zeros(1)}, head)
     assert identity() != before
 

@@ -66,6 +66,23 @@ def test_a_huge_row_group_is_read_once_and_never_held_whole(tmp_path: Path, monk
     assert load(source.read(0, 1)[0]) == pictures[0]
 
 
+def test_what_grows_with_the_files_of_a_source_is_shared_by_the_workers_of_a_node(tmp_path: Path) -> None:
+    def own_bytes(files: int) -> int:
+        """Return the bytes of a pickled source that each worker has for itself, without those of arrays."""
+        folder = tmp_path / str(files)
+        folder.mkdir()
+        for number in range(files):
+            write_shard(folder / f"{number:05d}.tar", [(f"{number}", {"jpg": b"x", "txt": b"a"})])
+        source, arrays = opened(folder), list[pickle.PickleBuffer]()
+        own = pickle.dumps(source, protocol=5, buffer_callback=arrays.append)
+        received = pickle.loads(own, buffers=arrays)
+        assert [row.index for row in received.read(0, files)] == list(range(files))
+        return len(own)
+
+    # Eight bytes a file: where its rows end.
+    assert own_bytes(300) - own_bytes(100) <= 200 * 10
+
+
 def test_a_part_that_changes_under_a_run_is_noticed(tmp_path: Path) -> None:
     source = opened(laion(tmp_path / "t.parquet", 10, 10))
     assert source.total == 10
