@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format bench-core bench-pairs lock clean
+.PHONY: demo test lint format bench-core bench-pairs bench-ledger lock clean
 
 demo: .venv/ready
 	$(BIN)/ldm demo
@@ -25,6 +25,9 @@ bench-core: .venv/ready
 
 bench-pairs: .venv/ready
 	$(BIN)/python -m tests.benchmarks.bench_pairs $(BENCH_ARGS)
+
+bench-ledger: .venv/ready
+	$(BIN)/python -m tests.benchmarks.bench_ledger $(BENCH_ARGS)
 
 lock: .venv/bin/uv
 	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --extra dev --no-header \
