@@ -59,12 +59,6 @@ def no_torch_state_is_shared() -> Iterator[None]:
     assert not left, f"the test must put back the global state of PyTorch that it changed: {left}"
 
 
-@pytest.fixture(scope="session", autouse=True)
-def no_test_writes_to_the_home_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keep the tracking stores of remote roots in a folder of the session."""
-    os.environ["LDM_HOME"] = str(tmp_path_factory.mktemp("home"))
-
-
 @pytest.fixture
 def own_threads() -> Iterator[None]:
     """Let a test change PyTorch's number of threads, as a worker does when it starts; put it back afterwards."""

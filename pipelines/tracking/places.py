@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from pipelines.errors import MisuseError
+from pipelines.store.home import home as user_home
 from pipelines.store.storage import Storage
 from pipelines.tracking.config import TrackingConfig
 from pipelines.tracking.database import SQLITE
@@ -13,7 +14,6 @@ from pipelines.tracking.database import SQLITE
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 # Ray sets it for the driver of a submitted job.
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-DEFAULT_HOME = "~/.local/share/ldm"
 
 
 def home(root: Storage) -> Path:
@@ -25,8 +25,7 @@ def home(root: Storage) -> Path:
     if root.is_local:
         return Path(root.path())
     url = root.url.rstrip("/")
-    folder = Path(os.environ.get("LDM_HOME") or DEFAULT_HOME).expanduser().absolute()
-    return folder / f"{root.name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+    return user_home() / f"{root.name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
 
 
 def spool_folder(root: Storage) -> Path:
