@@ -50,6 +50,7 @@ class ArtifactWriter:
     def __init__(self, stage: str, key: str, storage: Storage, *, grows: bool = False) -> None:
         self.stage, self.key, self.storage, self.grows = stage, key, storage, grows
         self._gathered: list[FileRecord] = []
+        self._segments: list[tuple[str, FileTable]] = []
         self._gathered_at = time.monotonic()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -140,8 +141,11 @@ class ArtifactWriter:
         self._gathered += records
         due = time.monotonic() - self._gathered_at > _SEGMENT_EVERY_S
         if len(self._gathered) >= _RECORDS_A_SEGMENT or (due and self._gathered):
-            self._write_segment(FileTable.of(self._gathered))
+            table = FileTable.of(self._gathered)
+            self._segments.append((self._write_segment(table), table))
             self._gathered, self._gathered_at = [], time.monotonic()
+            if len(self._segments) > _MOST_SEGMENTS // 2:
+                self._merge_segments()
 
     def finish(
         self,
@@ -203,14 +207,22 @@ class ArtifactWriter:
             return merged
         if len(names) > _MOST_SEGMENTS:
             self._write_segment(merged)
-            for name in names:
-                segments.remove(name)
+            segments.remove_files(names)
         elif len(found) > _WORTH_A_SEGMENT:
             self._write_segment(found)
         return merged
 
-    def _write_segment(self, table: FileTable) -> None:
-        self.storage.write_bytes(f"{SEGMENTS}/{uuid.uuid4().hex}.parquet", table.encode())
+    def _write_segment(self, table: FileTable) -> str:
+        name = f"{uuid.uuid4().hex}.parquet"
+        self.storage.write_bytes(f"{SEGMENTS}/{name}", table.encode())
+        return name
+
+    def _merge_segments(self) -> None:
+        """Put the segments that this driver has written into one."""
+        names = [name for name, _ in self._segments]
+        merged = reduce(FileTable.union, (table for _, table in self._segments))
+        self._segments = [(self._write_segment(merged), merged)]
+        (self.storage / SEGMENTS).remove_files(names)
 
     def _earlier(self, name: str) -> FileRecord | None:
         if self.storage.exists(_record_name(name)):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, TypeAlias
+from datetime import datetime
+from typing import Any, TypeAlias, cast
 
 import fsspec
 
@@ -73,6 +74,25 @@ def _set_up_s3(store: FileSystem) -> None:
 
     s3fs.core.set_custom_error_handler(is_transient)
     store.retries = REQUEST_ATTEMPTS
+    if store.session is None:
+        store.session = _session()
     # At DEBUG botocore logs every header, session tokens among them.
     for library in ("botocore", "aiobotocore"):
         logging.getLogger(library).setLevel(logging.INFO)
+
+
+def _session() -> Any:
+    """Return a session of aiobotocore that reads times by the C parser: otherwise they are most of a listing's work."""
+    from aiobotocore.session import AioSession
+    from botocore.utils import parse_timestamp
+
+    def parse(value: Any) -> datetime:
+        try:
+            return datetime.fromisoformat(value)
+        except (TypeError, ValueError):
+            # The headers of an answer have another form.
+            return cast(datetime, parse_timestamp(value))
+
+    session = AioSession()
+    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=parse)
+    return session

@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
@@ -208,6 +208,17 @@ class Storage:
         """Remove a file or folder, if it is there."""
         with contextlib.suppress(FileNotFoundError):
             self._attempt(name, _remove)
+
+    def remove_files(self, names: Sequence[str]) -> None:
+        """Remove several files, if they are there; in an object store a thousand with one request."""
+        if not names:
+            return
+        if self.is_local:
+            for name in names:
+                Path(self.path(name)).unlink(missing_ok=True)
+            return
+        with contextlib.suppress(FileNotFoundError):
+            self._attempt("", lambda store, path: store.rm([f"{path.rstrip('/')}/{name}" for name in names]))
 
     def remove_leftovers(self) -> None:
         """Remove what killed writers left of unfinished files; nobody may be writing below this folder."""

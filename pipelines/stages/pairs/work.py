@@ -38,7 +38,7 @@ from pipelines.stages.pairs.sources.columns import find_column
 from pipelines.stages.pairs.sources.open import open_source
 from pipelines.stages.pairs.summary.summary import summarise
 from pipelines.stages.pairs.summary.unfinished import write_plan
-from pipelines.store.ledger import COMMITS, WORK
+from pipelines.store.ledger import COMMITS, WORK, FileRecord
 from pipelines.store.storage import Storage
 
 # Publishing is mostly renaming: a task should do more than one of it.
@@ -139,6 +139,7 @@ class _PairsRun:
         with contextlib.closing(board), ProgressDisplay(context, board, before, self.assignment.rows) as display:
             for made in results:
                 context.check()
+                context.writer.gather(map(FileRecord.model_validate, made["records"]))
                 board.finish(made["shard"], made["statuses"], made["bytes"])
                 display.track()
 
@@ -159,12 +160,13 @@ class _PairsRun:
         # Every task is sent this: an array is a few bytes a shard, which the tasks of a node share.
         numbers, size, writer = np.array(pending), _SHARDS_PER_PUBLISHING_TASK, context.writer
 
-        def publish_group(group: int) -> None:
+        def publish_group(group: int) -> list[dict[str, Any]]:
             shards = numbers[group * size : (group + 1) * size].tolist()
-            publish([StagedShard.open(work, shard) for shard in shards], config, writer, search)
+            records = publish([StagedShard.open(work, shard) for shard in shards], config, writer, search)
+            return [record.model_dump() for record in records]
 
-        for _ in for_each(publish_group, range(math.ceil(len(numbers) / size)), context.check):
-            pass
+        for records in for_each(publish_group, range(math.ceil(len(numbers) / size)), context.check):
+            writer.gather(map(FileRecord.model_validate, records))
 
     def _duplicate_search(self) -> DuplicateSearch:
         run = len(self.past.shards)

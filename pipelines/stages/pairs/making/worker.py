@@ -83,15 +83,19 @@ class ShardMaker:
         atexit.register(self._processor.close)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Make the shard `item["shard"]`; return its number, its rows by status and the bytes fetched for them."""
+        """Make the shard `item["shard"]`; return its number, its rows by status, the bytes fetched and what was committed."""
         number = item["shard"]
         with self._counts.of(number) as counts:
             # It may have been made by a process that died before it could say so, or before everything was committed.
             known = is_staged(self._work, number)
             shard = StagedShard.open(self._work, number) if known else self._make(number, counts)
-            if self._writer is not None:
-                shard.publish(self._writer)
-            return {"shard": number, "statuses": dict(shard.statuses), "bytes": counts.now()["bytes"]}
+            records = shard.publish(self._writer) if self._writer is not None else []
+            return {
+                "shard": number,
+                "statuses": dict(shard.statuses),
+                "bytes": counts.now()["bytes"],
+                "records": [record.model_dump() for record in records],
+            }
 
     def _make(self, number: int, counts: ShardCounts) -> StagedShard:
         rows = read_rows(self._source, self._assignment.rows_of(number))

@@ -16,13 +16,13 @@ from pipelines.stages.pairs.rows import RejectedError
 from pipelines.stages.pairs.shard.duplicate_tokens import NO_VERDICTS, Verdicts
 from pipelines.stages.pairs.shard.outcome import DUPLICATE, NEAR_DUPLICATE, OK
 from pipelines.stages.pairs.shard.staged import Change, StagedShard
-from pipelines.store.ledger import ArtifactWriter
+from pipelines.store.ledger import ArtifactWriter, FileRecord
 
 
 def publish(
     shards: Sequence[StagedShard], config: PairsConfig, writer: ArtifactWriter, search: DuplicateSearch | None
-) -> None:
-    """Decide what is left out of each shard, then put the rest into the artifact and commit it.
+) -> list[FileRecord]:
+    """Decide what is left out of each shard, then put the rest into the artifact and commit it; return the records.
 
     Args:
         shards: consecutive shards, so that the verdicts are read once for all of them.
@@ -35,8 +35,10 @@ def publish(
         # Rows ascend within a shard, and a shard is never empty.
         ends = [shard.table.column("row").to_numpy()[[0, -1]] for shard in shards]
         verdicts = search.verdicts(min(first for first, _ in ends), max(last for _, last in ends))
+    records: list[FileRecord] = []
     for shard in shards:
-        shard.publish(writer, _changes(shard, config, verdicts))
+        records += shard.publish(writer, _changes(shard, config, verdicts))
+    return records
 
 
 def _changes(shard: StagedShard, config: PairsConfig, verdicts: Verdicts) -> dict[str, Change]:

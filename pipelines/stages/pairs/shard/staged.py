@@ -154,8 +154,8 @@ class StagedShard:
         with self.folder.open(tar.name) as file:
             yield read_shard(file)
 
-    def publish(self, writer: ArtifactWriter, changes: Mapping[str, Change] | None = None) -> None:
-        """Put the final files into the artifact and commit them.
+    def publish(self, writer: ArtifactWriter, changes: Mapping[str, Change] | None = None) -> list[FileRecord]:
+        """Put the final files into the artifact and commit them; return their records.
 
         Args:
             writer: writes the artifact.
@@ -166,8 +166,7 @@ class StagedShard:
         """
         files = self._rewrite(writer.storage, changes) if changes else self._copy(writer.storage)
         # The parquet comes last: once it is committed, the whole shard is.
-        for file in files:
-            writer.commit(file.name, rows=file.rows, sha256=file.sha256, content=file.content)
+        return [writer.commit(file.name, rows=file.rows, sha256=file.sha256, content=file.content) for file in files]
 
     def _copy(self, target: Storage) -> Sequence[FileRecord]:
         for file in self.files:
