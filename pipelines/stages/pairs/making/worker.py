@@ -83,7 +83,7 @@ class ShardMaker:
         atexit.register(self._processor.close)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Make the shard `item["shard"]`; return its number, its rows by status, the bytes fetched and what was committed."""
+        """Make the shard `item["shard"]`; return its number, rows by status, bytes fetched and records of its files."""
         number = item["shard"]
         with self._counts.of(number) as counts:
             # It may have been made by a process that died before it could say so, or before everything was committed.
