@@ -22,6 +22,7 @@ from pipelines.stages.latents.encode import EncodeShard
 from pipelines.stages.latents.stage import STAGE
 from pipelines.stages.latents.vocabulary import commit_vocabulary
 from pipelines.stages.pairs.artifact import decode_image
+from pipelines.stages.pairs.held_out import copy_held_out
 from pipelines.store.ledger import Artifact, ArtifactWriter, artifact_key
 from pipelines.store.storage import Storage
 from tests.tiny_artifacts import contents, first_stage_artifact, pairs_artifact, run_stage
@@ -116,6 +117,7 @@ def encode_in_this_process(root: Path, upstream: dict[str, Artifact]) -> dict[st
     )
     for record in upstream["pairs"].shards():
         encode({"shard": record.name, "rows": record.rows, "bytes": record.bytes, "encoded": False})
+    copy_held_out(upstream["pairs"], writer)
     return {name: record.sha256 for name, record in writer.committed().items()}
 
 
