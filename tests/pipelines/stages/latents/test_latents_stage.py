@@ -22,6 +22,7 @@ from pipelines.stages.latents.encode import EncodeShard
 from pipelines.stages.latents.stage import STAGE
 from pipelines.stages.latents.vocabulary import commit_vocabulary
 from pipelines.stages.pairs.artifact import decode_image
+from pipelines.stages.pairs.held_out import copy_held_out
 from pipelines.store.ledger import Artifact, ArtifactWriter, artifact_key
 from pipelines.store.storage import Storage
 from tests.tiny_artifacts import contents, first_stage_artifact, pairs_artifact, run_stage
@@ -115,7 +116,8 @@ def encode_in_this_process(root: Path, upstream: dict[str, Artifact]) -> dict[st
         pairs=upstream["pairs"], first_stage=upstream["autoencoder"], writer=writer, config=CONFIG, device="cpu"
     )
     for record in upstream["pairs"].shards():
-        encode({"shard": record.name, "rows": record.rows, "bytes": record.bytes, "encoded": False})
+        encode({"shard": record.name, "rows": record.rows, "bytes": record.bytes, "encoded": False, **ANYTHING})
+    copy_held_out(upstream["pairs"], writer)
     return {record.name: record.sha256 for record in writer.committed()}
 
 
