@@ -14,6 +14,7 @@ from pipelines import __version__
 from pipelines.compute.cluster import connect
 from pipelines.config import Config
 from pipelines.errors import UserError, explain
+from pipelines.notices import told_to
 from pipelines.run.plan import STAGES, PlannedStage, Selection, plan, plan_stage
 from pipelines.run.recipe import Recipe
 from pipelines.run.report import build_report
@@ -52,8 +53,9 @@ def run(
     root = Storage(recipe.root)
     # Said before the first stage runs: whatever is wrong with any stage's section or inputs.
     stages = tuple(planned.stage for planned in plan(recipe, selection))
-    with exclusive(root) as hold:
-        walk = _Walk(recipe, selection or Selection(), observer or RunObserver(), debug, root, hold, stages)
+    observer = observer or RunObserver()
+    with told_to(observer.notice), exclusive(root) as hold:
+        walk = _Walk(recipe, selection or Selection(), observer, debug, root, hold, stages)
         result = walk.run()
     result.wall_s = round(time.monotonic() - started, 3)
     return result

@@ -11,6 +11,7 @@ from pipelines.stage import RateMeter, StageContext
 from pipelines.stages.autoencoder.artifact import FORMAT_VERSION as AUTOENCODER_FORMAT
 from pipelines.stages.latents.config import LatentsConfig
 from pipelines.stages.latents.encode import EncodeShard, statistics_name
+from pipelines.stages.latents.poison import Poisoned, poisoned_shards
 from pipelines.stages.latents.statistics import LatentSums, scale_factor, total
 from pipelines.stages.latents.vocabulary import commit_vocabulary
 from pipelines.stages.pairs.artifact import PAIRS_FORMAT
@@ -36,14 +37,15 @@ def run(context: StageContext[LatentsConfig]) -> dict[str, Any]:
 def _encode_pending(context: StageContext[LatentsConfig], pairs: Artifact, first_stage: Artifact) -> None:
     config = context.config
     committed = context.writer.committed()
+    poisoned = Poisoned(context.writer, len(pairs.shards()), config.max_poisoned_share)
     pending: list[dict[str, Any]] = [
         {"shard": r.name, "rows": r.rows, "bytes": r.bytes, "encoded": r.name in committed}
         for r in pairs.shards()
-        if r.name not in committed or statistics_name(r.name) not in committed
+        if r.name not in poisoned.shards and (r.name not in committed or statistics_name(r.name) not in committed)
     ]
     if not pending:
         return
-    size = pool_size(len(pending), workers=config.workers, use_gpu=config.use_gpu)
+    size = pool_size(len(pending), workers=config.workers, use_gpu=config.use_gpu, who="latents", check=context.check)
     arguments = {
         "pairs": pairs,
         "first_stage": first_stage,
@@ -55,7 +57,9 @@ def _encode_pending(context: StageContext[LatentsConfig], pairs: Artifact, first
     done = rows - sum(item["rows"] for item in pending)
     meter, before = RateMeter(), done
     context.progress(done, rows)
-    for result in map_on_actors(pending, EncodeShard, arguments=arguments, size=size, check=context.check):
+    for result in map_on_actors(
+        pending, EncodeShard, arguments=arguments, size=size, set_aside=poisoned.set_aside, check=context.check
+    ):
         done += result["rows"]
         rate = meter.rate(done - before)
         context.progress(done, rows, images_per_s=f"{rate:.0f}")
@@ -65,7 +69,9 @@ def _encode_pending(context: StageContext[LatentsConfig], pairs: Artifact, first
 def _details(
     context: StageContext[LatentsConfig], pairs: Artifact, first_stage: Artifact, tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    statistics = [context.writer.storage.read_json(statistics_name(r.name)) for r in pairs.shards()]
+    left_out = poisoned_shards(context.writer.storage)
+    encoded = [record for record in pairs.shards() if record.name not in left_out]
+    statistics = [context.writer.storage.read_json(statistics_name(r.name)) for r in encoded]
     shapes = {tuple(shard["shape"]) for shard in statistics if shard["shape"]}
     if len(shapes) > 1:
         raise UserError(f"latents differ in shape from shard to shard ({sorted(shapes)}): set pairs.resize=center_crop")
@@ -77,7 +83,8 @@ def _details(
     moments, *latent_shape = shapes.pop()
     context.tracker.metrics({"latents/mean": sums.mean, "latents/std": sums.std, "latents/scale_factor": scale})
     return {
-        "samples": sum(record.rows for record in pairs.shards()),
+        "samples": sum(record.rows for record in encoded),
+        "poisoned_shards": len(left_out),
         "encoder_sha256": first_stage.details["encoder_sha256"],
         "tokenizer_sha256": tokenizer.digest,
         "vocabulary_size": tokenizer.vocabulary_size,
