@@ -30,6 +30,12 @@ def connect(config: ClusterConfig, *, debug: bool = False) -> Iterator[None]:
     Raises:
         UserError: no cluster answers at the address, or the stages cannot work through it.
     """
+    address = _address(config)
+    if address and address.startswith("ray://"):
+        raise UserError(
+            f"the cluster's address is {address}, but Ray Data and Ray Train do not work through Ray Client: submit "
+            "the run (`ldm submit RECIPE --address http://HEAD:8265`), or start it on a node of the cluster"
+        )
     with (
         _patience(config.store_patience_s),
         waiting_at_most(config.wait_for_resources_s),
@@ -58,13 +64,12 @@ def _connected(config: ClusterConfig, debug: bool) -> Iterator[None]:
             ray.shutdown()
 
 
+def _address(config: ClusterConfig) -> str | None:
+    return config.address or os.environ.get("RAY_ADDRESS")
+
+
 def _init(config: ClusterConfig, debug: bool) -> None:
-    address = config.address or os.environ.get("RAY_ADDRESS")
-    if address and address.startswith("ray://"):
-        raise UserError(
-            f"cluster.address is {address}, but Ray Data and Ray Train do not work through Ray Client: submit the run "
-            "(`ldm submit RECIPE --address http://HEAD:8265`), or run it on a node of the cluster with address `auto`"
-        )
+    address = _address(config)
     options: dict[str, Any] = {"logging_level": "info" if debug else "error", "log_to_driver": debug}
     try:
         if address:

@@ -177,7 +177,7 @@ class _PairsRun:
 def _give_up(item: dict[str, Any]) -> dict[str, Any]:
     raise UserError(
         f"making shard {item['shard']} of the pairs killed its worker {1 + _ALONE_TRIES} times, more than a few "
-        "pictures explain: out of memory? Set pairs.workers or pairs.shards_in_flight lower, then run the same command again"
+        "pictures explain: out of memory? Set pairs.workers or pairs.shards_in_flight lower, and run it again"
     )
 
 

@@ -13,6 +13,8 @@ import ray
 
 from pipelines.compute import actor_pool
 from pipelines.compute.actor_pool import map_on_actors, pool_size
+from pipelines.compute.cluster import connect
+from pipelines.compute.config import ClusterConfig
 from pipelines.compute.resources import waiting_at_most
 from pipelines.errors import UserError
 from tests.pipelines.store.held_root import TAKEN_OVER, held_root
@@ -149,6 +151,11 @@ def test_no_more_actors_than_items_or_room() -> None:
     assert pool_size(100, workers=99).workers == 4
     assert pool_size(3).workers == 3
     assert (pool_size(100, workers=2).workers, pool_size(100).device) == (2, "cpu")
+
+
+def test_ray_client_is_refused() -> None:
+    with pytest.raises(UserError, match=r"address is ray://head:10001, but Ray Data and Ray Train do not work"):
+        connect(ClusterConfig(address="ray://head:10001")).__enter__()
 
 
 def test_gpus_that_are_not_there_are_refused() -> None:
