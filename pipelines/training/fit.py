@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import ray
 import ray.exceptions
@@ -100,7 +100,7 @@ def _attempt(
     training = _TrainingThread(_trainer(job, attempt, scaling))
     training.start()
     try:
-        missing = _MissingResources(scaling)
+        missing = _MissingResources(config.workers, cast(dict[str, float], scaling.resources_per_worker))
         while training.is_alive():
             _forward(relay, context, config.steps)
             context.check()
@@ -194,9 +194,8 @@ def _scaling(config: TrainingConfig, context: StageContext) -> ScalingConfig:
 class _MissingResources:
     """Tells, once a minute, what the cluster has too little of: Ray waits in silence for nodes that have left."""
 
-    def __init__(self, scaling: ScalingConfig) -> None:
-        per_worker = scaling.resources_per_worker or {}
-        self._needed = {name: each * scaling.num_workers for name, each in per_worker.items() if each}
+    def __init__(self, workers: int, per_worker: dict[str, float]) -> None:
+        self._needed = {name: each * workers for name, each in per_worker.items() if each}
         self._looked_at = self._told_at = time.monotonic() - TELL_EVERY_S
 
     def watch(self) -> None:

@@ -44,14 +44,12 @@ def test_a_run_outlasts_an_outage_of_its_store_in_every_stage(s3_server: S3, tmp
 
         def follow() -> None:
             assert process.stderr is not None
-            shut: set[str] = set()
             for line in process.stderr:
                 lines.append(line)
-                stage = line.partition(":")[0]
-                # With the first progress its workers, or those that train, are at work.
-                if stage in STAGES and " of " in line and stage not in shut:
-                    shut.add(stage)
-                    gate.shut_for(DOWN_S)
+                stage, _, rest = line.partition(":")
+                if stage in STAGES and rest.startswith(" starts"):
+                    # By then its workers start, or work.
+                    threading.Timer(3.0, gate.shut_for, [DOWN_S]).start()
 
         follower = threading.Thread(target=follow, daemon=True)
         follower.start()
