@@ -107,6 +107,10 @@ class Display(RunObserver):
         if time.monotonic() - self.logged > LOG_EVERY_S:
             self._log("  ".join(filter(None, (f"{name}: {done:,} of {total:,}", state.facts_line, state.left))))
 
+    def notice(self, line: str) -> None:
+        # Above the live table, which is drawn again below it.
+        self.console.print(line, style="yellow")
+
     def end(self, row: StageRow) -> None:
         self.running.pop(row.name, None)
         self.finished[row.name] = row

@@ -29,6 +29,13 @@ class MisuseError(UserError):
     exit_code = 2
 
 
+class TransientError(UserError):
+    """A store or the network did not recover within the patience of whoever asked. Exit code 1.
+
+    Nobody has to mend anything but the store: the same work may succeed later, so that training is never ended by it.
+    """
+
+
 def explain(error: BaseException) -> UserError | None:
     """Return the UserError behind an exception, looking through what Ray and `raise … from` wrap around it.
 

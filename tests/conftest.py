@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pipelines import patience
 from pipelines.compute.cluster import connect
 from pipelines.compute.config import ClusterConfig
 from tests.torch_state import SEED, torch_state
@@ -121,6 +122,8 @@ def use_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("AWS_PROFILE", raising=False)
         s3fs.S3FileSystem.clear_instance_cache()
+        # Another server: it has not answered yet.
+        patience._outages.clear()
 
     yield use
     s3fs.S3FileSystem.clear_instance_cache()

@@ -10,7 +10,10 @@ import psutil
 import ray
 from ray.data import DataContext
 
+from pipelines import patience
 from pipelines.compute.config import ClusterConfig
+from pipelines.compute.resources import waiting_at_most
+from pipelines.compute.watch import watch_executions
 from pipelines.errors import UserError
 
 START_ATTEMPTS = 3
@@ -25,14 +28,31 @@ def connect(config: ClusterConfig, *, debug: bool = False) -> Iterator[None]:
         debug: show Ray's own log, and what workers print.
 
     Raises:
-        UserError: no cluster answers at the address.
+        UserError: no cluster answers at the address, or the stages cannot work through it.
     """
+    address = _address(config)
+    if address and address.startswith("ray://"):
+        raise UserError(
+            f"the cluster's address is {address}, but Ray Data and Ray Train do not work through Ray Client: submit "
+            "the run (`ldm submit RECIPE --address http://HEAD:8265`), or start it on a node of the cluster"
+        )
+    with (
+        _patience(config.store_patience_s),
+        waiting_at_most(config.wait_for_resources_s),
+        _connected(config, debug),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _connected(config: ClusterConfig, debug: bool) -> Iterator[None]:
     _quieten(debug)
     ours = not ray.is_initialized()
     if ours:
         with contextlib.nullcontext() if debug else _silent_stderr():
             _init(config, debug)
     context = DataContext.get_current()
+    watch_executions(context)
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     # Otherwise Ray Data raises a wrapper of its own, which loses what it wraps on its way between processes.
@@ -44,12 +64,16 @@ def connect(config: ClusterConfig, *, debug: bool = False) -> Iterator[None]:
             ray.shutdown()
 
 
+def _address(config: ClusterConfig) -> str | None:
+    return config.address or os.environ.get("RAY_ADDRESS")
+
+
 def _init(config: ClusterConfig, debug: bool) -> None:
-    address = config.address or os.environ.get("RAY_ADDRESS")
+    address = _address(config)
     options: dict[str, Any] = {"logging_level": "info" if debug else "error", "log_to_driver": debug}
     try:
         if address:
-            ray.init(address=address, **options)
+            ray.init(address=address, **options, **_workers_environment())
         else:
             _start(config, options)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -77,6 +101,32 @@ def _start(config: ClusterConfig, options: dict[str, Any]) -> None:
                     process.kill()
             if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS - 1:
                 raise
+
+
+@contextlib.contextmanager
+def _patience(seconds: float | None) -> Iterator[None]:
+    """Set the patience with stores in this process's environment, which workers started from here inherit."""
+    before = os.environ.get(patience.VARIABLE)
+    if seconds is not None:
+        os.environ[patience.VARIABLE] = str(seconds)
+    # A variable that is no number is said now, not by the first worker whose store fails.
+    patience.patience_s()
+    try:
+        yield
+    finally:
+        if seconds is not None:
+            os.environ.pop(patience.VARIABLE)
+            if before is not None:
+                os.environ[patience.VARIABLE] = before
+
+
+def _workers_environment() -> dict[str, Any]:
+    """Return the option of `ray.init` that hands the patience on to the workers of a cluster that runs already."""
+    value = os.environ.get(patience.VARIABLE)
+    # A submitted job's own environment reaches its workers, and Ray refuses to have a variable set twice.
+    if value is None or patience.VARIABLE in os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", ""):
+        return {}
+    return {"runtime_env": {"env_vars": {patience.VARIABLE: value}}}
 
 
 @contextlib.contextmanager

@@ -7,7 +7,13 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from pipelines.errors import UserError
+from pipelines.patience import expect_answers
+
 T = TypeVar("T")
+
+# How often a task is run whose worker dies.
+TRIES = 3
 
 # `for_each`, or what stands in for it where there is no cluster: the built-in `map`.
 ForEach = Callable[[Callable[[int], Any], Sequence[int]], Iterable[Any]]
@@ -28,10 +34,13 @@ def for_each(
         function: takes one item and returns a JSON value; must be picklable. A task that dies is run again, so it must
             be safe to repeat.
         items: one task each.
-        check: called at the start and after every task; whatever it raises ends the work.
+        check: called at the start and every few seconds; whatever it raises ends the work.
 
     Returns:
         The results in the order of the items, each as soon as it and all before it are there.
+
+    Raises:
+        UserError: the worker of a task died in each of a few tries.
     """
     check()
     if len(items) <= 1:
@@ -39,21 +48,31 @@ def for_each(
         return
     # Most users of this module only want `chunks`: `ldm inspect` must not wait seconds for Ray.
     import ray.data
+    import ray.exceptions
+
+    from pipelines.compute.watch import checking
 
     def call(row: dict[str, Any]) -> dict[str, Any]:
+        expect_answers()
         # Rows of Ray Data are dicts of Arrow values; JSON keeps nested results as they were returned.
         return {"position": row["position"], "result": json.dumps(function(row["item"]))}
 
     rows = [{"position": position, "item": item} for position, item in enumerate(items)]
-    results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(call, num_cpus=1).iter_rows()
+    # Ray Data would run a task that kills its worker again for ever.
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(call, num_cpus=1, max_retries=TRIES - 1)
     # Ray Data yields whatever is ready first.
     waiting: dict[int, Any] = {}
     following = 0
     # Closed when the caller stops early, so that no task runs on behind its back.
-    with contextlib.closing(iter(results)) as rows_done:  # type: ignore[type-var]
-        for row in rows_done:
-            check()
-            waiting[row["position"]] = json.loads(row["result"])
-            while following in waiting:
-                yield waiting.pop(following)
-                following += 1
+    with checking(check), contextlib.closing(iter(dataset.iter_rows())) as rows_done:  # type: ignore[type-var]
+        try:
+            for row in rows_done:
+                waiting[row["position"]] = json.loads(row["result"])
+                while following in waiting:
+                    yield waiting.pop(following)
+                    following += 1
+        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
+            raise UserError(
+                f"the worker of a task died {TRIES} times: it is out of memory, or native code crashes; see Ray's "
+                "logs, then run the same command again"
+            ) from None

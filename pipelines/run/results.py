@@ -55,4 +55,7 @@ class RunObserver:
 
     def progress(self, name: str, done: int, total: int, **facts: str) -> None: ...
 
+    def notice(self, line: str) -> None:
+        """Show a line about what the run waits for; called from any thread."""
+
     def end(self, row: StageRow) -> None: ...

@@ -16,6 +16,7 @@ from pipelines import __version__
 from pipelines.compute.cluster import connect
 from pipelines.compute.tasks import for_each
 from pipelines.errors import UserError, explain
+from pipelines.notices import told_to
 from pipelines.run.plan import STAGES, PlannedStage, Selection, plan, plan_stage
 from pipelines.run.recipe import Recipe
 from pipelines.run.report import build_report
@@ -60,8 +61,10 @@ def run(
     root = Storage(recipe.root)
     # Said before the first stage runs: whatever is wrong with any stage's section or inputs.
     planned = plan(recipe, selection)
-    walk = _Walk(recipe, selection or Selection(), observer or RunObserver(), debug, wait, root)
-    result = walk.run(planned)
+    observer = observer or RunObserver()
+    with told_to(observer.notice):
+        walk = _Walk(recipe, selection or Selection(), observer, debug, wait, root)
+        result = walk.run(planned)
     result.wall_s = round(time.monotonic() - started, 3)
     return result
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipelines.errors import UserError
+from pipelines.patience import give_up_at
 from pipelines.shards.samples import Sample, shard_samples
 from pipelines.shards.tar_headers import FileBytes, Member, TarError
 from pipelines.store.ledger import FileRecord
@@ -23,6 +24,8 @@ from pipelines.store.storage import Storage
 DEFAULT_CACHE_BYTES = 32 << 30
 FETCH_THREADS = 4
 MAX_INDEXES = 512
+# Fetches of one shard that is gone from the local disk each time it is to be opened.
+MOST_FETCHES = 5
 
 # Offset and size of a file in its shard.
 _Span = tuple[int, int]
@@ -54,7 +57,10 @@ class ShardReader:
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._fetched: OrderedDict[int, Future[Path]] = OrderedDict()
         self._cache: tempfile.TemporaryDirectory[str] | None = None
-        self._fetcher = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch")
+        self._end = threading.Event()
+        self._fetcher = ThreadPoolExecutor(
+            FETCH_THREADS, thread_name_prefix="fetch", initializer=give_up_at, initargs=(self._end,)
+        )
 
     @property
     def rows_per_shard(self) -> list[int]:
@@ -88,6 +94,7 @@ class ShardReader:
             self._check_size(record, self.storage.size(record.name))
 
     def close(self) -> None:
+        self._end.set()
         self._fetcher.shutdown(wait=True, cancel_futures=True)
         with self._lock:
             self._open.clear()
@@ -123,15 +130,27 @@ class ShardReader:
 
     def _open_anew(self, shard: int) -> BinaryIO:
         """Open a local file of the shard, fetched if storage is remote."""
-        while True:
+        if self.storage.is_local:
             try:
-                if self.storage.is_local:
-                    return open(self.storage.path(self.shards[shard].name), "rb")
-                return open(self._fetch(shard).result(), "rb")
+                return open(self.storage.path(self.shards[shard].name), "rb")
             except FileNotFoundError:
-                if self.storage.is_local:
-                    raise self._damaged(self.shards[shard], "is missing") from None
-                # Evicted by another thread since it was fetched: fetch it again.
+                raise self._damaged(self.shards[shard], "is missing") from None
+        for _ in range(MOST_FETCHES):
+            fetched = self._fetch(shard)
+            try:
+                return open(fetched.result(), "rb")
+            except FileNotFoundError:
+                # Evicted by another thread since it was fetched, or removed by whoever tidies up the disk.
+                self._forget(shard, fetched)
+        raise UserError(
+            f"{self._cache.name if self._cache else 'the cache'}: fetched shards are removed from it while they are "
+            "needed: keep whatever tidies up temporary files away, or set TMPDIR to another folder"
+        )
+
+    def _forget(self, shard: int, fetched: "Future[Path]") -> None:
+        with self._lock:
+            if self._fetched.get(shard) is fetched:
+                del self._fetched[shard]
 
     def _fetch(self, shard: int) -> "Future[Path]":
         with self._lock:
@@ -150,6 +169,7 @@ class ShardReader:
 
     def _download(self, shard: int, folder: Path) -> Path:
         record = self.shards[shard]
+        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{shard:06d}.tar"
         # Before it is fetched: a shard that is missing or cut is not worth its way over the network.
         self._check_size(record, self.storage.size(record.name))

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import socket
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-from pipelines.errors import UserError
+from pipelines.errors import TransientError, UserError
 from pipelines.secrets import without_secrets
 
 # What a person must be allowed to do with our own storage, and with the files of others.
@@ -49,12 +50,15 @@ class MissingFileError(UserError):
 
 
 def is_transient(error: BaseException) -> bool:
-    """Tell whether the same request can succeed later."""
+    """Tell whether the same request can succeed later: throttling, failures of servers, of the network, of DNS."""
     error = _origin(error)
     code, status = code_and_status(error)
     if code:
         return status in TRANSIENT_STATUSES or code in TRANSIENT_CODES
-    if isinstance(error, TimeoutError | ConnectionError) or getattr(error, "errno", None) == errno.EBUSY:
+    if (
+        isinstance(error, TimeoutError | ConnectionError | socket.gaierror)
+        or getattr(error, "errno", None) == errno.EBUSY
+    ):
         return True
     names = {each.__name__ for each in type(error).__mro__}
     return _library(error) == "aiohttp" or (_library(error) is not None and bool(names & TRANSIENT_ERRORS))
@@ -101,9 +105,9 @@ def explain_failure(url: str, error: BaseException, *, rights: str = OWNING) -> 
     if status == 403:
         return UserError(f"no permission for {url} ({code}): it takes the right to {rights}")
     if is_transient(origin):
-        return UserError(
-            f"{url} cannot be reached ({answer if code else _cause_in_words(origin)}): check the network and the "
-            "store's endpoint, then run the same command again; what is committed is kept"
+        return TransientError(
+            f"{url} cannot be reached ({reason_of(origin)}): check the network and the store's endpoint, then run the "
+            "same command again; what is committed is kept"
         )
     if must_restart(origin):
         return UserError(f"{url} could not be written ({code}): does another program write there?")
@@ -118,6 +122,13 @@ def explain_failure(url: str, error: BaseException, *, rights: str = OWNING) -> 
     if _library(origin):
         return UserError(f"{url} cannot be used ({name}): check the URL and the settings of the store")
     return None
+
+
+def reason_of(error: BaseException) -> str:
+    """Return a store's answer, or what kept it from answering, in a few words without credentials."""
+    origin = _origin(error)
+    code, status = code_and_status(origin)
+    return (code if code == str(status) else f"{code} {status}") if code else _cause_in_words(origin)
 
 
 @contextlib.contextmanager
@@ -146,7 +157,12 @@ def _unreadable(url: str, error: Exception) -> UserError:
 def _origin(error: BaseException) -> BaseException:
     """Return the library's error behind the OSError that s3fs makes of it."""
     cause = error.__cause__
-    return cause if cause is not None and hasattr(cause, "response") else error
+    if cause is None:
+        return error
+    # fsspec says of whatever goes wrong with a web server that the file is not there.
+    missing = isinstance(error, FileNotFoundError) and _library(cause) == "aiohttp"
+    behind = hasattr(cause, "response") or (missing and getattr(cause, "status", None) not in (404, 410))
+    return cause if behind else error
 
 
 def _library(error: BaseException) -> str | None:

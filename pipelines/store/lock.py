@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from pipelines.errors import UserError
+from pipelines.patience import impatient
 from pipelines.store.failures import MissingFileError
 from pipelines.store.storage import Storage, encode_json
 
@@ -226,7 +227,7 @@ class _Lease:
         # After a suspension (a laptop's lid, a stopped container) the thread may not have had its turn yet, and the
         # lease may long be somebody else's.
         if time.monotonic() - self.renewed_at > 2 * self.beat_s:
-            with contextlib.suppress(UserError):
+            with contextlib.suppress(UserError), impatient(self.beat_s):
                 self._renew()
         if self.thief:
             raise UserError(
@@ -247,7 +248,7 @@ class _Lease:
         self.released.set()
         self.thread.join()
         # A lease that cannot be removed now is taken over later, as a dead holder's is.
-        with contextlib.suppress(UserError):
+        with contextlib.suppress(UserError), impatient(self.beat_s):
             if (found := self._read()) and found["token"] == self.token:
                 self.root.remove(LEASE)
 
@@ -302,7 +303,7 @@ class _Lease:
 
     def _renew_regularly(self) -> None:
         while not self.released.wait(self.beat_s) and not self.thief:
-            with contextlib.suppress(UserError):
+            with contextlib.suppress(UserError), impatient(self.beat_s):
                 self._renew()
             if self._silent_s > PATIENCE_BEATS * self.beat_s:
                 break

@@ -10,30 +10,30 @@ import base64
 import contextlib
 import hashlib
 import math
-import random
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from pipelines.errors import UserError
-from pipelines.store.failures import OWNING, code_and_status, explain_failure, is_transient, must_restart
+from pipelines.patience import Waiting, outage_of
+from pipelines.store.failures import OWNING, code_and_status, explain_failure, is_transient, must_restart, reason_of
 from pipelines.store.filesystems import PARTS_AT_ONCE, RANGE_BYTES, FileSystem, is_s3
 
 T = TypeVar("T")
 
-PAUSES_S = (1.0, 3.0, 9.0)
+# How often an upload begins anew that was ended under it.
+RESTARTS = 3
 # Files of two parts and more go up part by part; a part that fails is sent again alone.
 PART_BYTES = 16 << 20
 # S3 takes no more; larger files get larger parts.
 MAX_PARTS = 10_000
 
-_jitter = random.Random()
-
 
 def attempt(url: str, operation: Callable[[], T], *, rights: str = OWNING) -> T:
     """Return what `operation` returns; it is repeated after transient failures, so it must be idempotent.
+
+    For how long, and what is said meanwhile, is the matter of `patience`.
 
     Args:
         url: the file or folder it is about, for the message.
@@ -41,21 +41,28 @@ def attempt(url: str, operation: Callable[[], T], *, rights: str = OWNING) -> T:
         rights: what one must be allowed to do there, for the message.
 
     Raises:
-        UserError: the store refused for good, or did not recover; names `url` and what to do.
+        TransientError: the store did not recover in time; names `url` and what to do.
+        UserError: the store refused for good; the same.
         Exception: what the operation raises that is no failure of a store, FileNotFoundError among it, unchanged.
     """
-    for pause in (*PAUSES_S, None):
+    waiting, restarts = Waiting(url), 0
+    while True:
         try:
-            return operation()
+            result = operation()
         except Exception as error:
+            passes = is_transient(error)
+            if not passes and (isinstance(error, FileNotFoundError) or code_and_status(error)[0]):
+                outage_of(url).answered()
             if (failure := explain_failure(url, error, rights=rights)) is None:
                 raise
-            if pause is None or not (is_transient(error) or must_restart(error)):
+            restarts += must_restart(error)
+            may_pass = passes or (must_restart(error) and restarts <= RESTARTS)
+            if not may_pass or not waiting.pause(reason_of(error)):
                 # Without the libraries' own errors, which hold whole requests.
                 raise failure from None
-            # Workers that one outage stopped at the same moment should not all come back at the same moment.
-            time.sleep(pause * _jitter.uniform(0.5, 1.0))
-    raise AssertionError
+        else:
+            outage_of(url).answered()
+            return result
 
 
 def upload(url: str, store: FileSystem, local: Path, path: str) -> None:

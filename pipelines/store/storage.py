@@ -8,6 +8,7 @@ import contextlib
 import errno
 import fnmatch
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -20,9 +21,10 @@ from typing import Any, BinaryIO, TypeVar, cast
 from pipelines.errors import MisuseError, UserError
 from pipelines.secrets import holds_secret, refusal
 from pipelines.store import local_disk, object_store
-from pipelines.store.failures import MissingFileError, explain_failure
-from pipelines.store.filesystems import FileSystem, filesystem_of, is_s3
+from pipelines.store.failures import MissingFileError
+from pipelines.store.filesystems import RANGE_BYTES, FileSystem, filesystem_of, is_s3
 from pipelines.store.listing import FOLDER, list_folder, list_s3
+from pipelines.store.location import Location
 
 T = TypeVar("T")
 
@@ -114,16 +116,16 @@ class Storage:
     def open(self, name: str) -> Iterator[BinaryIO]:
         """Open a file for reading. Raises UserError if it is missing."""
         with self._not_missing(name):
-            handle = self._attempt(name, lambda store, path: store.open(path, "rb"))
+            handle = self._open(name)
         with handle:
-            try:
-                yield cast(BinaryIO, handle)
-            except Exception as error:
-                # The bytes are asked for while the block runs, so a store's failure surfaces there; so do errors of
-                # the block's own, which are not ours to explain.
-                if self.is_local or (failure := explain_failure(f"{self.url}/{name}", error)) is None:
-                    raise
-                raise failure from None
+            yield handle
+
+    def _open(self, name: str) -> BinaryIO:
+        if self.is_local:
+            return cast(BinaryIO, self.filesystem.open(self.path(name), "rb"))
+        # Not the store's own file: a read of that which fails is lost, and bytes are asked for long after it is opened.
+        location = Location(self.filesystem, self.path(name))
+        return cast(BinaryIO, io.BufferedReader(location.open_by_ranges(), RANGE_BYTES))
 
     def read_bytes(self, name: str) -> bytes:
         with self._not_missing(name):

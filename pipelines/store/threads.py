@@ -1,9 +1,12 @@
 """Waiting for many answers at once, in bounded memory."""
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
+
+from pipelines.patience import give_up_at
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -19,7 +22,8 @@ def map_in_threads(function: Callable[[T], R], items: Iterable[T], threads: int 
     Raises:
         Exception: what the first failing call, in order, raises; calls that have not begun are dropped.
     """
-    pool = ThreadPoolExecutor(threads)
+    end = threading.Event()
+    pool = ThreadPoolExecutor(threads, initializer=give_up_at, initargs=(end,))
     pending: deque[Future[R]] = deque()
     try:
         for item in items:
@@ -29,4 +33,6 @@ def map_in_threads(function: Callable[[T], R], items: Iterable[T], threads: int 
         while pending:
             yield pending.popleft().result()
     finally:
+        # After Ctrl-C nobody wants to wait until the calls under way lose patience with a store that is down.
+        end.set()
         pool.shutdown(cancel_futures=True)

@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import ray
 import ray.exceptions
@@ -18,8 +18,12 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig,
 from ray.train.torch import TorchTrainer
 
 from pipelines.compute.host_memory import keep_freed_memory
-from pipelines.errors import UserError, explain, raised_as_user_error
+from pipelines.compute.resources import TELL_EVERY_S, alive, use_gpus
+from pipelines.errors import TransientError, UserError, explain, raised_as_user_error
+from pipelines.notices import tell
+from pipelines.patience import expect_answers
 from pipelines.store.ledger import ArtifactWriter
+from pipelines.store.patient import PatientFileSystem
 from pipelines.training.checkpoints import Checkpoints, discard_attempts, newest
 from pipelines.training.config import TrainingConfig
 from pipelines.training.loop import Rank, TrainingLoop, use_cores
@@ -32,6 +36,9 @@ if TYPE_CHECKING:
     from pipelines.store.storage import Storage
 
 POLL_S = 0.5
+LOOK_EVERY_S = 10.0
+# Between an attempt that a store ended, after minutes of patience, and the next one.
+RESTART_PAUSE_S = 10.0
 # How long workers may take to notice that they must stop: a step, or a preview, is finished first.
 STOP_PATIENCE_S = 60.0
 
@@ -48,7 +55,8 @@ def finished(writer: ArtifactWriter) -> dict[str, Any] | None:
 def fit(task: Task, config: TrainingConfig, context: StageContext) -> dict[str, Any]:
     """Train a task's network by distributed data parallelism, from the newest checkpoint if there is one.
 
-    A worker that dies is replaced and training goes on from the newest checkpoint; after the whole process tree was
+    A worker that dies is replaced and training goes on from the newest checkpoint; a store that does not answer for
+    longer than the patience with it delays training, and never ends it. After the whole process tree was
     killed the same call does the same. The samples seen, and on one kind of device the weights, are those of an
     uninterrupted run.
 
@@ -67,17 +75,36 @@ def fit(task: Task, config: TrainingConfig, context: StageContext) -> dict[str, 
             again, a root that another driver has taken over.
     """
     train = context.writer.storage / TRAIN_FOLDER
+    scaling = _scaling(config, context)
+    while True:
+        try:
+            return _attempt(task, config, context, train, scaling)
+        except TransientError as error:
+            # Nobody has to mend anything but the store, and hours of training are worth waiting for it.
+            tell(f"training stopped ({error}): it goes on from the newest checkpoint")
+            _pause(RESTART_PAUSE_S, context)
+
+
+def _attempt(
+    task: Task, config: TrainingConfig, context: StageContext, train: Storage, scaling: ScalingConfig
+) -> dict[str, Any]:
+    """Train from the newest checkpoint to the end. Raises TransientError if a store did not recover in time."""
+    if (details := finished(context.writer)) is not None:
+        # The last attempt lost touch with the store after all was done.
+        return details
     resume_from = newest(train)
     discard_attempts(train, keep=resume_from)
     relay = Relay()
     attempt = train / f"attempt_{uuid.uuid4().hex[:8]}"
     job = _WorkerJob(task, config, context.seed, context.writer, relay, Checkpoints(attempt, resume_from))
-    training = _TrainingThread(_trainer(job, attempt))
+    training = _TrainingThread(_trainer(job, attempt, scaling))
     training.start()
     try:
+        missing = _MissingResources(config.workers, cast(dict[str, float], scaling.resources_per_worker))
         while training.is_alive():
             _forward(relay, context, config.steps)
             context.check()
+            missing.watch()
         _forward(relay, context, config.steps, timeout_s=0.0)
     except BaseException as error:
         # Ctrl-C is not kept waiting: the process ends, and with it the workers.
@@ -90,6 +117,13 @@ def fit(task: Task, config: TrainingConfig, context: StageContext) -> dict[str, 
     details = finished(context.writer)
     assert details is not None, "rank 0 writes the details before it returns"
     return details
+
+
+def _pause(seconds: float, context: StageContext) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        context.check()
+        time.sleep(POLL_S)
 
 
 @dataclass(frozen=True)
@@ -106,6 +140,7 @@ class _WorkerJob:
 
 def _run_worker(job: _WorkerJob) -> None:
     """Train in a worker process: Ray Train's training function."""
+    expect_answers()
     worker = ray.train.get_context()
     use_cores(worker.get_local_world_size())
     keep_freed_memory()
@@ -114,7 +149,11 @@ def _run_worker(job: _WorkerJob) -> None:
 
 
 class _StopOnUserError(UserCallback):
-    """Ends the run at a UserError, which says that trying again is of no use. Runs in Ray Train's controller."""
+    """Ends the run at a UserError, which says that trying again is of no use. Runs in Ray Train's controller.
+
+    At a TransientError too: `fit` then begins anew, as often as needed, while Ray Train would count it as a failure of
+    the workers and give up after `max_failures`.
+    """
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         # Without a callback that raises, every exception of a worker counts as a failure and is tried again.
@@ -124,7 +163,7 @@ class _StopOnUserError(UserCallback):
                 raise known
 
 
-def _trainer(job: _WorkerJob, attempt: Storage) -> TorchTrainer:
+def _trainer(job: _WorkerJob, attempt: Storage, scaling: ScalingConfig) -> TorchTrainer:
     # How soon a dead worker, and the end of training, are noticed.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # The watcher is one more process, of no use here: a pre-empted worker is replaced like any other that dies.
@@ -132,25 +171,44 @@ def _trainer(job: _WorkerJob, attempt: Storage) -> TorchTrainer:
     return TorchTrainer(
         _run_worker,  # type: ignore[arg-type]
         train_loop_config=job,  # type: ignore[arg-type]
-        scaling_config=_scaling(job.config),
+        scaling_config=scaling,
         run_config=_run_config(job.config, attempt),
     )
 
 
-def _scaling(config: TrainingConfig) -> ScalingConfig:
-    """Return the workers and what each reserves of the cluster; UserError if it asks for GPUs that are not there."""
-    resources = ray.cluster_resources()
-    gpus = int(resources.get("GPU", 0))
-    if config.use_gpu and gpus < config.workers:
-        raise UserError(
-            f"training.use_gpu is true and workers is {config.workers}, but the Ray cluster has {gpus} GPUs: "
-            "set training.workers to at most that, or use_gpu to false"
-        )
-    use_gpu = gpus >= config.workers if config.use_gpu is None else config.use_gpu
+def _scaling(config: TrainingConfig, context: StageContext) -> ScalingConfig:
+    """Return the workers and what each reserves of the cluster; UserError if GPUs that it needs do not come."""
+    use_gpu = use_gpus(
+        config.use_gpu,
+        config.workers,
+        who="training",
+        advice="add nodes, set training.workers to what there is, or training.use_gpu to false",
+        check=context.check,
+    )
     # On a machine with fewer cores than workers, Ray would otherwise wait for cores for ever.
-    cpus = min(1.0, int(100 * resources.get("CPU", config.workers) / config.workers) / 100)
+    cpus = min(1.0, int(100 * (alive("CPU") or config.workers) / config.workers) / 100)
     per_worker = {"CPU": cpus, "GPU": int(use_gpu)}
     return ScalingConfig(num_workers=config.workers, use_gpu=use_gpu, resources_per_worker=per_worker)
+
+
+class _MissingResources:
+    """Tells, once a minute, what the cluster has too little of: Ray waits in silence for nodes that have left."""
+
+    def __init__(self, workers: int, per_worker: dict[str, float]) -> None:
+        self._needed = {name: each * workers for name, each in per_worker.items() if each}
+        self._looked_at = self._told_at = time.monotonic() - TELL_EVERY_S
+
+    def watch(self) -> None:
+        """Look whether the nodes of the cluster have room for the workers; to be called often."""
+        now = time.monotonic()
+        if now - self._looked_at < LOOK_EVERY_S or now - self._told_at < TELL_EVERY_S:
+            return
+        self._looked_at = now
+        found = {name: ray.cluster_resources().get(name, 0) for name in self._needed}
+        if short := [name for name, needed in self._needed.items() if found[name] < needed]:
+            self._told_at = now
+            amounts = ", ".join(f"{self._needed[name]:g} {name} (the cluster has {found[name]:g})" for name in short)
+            tell(f"training: a node has left; waiting for {amounts}")
 
 
 def _run_config(config: TrainingConfig, attempt: Storage) -> RunConfig:
@@ -160,7 +218,7 @@ def _run_config(config: TrainingConfig, attempt: Storage) -> RunConfig:
     if not attempt.is_local:
         # Through our own fsspec file system, with its credentials and endpoint; Ray's default would look for its own.
         folder = attempt.path().rpartition("/")[0]
-        filesystem["storage_filesystem"] = PyFileSystem(FSSpecHandler(attempt.filesystem))
+        filesystem["storage_filesystem"] = PyFileSystem(FSSpecHandler(PatientFileSystem(attempt.url)))
     return RunConfig(
         name=name,
         storage_path=folder,
@@ -213,7 +271,7 @@ def _stop(training: _TrainingThread, relay: Relay, reason: str, patience_s: floa
 def _explained(error: Exception) -> Exception:
     """Return the error to raise for one of Ray Train's: a UserError if a person can mend it, else the error itself."""
     if (known := explain(error)) is not None:
-        return UserError(str(known))
+        return type(known)(str(known)) if isinstance(known, TransientError) else UserError(str(known))
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     if any(isinstance(failure, ray.exceptions.RayActorError) for failure in failures.values()):
         return UserError(

@@ -33,6 +33,8 @@ class LatentsConfig(Config):
         workers: number of Ray actors, each with one encoder on one GPU or CPU core; None takes all of them.
         use_gpu: whether actors run on GPUs; None takes them if the cluster has any.
         decode_threads: threads per actor that decode pictures while the encoder runs.
+        max_poisoned_share: share of the shards that may be left out because encoding them kills the worker each time;
+            more of them fail the stage. No part of the key: which shards these are is the fault of the machines.
     """
 
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -41,3 +43,4 @@ class LatentsConfig(Config):
     workers: int | None = runtime(None, ge=1)
     use_gpu: bool | None = runtime(None)
     decode_threads: int = runtime(2, ge=1)
+    max_poisoned_share: float = runtime(0.01, ge=0, le=1)

@@ -75,7 +75,8 @@ class EncodeShard:
 
         Args:
             item: `shard` (its name), `rows` and `bytes` (of the pairs shard, from its manifest), `encoded` (true if
-                the latents are committed, and only their sums are missing), `origin` and `content` (of the latents).
+                the latents are committed, and only their sums are missing), and what the latents are known by:
+                `origin` and `content`.
 
         Returns:
             `rows`, and `records` of the files committed.
@@ -98,7 +99,7 @@ class EncodeShard:
                 )
             records.append(
                 self.writer.commit(
-                    shard, rows=tar.rows, sha256=tar.sha256, origin=item["origin"], content=item["content"]
+                    shard, rows=tar.rows, sha256=tar.sha256, origin=item.get("origin"), content=item.get("content")
                 )
             )
         if not self.writer.is_committed(statistics_name(shard)):

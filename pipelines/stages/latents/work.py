@@ -13,6 +13,7 @@ from pipelines.stage import RateMeter, StageContext
 from pipelines.stages.autoencoder.artifact import FORMAT_VERSION as AUTOENCODER_FORMAT
 from pipelines.stages.latents.config import LatentsConfig
 from pipelines.stages.latents.encode import EncodeShard
+from pipelines.stages.latents.poison import Poisoned, poisoned_shards
 from pipelines.stages.latents.statistics import LatentSums, scale_factor, statistics_name, total
 from pipelines.stages.latents.takeover import Encoding, take_over
 from pipelines.stages.latents.vocabulary import commit_vocabulary
@@ -47,7 +48,13 @@ def _encode_pending(
     """Commit every shard that is not committed: taken over from other artifacts where they hold it, else encoded."""
     config, writer = context.config, context.writer
     shards, committed = pairs.shards(), set(writer.committed().names)
-    pending = [r for r in shards if r.name not in committed or statistics_name(r.name) not in committed]
+    poisoned = Poisoned(writer, len(shards), config.max_poisoned_share)
+    pending = [
+        record
+        for record in shards
+        if record.name not in poisoned.shards
+        and (record.name not in committed or statistics_name(record.name) not in committed)
+    ]
     if not pending:
         return
     encoding = Encoding.of(first_stage, tokenizer, config)
@@ -74,7 +81,7 @@ def _encode_pending(
         if record.name not in taken
     ]
     if items:
-        _encode(context, pairs, first_stage, items, done)
+        _encode(context, pairs, first_stage, items, poisoned, done)
 
 
 def _encode(
@@ -82,10 +89,11 @@ def _encode(
     pairs: Artifact,
     first_stage: Artifact,
     items: list[dict[str, Any]],
+    poisoned: Poisoned,
     done: int,
 ) -> None:
     config, rows = context.config, pairs.shards().rows
-    size = pool_size(len(items), workers=config.workers, use_gpu=config.use_gpu)
+    size = pool_size(len(items), workers=config.workers, use_gpu=config.use_gpu, who="latents", check=context.check)
     arguments = {
         "pairs": pairs,
         "first_stage": first_stage,
@@ -94,7 +102,9 @@ def _encode(
         "device": size.device,
     }
     meter, before = RateMeter(), done
-    for result in map_on_actors(items, EncodeShard, arguments=arguments, size=size, check=context.check):
+    for result in map_on_actors(
+        items, EncodeShard, arguments=arguments, size=size, set_aside=poisoned.set_aside, check=context.check
+    ):
         context.writer.gather(map(FileRecord.model_validate, result["records"]))
         done += result["rows"]
         rate = meter.rate(done - before)
@@ -105,7 +115,9 @@ def _encode(
 def _details(
     context: StageContext[LatentsConfig], pairs: Artifact, first_stage: Artifact, tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    sums, shapes = _sum_up(context, pairs.shards().names)
+    left_out = poisoned_shards(context.writer.storage)
+    encoded = pairs.shards().without(left_out)
+    sums, shapes = _sum_up(context, encoded.names)
     if len(shapes) > 1:
         raise UserError(f"latents differ in shape from shard to shard ({sorted(shapes)}): set pairs.resize=center_crop")
     try:
@@ -115,7 +127,8 @@ def _details(
     moments, *latent_shape = shapes.pop()
     context.tracker.metrics({"latents/mean": sums.mean, "latents/std": sums.std, "latents/scale_factor": scale})
     return {
-        "samples": pairs.shards().rows,
+        "samples": encoded.rows,
+        "poisoned_shards": len(left_out),
         "held_out": copy_held_out(pairs, context.writer),
         "encoder_sha256": first_stage.details["encoder_sha256"],
         "tokenizer_sha256": tokenizer.digest,

@@ -43,6 +43,8 @@ from pipelines.store.storage import Storage
 
 # Publishing is mostly renaming: a task should do more than one of it.
 _SHARDS_PER_PUBLISHING_TASK = 64
+# Two for each row that kills its worker, and one more for a shard without any: ten such rows are found in a shard.
+_ALONE_TRIES = 21
 
 
 def run(context: StageContext[PairsConfig]) -> dict[str, Any]:
@@ -134,11 +136,13 @@ class _PairsRun:
             size=size,
             # No more than its share: a worker that starts first would otherwise take them all.
             calls_at_once=min(at_once, math.ceil(len(shards) / size.workers)),
+            alone_tries=_ALONE_TRIES,
+            set_aside=_give_up,
+            check=context.check,
         )
         before = self.assignment.rows - self.assignment.count_rows(shards)
         with contextlib.closing(board), ProgressDisplay(context, board, before, self.assignment.rows) as display:
             for made in results:
-                context.check()
                 context.writer.gather(map(FileRecord.model_validate, made["records"]))
                 board.finish(made["shard"], made["statuses"], made["bytes"])
                 display.track()
@@ -178,6 +182,13 @@ class _PairsRun:
             limited_rows(self.source, self.config),
             self.config.near_duplicates,
         )
+
+
+def _give_up(item: dict[str, Any]) -> dict[str, Any]:
+    raise UserError(
+        f"making shard {item['shard']} of the pairs killed its worker {1 + _ALONE_TRIES} times, more than a few "
+        "pictures explain: out of memory? Set pairs.workers or pairs.shards_in_flight lower, and run it again"
+    )
 
 
 def _require_columns(source: Source, config: PairsConfig) -> None:

@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,11 @@ import psutil
 import pytest
 import ray
 
+from pipelines.compute import actor_pool
 from pipelines.compute.actor_pool import map_on_actors, pool_size
+from pipelines.compute.cluster import connect
+from pipelines.compute.config import ClusterConfig
+from pipelines.compute.resources import waiting_at_most
 from pipelines.errors import UserError
 from tests.pipelines.store.held_root import TAKEN_OVER, held_root
 
@@ -58,6 +62,90 @@ def test_user_errors_arrive_word_for_word(numbers: list[int], problem: str, mess
     assert str(caught.value) == message
 
 
+class Poison:
+    """Squares numbers, but a number in `deadly` kills its worker; writes down each start, and each number tried."""
+
+    def __init__(self, *, log: Path, deadly: list[int], dies_at_start: bool = False) -> None:
+        self.log, self.deadly = log, deadly
+        if dies_at_start:
+            os._exit(1)
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        with open(self.log / f"tries.{item['number']}", "a") as file:
+            file.write("x")
+        if item["number"] in self.deadly:
+            os._exit(1)
+        return {"square": item["number"] ** 2}
+
+
+def poisoned(numbers: list[int], log: Path, *, workers: int = 2, **arguments: Any) -> Iterator[dict[str, Any]]:
+    return map_on_actors(
+        [{"number": number} for number in numbers],
+        Poison,
+        arguments={"log": log, **arguments},
+        size=pool_size(len(numbers), workers=workers),
+        set_aside=lambda item: {"aside": item["number"]},
+    )
+
+
+@pytest.mark.timeout(300)
+def test_an_item_that_kills_its_worker_each_time_is_set_aside_and_the_others_are_done(tmp_path: Path) -> None:
+    results = list(poisoned(list(range(12)), tmp_path, deadly=[3, 7]))
+    assert sorted(result["square"] for result in results if "square" in result) == [
+        number**2 for number in range(12) if number not in (3, 7)
+    ]
+    assert sorted(result["aside"] for result in results if "aside" in result) == [3, 7]
+    assert [(tmp_path / f"tries.{number}").stat().st_size for number in (3, 7)] == [3, 3]
+
+
+@pytest.mark.timeout(300)
+def test_without_anybody_to_set_it_aside_the_item_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r'the worker of {"number": 1, "alone": true} died 3 times'):
+        list(
+            map_on_actors(
+                [{"number": 1}], Poison, arguments={"log": tmp_path, "deadly": [1]}, size=pool_size(1, workers=1)
+            )
+        )
+
+
+@pytest.mark.timeout(300)
+def test_workers_that_die_while_they_start_are_not_replaced_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actor_pool, "MAX_RESTARTS", 1)
+    with pytest.raises(UserError, match="workers died again and again before they could begin"):
+        list(poisoned([1, 2], tmp_path, workers=1, deadly=[], dies_at_start=True))
+
+
+class Broken:
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        raise KeyError("no such key")
+
+
+def test_a_bug_of_a_worker_arrives_as_it_was_raised() -> None:
+    with pytest.raises(KeyError, match="no such key") as caught:
+        list(map_on_actors([{"number": 1}], Broken, arguments={}, size=pool_size(1, workers=1)))
+    assert "in __call__" in caught.value.__notes__[0]
+
+
+class Slow:
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        time.sleep(3600)
+        return item
+
+
+@pytest.mark.timeout(120)
+def test_the_check_is_called_while_no_result_arrives() -> None:
+    began = time.monotonic()
+
+    def check() -> None:
+        if time.monotonic() - began > 5:
+            raise UserError("stop now")
+
+    with pytest.raises(UserError, match=r"^stop now$"):
+        list(map_on_actors([{"number": 1}], Slow, arguments={}, size=pool_size(1, workers=1), check=check))
+
+
 def test_no_more_actors_than_items_or_room() -> None:
     assert pool_size(100).workers == 4
     assert pool_size(100, workers=99).workers == 4
@@ -65,8 +153,13 @@ def test_no_more_actors_than_items_or_room() -> None:
     assert (pool_size(100, workers=2).workers, pool_size(100).device) == (2, "cpu")
 
 
+def test_ray_client_is_refused() -> None:
+    with pytest.raises(UserError, match=r"address is ray://head:10001, but Ray Data and Ray Train do not work"):
+        connect(ClusterConfig(address="ray://head:10001")).__enter__()
+
+
 def test_gpus_that_are_not_there_are_refused() -> None:
-    with pytest.raises(UserError, match="the Ray cluster has no GPU"):
+    with waiting_at_most(0.5), pytest.raises(UserError, match="the work needs 1 GPUs, but after 0 s the cluster has 0"):
         pool_size(1, use_gpu=True)
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from pipelines import patience
 from pipelines.errors import UserError
-from pipelines.store import filesystems, object_store
+from pipelines.store import filesystems
 from pipelines.store.failures import readable
 from pipelines.store.location import Location
 from tests.pipelines.store.s3 import BUCKET, S3, SECRET, Plan
@@ -22,7 +23,8 @@ DATA = random.Random(0).randbytes(300_000)
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(object_store, "PAUSES_S", (0.05, 0.1, 0.2))
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(patience, "FIRST_CONTACT_S", 2.0)
 
 
 @pytest.fixture(params=["local", "s3"])

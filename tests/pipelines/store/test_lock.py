@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from pipelines import patience
 from pipelines.errors import UserError
-from pipelines.store import filesystems, lock, object_store
+from pipelines.store import filesystems, lock
 from pipelines.store.lock import LEASE, exclusive
 from pipelines.store.storage import Storage
 from tests.pipelines.store.s3 import BUCKET, S3, Plan, environment
@@ -139,7 +140,7 @@ def test_a_driver_that_was_suspended_finds_that_it_lost_its_root_and_leaves_it(h
 def test_a_holder_outlives_a_store_that_fails_for_a_while(
     s3_server: S3, root: Storage, use_s3: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(object_store, "PAUSES_S", (0.05,))
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.05)
     monkeypatch.setattr(filesystems, "REQUEST_ATTEMPTS", 2)
     with s3_server.behind(Plan({"lose_answer": 0.3}, seed=2)) as proxy:
         use_s3(proxy.url)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines import patience
 from pipelines.errors import MisuseError, UserError
 from pipelines.store import filesystems, object_store
 from pipelines.store.ledger import ArtifactWriter
@@ -39,7 +40,8 @@ NASTY = {
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(object_store, "PAUSES_S", (0.05, 0.1, 0.2))
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(patience, "FIRST_CONTACT_S", 2.0)
     monkeypatch.setattr(object_store, "PART_BYTES", 5 * MIB)
     scratch = tmp_path / "scratch"
     scratch.mkdir()

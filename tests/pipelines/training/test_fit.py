@@ -10,6 +10,8 @@ import ray
 import torch
 
 from pipelines.errors import UserError
+from pipelines.notices import told_to
+from pipelines.training import fit
 from pipelines.training.fit import finished
 from tests.pipelines.store.held_root import TAKEN_OVER, held_root
 from tests.pipelines.training import toy
@@ -61,6 +63,21 @@ def test_a_killed_worker_is_replaced_and_the_weights_come_out_the_same(uninterru
     details = run.fit(die_at=27)
     assert run.workers_started() == 4
     assert details["steps"] == 48
+    assert_same_training(run, uninterrupted)
+
+
+@pytest.mark.timeout(400)
+def test_stores_that_fail_for_longer_than_the_patience_never_end_training(
+    uninterrupted: toy.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "RESTART_PAUSE_S", 0.1)
+    run, lines = toy.Run(tmp_path), list[str]()
+    with told_to(lines.append):
+        # More often than `max_failures` of the toy.
+        details = run.fit(outages=3)
+    assert details["steps"] == 48
+    assert [line for line in lines if line.startswith("training stopped (s3://bucket/a cannot be reached")] == lines
+    assert len(lines) == 3
     assert_same_training(run, uninterrupted)
 
 

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pipelines.errors import TransientError
 from pipelines.shards.order import SampleOrder, SamplePosition
 from pipelines.shards.randomness import Purpose, generator
 from pipelines.stage import StageContext
@@ -33,11 +34,13 @@ class ToyTask:
         log: folder of what the workers saw: a line a sample, `step position shard row`.
         die_at: the worker of rank 1 kills itself before this step, the first time it gets there.
         bad_at: the position of a sample that is not a number.
+        outages: how often the worker of rank 1 loses patience with its store before step 20.
     """
 
     log: Path
     die_at: int | None = None
     bad_at: int | None = None
+    outages: int = 0
 
     def build(self, device: torch.device) -> "ToyLearner":
         return ToyLearner(self)
@@ -67,6 +70,10 @@ class ToyLearner:
         if step == self.task.die_at and rank == 1 and not marker.exists():
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        lost = len(list(self.task.log.glob("outage.*")))
+        if step == 20 and rank == 1 and lost < self.task.outages:
+            (self.task.log / f"outage.{lost}").touch()
+            raise TransientError("s3://bucket/a cannot be reached (SlowDown 503)")
         with open(self.task.log / f"seen.{os.getpid()}", "a") as file:
             file.writelines(f"{step} {' '.join(map(str, row))}\n" for row in batch["seen"].tolist())
         losses: Tensor = (network(batch["x"]) - batch["y"]).square().mean(dim=1)

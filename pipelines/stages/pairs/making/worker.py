@@ -28,6 +28,7 @@ from pipelines.stages.pairs.assignment import Assignment
 from pipelines.stages.pairs.config import PairsConfig
 from pipelines.stages.pairs.filters import check_row
 from pipelines.stages.pairs.making.progress_board import Poster, ShardCounts, WorkerCounts
+from pipelines.stages.pairs.making.suspects import Suspects
 from pipelines.stages.pairs.memory import WORKER_MEMORY, Allowance
 from pipelines.stages.pairs.pictures.transcode import make_picture
 from pipelines.stages.pairs.rows import RejectedError, Row, Source
@@ -83,12 +84,16 @@ class ShardMaker:
         atexit.register(self._processor.close)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Make the shard `item["shard"]`; return its number, rows by status, bytes fetched and records of its files."""
+        """Make the shard `item["shard"]`; return its number, rows by status, bytes fetched and records of its files.
+
+        If `item["alone"]`, a worker has died while it made this shard, and the row to blame is looked for.
+        """
         number = item["shard"]
+        suspects = Suspects(self._work, number) if item.get("alone") else None
         with self._counts.of(number) as counts:
             # It may have been made by a process that died before it could say so, or before everything was committed.
             known = is_staged(self._work, number)
-            shard = StagedShard.open(self._work, number) if known else self._make(number, counts)
+            shard = StagedShard.open(self._work, number) if known else self._make(number, counts, suspects)
             records = shard.publish(self._writer) if self._writer is not None else []
             return {
                 "shard": number,
@@ -97,10 +102,10 @@ class ShardMaker:
                 "records": [record.model_dump() for record in records],
             }
 
-    def _make(self, number: int, counts: ShardCounts) -> StagedShard:
+    def _make(self, number: int, counts: ShardCounts, suspects: Suspects | None) -> StagedShard:
         rows = read_rows(self._source, self._assignment.rows_of(number))
         with self._processor.spool() as spool:
-            outcomes = self._processor.process(rows, spool, counts)
+            outcomes = self._processor.process(rows, spool, counts, suspects)
             return stage_shard(
                 self._work,
                 number,
@@ -183,15 +188,21 @@ class Processor:
         """Return a place for the pictures of one shard until it is written; close it afterwards."""
         return Spool(self._allowance)
 
-    def process(self, rows: Sequence[Row], spool: Spool, counts: ShardCounts) -> list[Outcome]:
+    def process(
+        self, rows: Sequence[Row], spool: Spool, counts: ShardCounts, suspects: Suspects | None = None
+    ) -> list[Outcome]:
         """Return the outcome of every row, in order; the pictures' bytes are in the spool.
 
         Args:
             rows: the rows of a shard.
             spool: receives the encoded pictures.
             counts: receives every finished row.
+            suspects: knows rows that kill their worker, and is told which row is decoded; None for a shard without.
         """
-        pending = _PendingRows(spool, [self._decide(row) for row in rows], counts)
+        decided = [(suspects and suspects.outcome(row.index)) or self._decide(row) for row in rows]
+        pending = _PendingRows(spool, decided, counts)
+        if suspects is not None:
+            pending.note = lambda indices: suspects.note([rows[index].index for index in indices])
         if self._client:
             self._fetch(pending, rows, self._client)
         elif self._readers:
@@ -254,6 +265,7 @@ class Processor:
     def _decode(self) -> None:
         while (body := self._bodies.get()) is not None:
             try:
+                body.pending.note(body.indices)
                 data = body.data if isinstance(body.data, bytes) else body.data()
             except RejectedError as error:
                 body.pending.settle(body.indices, Outcome(error.status))
@@ -301,6 +313,8 @@ class _PendingRows:
         self._lock = threading.Lock()
         self._done = threading.Event()
         self._error: Exception | None = None
+        # Told the indices of the rows whose picture is about to be decoded.
+        self.note: Callable[[Sequence[int]], None] = lambda indices: None
         for outcome in decided:
             if outcome is not None:
                 counts.add(outcome.status)

@@ -45,7 +45,9 @@ def score_shards(
     """
     found = set(scored_shards(work))
     items = [{"shard": shard} for shard in shards if shard not in found]
-    size = pool_size(len(items), workers=scoring.workers, use_gpu=scoring.use_gpu)
+    if not items:
+        return
+    size = pool_size(len(items), workers=scoring.workers, use_gpu=scoring.use_gpu, who="pairs.scoring", check=check)
     arguments = {"scoring": scoring, "work": work, "device": size.device}
     done = len(shards) - len(items)
     for _ in map_on_actors(items, Scorer, arguments=arguments, size=size, check=check):

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from pipelines.stages.pairs.shard.files import Spooled
 
 OK = "ok"
+# Decoding its picture kills the worker each time.
+POISON = "poison"
 DUPLICATE, NEAR_DUPLICATE = "duplicate", "near_duplicate"
 # Transient failures, retried by `pairs.retry=failed`.
 _TRANSIENT = frozenset(

@@ -8,15 +8,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 import webdataset
 
 from pipelines.errors import UserError
 from pipelines.shards.format import decode_npy, read_shard
 from pipelines.stages.autoencoder.artifact import load_first_stage
+from pipelines.stages.latents import work
 from pipelines.stages.latents.config import LatentsConfig, TokenizerConfig
 from pipelines.stages.latents.encode import EncodeShard
 from pipelines.stages.latents.stage import STAGE
@@ -116,7 +119,7 @@ def encode_in_this_process(root: Path, upstream: dict[str, Artifact]) -> dict[st
         pairs=upstream["pairs"], first_stage=upstream["autoencoder"], writer=writer, config=CONFIG, device="cpu"
     )
     for record in upstream["pairs"].shards():
-        encode({"shard": record.name, "rows": record.rows, "bytes": record.bytes, "encoded": False, **ANYTHING})
+        encode({"shard": record.name, "rows": record.rows, "bytes": record.bytes, "encoded": False})
     copy_held_out(upstream["pairs"], writer)
     return {record.name: record.sha256 for record in writer.committed()}
 
@@ -172,3 +175,27 @@ def test_pairs_without_samples_are_refused(tmp_path: Path, upstream: dict[str, A
 def test_pairs_of_another_format_are_refused(tmp_path: Path, upstream: dict[str, Artifact]) -> None:
     with pytest.raises(UserError, match=r"holds autoencoder of format \d+, but pairs of format \d+ is needed"):
         run_stage(STAGE, CONFIG, tmp_path, {**upstream, "pairs": upstream["autoencoder"]})
+
+
+class DiesAtTheThird(EncodeShard):
+    """Its worker dies at the third shard, each time."""
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        if item["shard"] == "000002.tar":
+            os._exit(1)
+        return super().__call__(item)
+
+
+@pytest.mark.timeout(300)
+def test_a_shard_that_kills_its_worker_is_left_out_unless_there_are_too_many(
+    ray_cluster: None, root: Path, upstream: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(work, "EncodeShard", DiesAtTheThird)
+    with pytest.raises(UserError, match=r"encoding 000002.tar kills its worker each time, and 1 of 3 shards are more"):
+        run_stage(STAGE, CONFIG, root, upstream, key="poison")
+    artifact = run_stage(STAGE, CONFIG.model_copy(update={"max_poisoned_share": 0.5}), root, upstream, key="poison")
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    assert [record.name for record in artifact.shards()] == ["000000.tar", "000001.tar"]
+    assert (artifact.details["poisoned_shards"], artifact.details["samples"]) == (1, 5)
+    assert artifact.storage.read_json("poison/000002.json") == {"rows": 4}

@@ -1,6 +1,8 @@
 """One worker without a cluster: it stages shards with their duplicate tokens, and ends its threads when closed."""
 
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -116,3 +118,39 @@ def test_a_closed_worker_leaves_no_threads_behind(server: Web) -> None:
     for thread in started:
         thread.join(10)
     assert not [thread for thread in started if thread.name in ("decode", "downloads") and thread.is_alive()]
+
+
+CRASHING = """
+import os, sys
+from pipelines.stages.pairs.assignment import Assignment
+from pipelines.stages.pairs.config import PairsConfig
+from pipelines.stages.pairs.making import worker
+from pipelines.stages.pairs.sources.open import open_source
+from pipelines.store.storage import Storage
+
+folder = sys.argv[1]
+whole = worker.make_picture
+worker.make_picture = lambda data, config: os._exit(9) if data.endswith(b"poison") else whole(data, config)
+config = PairsConfig(source=f"{folder}/metadata.jsonl", image_size=32, rows_per_shard=8)
+source = open_source(config)
+maker = worker.ShardMaker(source=source, config=config, assignment=Assignment(8, source.total),
+                          work=Storage(f"{folder}/work"), writer=None, board=None)
+print(maker({"shard": 0, "alone": True}), flush=True)
+"""
+
+
+def test_rows_that_kill_their_worker_are_found_and_the_others_of_their_shard_live(tmp_path: Path) -> None:
+    for row in range(6):
+        data = encoded(scene(row, (60, 40)), "JPEG")
+        (tmp_path / f"{row}.jpg").write_bytes(data + b"poison" if row in (1, 4) else data)
+    lines = [json.dumps({"file_name": f"{row}.jpg", "text": "a"}) for row in range(6)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+
+    def make() -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", CRASHING, tmp_path], capture_output=True, text=True, check=False)
+
+    # Twice for each of the two; a first death, of the worker that makes several shards at once, came before.
+    assert [make().returncode for _ in range(4)] == [9, 9, 9, 9]
+    assert make().stdout == "{'ok': 4, 'poison': 2}\n"
+    table = StagedShard.open(Storage(str(tmp_path / "work")), 0).table
+    assert table.column("status").to_pylist() == ["ok", "poison", "ok", "ok", "poison", "ok"]

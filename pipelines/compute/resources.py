@@ -1,0 +1,96 @@
+"""GPUs and CPUs of the cluster: what a recipe asks for is requested, and waited for, rather than done without."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+import ray
+from ray.autoscaler.sdk import request_resources
+
+from pipelines.errors import UserError
+from pipelines.notices import tell
+
+DEFAULT_WAIT_S = 600.0
+TELL_EVERY_S = 60.0
+# More are asked for once these are there: an autoscaler is told of every one of them by itself.
+MOST_REQUESTED = 1024
+_POLL_S = 1.0
+
+_wait_s = DEFAULT_WAIT_S
+
+
+@contextlib.contextmanager
+def waiting_at_most(seconds: float) -> Iterator[None]:
+    """Wait that long for resources while the block runs."""
+    global _wait_s
+    before, _wait_s = _wait_s, seconds
+    try:
+        yield
+    finally:
+        _wait_s = before
+
+
+def alive(resource: str) -> int:
+    """Return how many the nodes of the cluster have of a resource (`GPU`, `CPU`), whether they are in use or not."""
+    return int(ray.cluster_resources().get(resource, 0))
+
+
+def use_gpus(
+    wanted: bool | None, count: int, *, who: str, advice: str, check: Callable[[], None] = lambda: None
+) -> bool:
+    """Decide between GPUs and CPUs; wait for GPUs that are wanted and not there yet, and say so.
+
+    Args:
+        wanted: whether the recipe asks for GPUs. None takes them wherever the cluster has some, has had some, or has
+            an autoscaler that may add some: not to find them at this moment is no reason to do without.
+        count: how many are needed to begin.
+        who: what needs them, for the messages.
+        advice: what to do if they do not come.
+        check: called while it waits.
+
+    Raises:
+        UserError: they did not come within `cluster.wait_for_resources_s`.
+    """
+    if wanted is False:
+        return False
+    if wanted is None and not _may_have_gpus():
+        tell(f"{who}: on CPUs, since the cluster has no GPU")
+        return False
+    until, told_at = time.monotonic() + _wait_s, -TELL_EVERY_S
+    with requested({"GPU": 1}, count) if alive("GPU") < count else contextlib.nullcontext():
+        while (found := alive("GPU")) < count:
+            check()
+            now = time.monotonic()
+            if now >= until:
+                raise UserError(
+                    f"{who} needs {count} GPUs, but after {_wait_s:.0f} s the cluster has {found}: {advice}"
+                )
+            if now - told_at >= TELL_EVERY_S:
+                tell(f"{who}: waiting for {count} GPUs, the cluster has {found}; for {until - now:.0f} s more")
+                told_at = now
+            time.sleep(min(_POLL_S, max(until - now, 0.0)))
+    return True
+
+
+def _may_have_gpus() -> bool:
+    # Nodes that have left count: the others were not meant to do their work.
+    return any(node["Resources"].get("GPU") for node in ray.nodes()) or most_possible("GPU") > 0
+
+
+def most_possible(resource: str) -> int:
+    """Return how many an autoscaler could bring the cluster to; 0 without an autoscaler."""
+    # Ray Train's own way to learn it; there is no public one.
+    found = ray._private.state.state.get_max_resources_from_cluster_config()
+    return int((found or {}).get(resource, 0))
+
+
+@contextlib.contextmanager
+def requested(bundle: dict[str, float], count: int) -> Iterator[None]:
+    """Ask the autoscaler for `count` times these resources while the block runs; without one nobody listens."""
+    request_resources(bundles=[bundle] * min(count, MOST_REQUESTED))
+    try:
+        yield
+    finally:
+        request_resources(bundles=[])
