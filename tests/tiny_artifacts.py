@@ -12,7 +12,7 @@ import pyarrow as pa
 from PIL import Image
 
 from pipelines.config import Config
-from pipelines.shards.format import encode_npy, read_shard, write_shard
+from pipelines.shards.format import ShardWriter, encode_npy, read_shard
 from pipelines.stage import Stage, StageContext
 from pipelines.stages.autoencoder.artifact import FORMAT_VERSION as AUTOENCODER_FORMAT
 from pipelines.stages.diffusion.artifact import FORMAT_VERSION as DIFFUSION_FORMAT
@@ -53,9 +53,10 @@ def pairs_artifact(root: Path, *, rows: tuple[int, ...] = (5, 0, 4), side: int =
     random = np.random.default_rng(0)
     for shard, count in enumerate(rows):
         samples = [pair_sample(random, f"{shard:05d}{row:04d}", side) for row in range(count)]
-        with writer.storage.writer(f"{shard:06d}.tar") as path:
-            write_shard(path, samples)
-        writer.commit(f"{shard:06d}.tar", rows=count)
+        with writer.storage.writer(f"{shard:06d}.tar") as path, ShardWriter(path) as tar:
+            for key, files in samples:
+                tar.add(key, files)
+        writer.commit(f"{shard:06d}.tar", rows=count, sha256=tar.sha256, content=tar.content)
         captions = [json.loads(files["json"])["captions"] for _, files in samples]
         columns = {
             "key": pa.array([key for key, _ in samples], pa.string()),
@@ -124,9 +125,10 @@ def latents_artifact(
                 "json": json.dumps({"captions": captions}).encode(),
             }
             samples.append((f"{shard:05d}{row:04d}", files))
-        with writer.storage.writer(f"{shard:06d}.tar") as path:
-            write_shard(path, samples)
-        writer.commit(f"{shard:06d}.tar", rows=count)
+        with writer.storage.writer(f"{shard:06d}.tar") as path, ShardWriter(path) as tar:
+            for key, files in samples:
+                tar.add(key, files)
+        writer.commit(f"{shard:06d}.tar", rows=count, sha256=tar.sha256, content=tar.content)
     with writer.storage.writer("vocab.txt") as path:
         tokenizer.write(path)
     writer.commit("vocab.txt")

@@ -1,0 +1,198 @@
+"""Latents that another artifact holds already, taken over without the first stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipelines.compute.actor_pool import PoolSize
+from pipelines.shards.format import ShardWriter, read_shard
+from pipelines.stage import StageContext
+from pipelines.stages.latents import work
+from pipelines.stages.latents.artifact import FORMAT_VERSION
+from pipelines.stages.latents.config import LatentsConfig, TokenizerConfig
+from pipelines.stages.latents.encode import EncodeShard
+from pipelines.stages.latents.takeover import Encoding
+from pipelines.stages.latents.vocabulary import commit_vocabulary
+from pipelines.stages.pairs.artifact import PAIRS_FORMAT
+from pipelines.store.file_table import FileTable
+from pipelines.store.ledger import Artifact, ArtifactWriter, Ledger
+from pipelines.store.storage import Storage
+from pipelines.tracking import null_stage_tracker
+from tests.tiny_artifacts import contents, finish, first_stage_artifact, hold_out, pairs_artifact
+
+CONFIG = LatentsConfig(tokenizer=TokenizerConfig(size=64, max_length=8), batch_size=2, workers=1)
+Siblings = Callable[[], Iterator[tuple[Storage, FileTable]]]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("takeover")
+
+
+@pytest.fixture(scope="module")
+def first_stage(root: Path) -> Artifact:
+    return first_stage_artifact(root)
+
+
+@pytest.fixture(scope="module")
+def pairs(root: Path) -> Artifact:
+    return pairs_artifact(root)
+
+
+@pytest.fixture(scope="module")
+def latents(root: Path, pairs: Artifact, first_stage: Artifact) -> Artifact:
+    """All shards encoded in this process."""
+    return make(root, "encoded", pairs, first_stage, CONFIG)
+
+
+def make(
+    root: Path,
+    key: str,
+    pairs: Artifact,
+    first_stage: Artifact,
+    config: LatentsConfig = CONFIG,
+    siblings: Siblings = lambda: iter(()),
+) -> Artifact:
+    """Run the stage, with actors that are objects of this process."""
+    writer = ArtifactWriter("latents", key, Storage(str(root)) / "latents" / key)
+    context = StageContext(
+        config=config,
+        seed=0,
+        writer=writer,
+        upstream={"pairs": pairs, "autoencoder": first_stage},
+        tracker=null_stage_tracker(),
+        progress=lambda done, total, **facts: None,
+        scratch=root,
+        siblings=siblings,
+    )
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(work, "pool_size", lambda *args, **options: PoolSize(workers=1, use_gpu=False, most=1))
+        patch.setattr(work, "map_on_actors", call_all)
+        details = work.run(context)
+    torch.set_num_threads(threads)
+    return finish(writer, details, FORMAT_VERSION)
+
+
+def call_all(items: list[dict[str, Any]], worker: Any, *, arguments: dict[str, Any], **_: Any) -> Iterator[Any]:
+    yield from map(worker(**arguments), items)
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The shards that went through the first stage during a test."""
+    shards: list[str] = []
+    original = EncodeShard.__call__
+
+    def note(self: EncodeShard, item: dict[str, Any]) -> dict[str, Any]:
+        shards.append(item["shard"])
+        return original(self, item)
+
+    monkeypatch.setattr(EncodeShard, "__call__", note)
+    return shards
+
+
+@pytest.fixture
+def siblings(root: Path, latents: Artifact) -> Siblings:
+    """What a new artifact sees beside itself: the encoded latents alone."""
+    return lambda: (each for each in Ledger(Storage(str(root))).siblings("latents", "") if each[0] == latents.storage)
+
+
+def reordered(root: Path, pairs: Artifact, name: str) -> Artifact:
+    """Copy a pairs artifact with its shards in reverse, their samples under the keys of their new places."""
+    writer = ArtifactWriter("pairs", name, Storage(str(root)) / "pairs" / name)
+    for shard, record in enumerate(reversed(list(pairs.shards()))):
+        with (
+            pairs.storage.open(record.name) as file,
+            writer.storage.writer(f"{shard:06d}.tar") as path,
+            ShardWriter(path) as tar,
+        ):
+            for row, sample in enumerate(read_shard(file)):
+                tar.add(f"{shard:05d}{row:04d}", {k: v for k, v in sample.items() if not k.startswith("__")})
+        writer.commit(f"{shard:06d}.tar", rows=record.rows, sha256=tar.sha256, content=tar.content)
+        with pairs.storage.open(record.name.replace("tar", "parquet")) as table:
+            writer.storage.write_bytes(f"{shard:06d}.parquet", table.read())
+        writer.commit(f"{shard:06d}.parquet")
+    return finish(writer, {**pairs.details, "held_out": hold_out(writer)}, PAIRS_FORMAT)
+
+
+def test_the_latents_of_the_same_shards_are_linked(
+    root: Path, pairs: Artifact, first_stage: Artifact, latents: Artifact, siblings: Siblings, encoded: list[str]
+) -> None:
+    again = make(root, "linked", pairs, first_stage, siblings=siblings)
+    assert not encoded
+    assert contents(again) == contents(latents)
+    assert again.details == latents.details
+    for name in ("000000.tar", "stats/000002.json"):
+        assert Path(again.storage.path(name)).samefile(latents.storage.path(name))
+
+
+def test_samples_that_stand_elsewhere_get_the_bytes_that_encoding_them_gives(
+    root: Path, pairs: Artifact, first_stage: Artifact, siblings: Siblings, encoded: list[str]
+) -> None:
+    moved = reordered(root, pairs, "moved")
+    taken = make(root, "moved-taken", moved, first_stage, siblings=siblings)
+    assert not encoded
+    anew = make(root, "moved-encoded", moved, first_stage)
+    assert sorted(encoded) == ["000000.tar", "000001.tar", "000002.tar"]
+    assert contents(taken) == contents(anew)
+    assert taken.details == anew.details
+
+
+def test_another_vocabulary_makes_other_tokens_of_the_same_latents(
+    root: Path, pairs: Artifact, first_stage: Artifact, siblings: Siblings, encoded: list[str]
+) -> None:
+    config = CONFIG.model_copy(update={"tokenizer": TokenizerConfig(size=64, max_length=5)})
+    taken = make(root, "shorter", pairs, first_stage, config, siblings)
+    assert not encoded
+    assert contents(taken) == contents(make(root, "shorter-encoded", pairs, first_stage, config))
+
+
+def test_only_what_no_other_artifact_holds_is_encoded(
+    root: Path, first_stage: Artifact, siblings: Siblings, encoded: list[str]
+) -> None:
+    more = pairs_artifact(root, rows=(5, 0, 4, 3), name="more")
+    make(root, "more-latents", more, first_stage, siblings=siblings)
+    assert encoded == ["000003.tar"]
+
+
+@pytest.mark.usefixtures("own_threads")
+def test_what_an_unfinished_artifact_has_committed_is_taken_over_too(
+    root: Path, pairs: Artifact, first_stage: Artifact, encoded: list[str]
+) -> None:
+    writer = ArtifactWriter("latents", "unfinished", Storage(str(root)) / "latents" / "unfinished")
+    tokenizer = commit_vocabulary(CONFIG.tokenizer, pairs, writer)
+    record = pairs.shards()["000000.tar"]
+    known_by = asdict(Encoding.of(first_stage, tokenizer, CONFIG).identify(record))
+    encode = EncodeShard(pairs=pairs, first_stage=first_stage, writer=writer, config=CONFIG, device="cpu")
+    encode({"shard": record.name, "rows": record.rows, "bytes": record.bytes, "encoded": False, **known_by})
+    encoded.clear()
+    make(root, "goes-on", pairs, first_stage, siblings=lambda: iter([(writer.storage, writer.recorded())]))
+    assert encoded == ["000001.tar", "000002.tar"]
+
+
+@pytest.mark.usefixtures("own_threads")
+def test_latents_of_another_precision_and_damaged_ones_are_encoded_anew(
+    root: Path, pairs: Artifact, first_stage: Artifact, siblings: Siblings, latents: Artifact, encoded: list[str]
+) -> None:
+    everything = ["000000.tar", "000001.tar", "000002.tar"]
+    make(root, "bf16", pairs, first_stage, CONFIG.model_copy(update={"precision": "bf16"}), siblings)
+    assert encoded == everything
+    encoded.clear()
+    # A damaged one is told by its size where it would be linked, and by its digest where it would be read.
+    moved = reordered(root, pairs, "moved-again")
+    copy = Storage(str(root)) / "latents" / "damaged"
+    for record in latents.files:
+        latents.storage.copy(record.name, copy)
+    damaged = bytearray(copy.read_bytes("000000.tar"))
+    damaged[700] ^= 1
+    copy.write_bytes("000000.tar", bytes(damaged))
+    copy.write_bytes("000002.tar", b"short")
+    make(root, "moved-again-taken", moved, first_stage, siblings=lambda: iter([(copy, latents.files)]))
+    assert encoded == ["000000.tar", "000002.tar"]
