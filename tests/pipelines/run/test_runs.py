@@ -127,13 +127,14 @@ def test_a_run_that_another_driver_continues_is_written_by_that_one_alone(root_o
     root = root_of_leases
     context = begin(root, "tiny", "name: tiny", "digest")
     run = context.__enter__()
+    renewal = next(each for each in threading.enumerate() if each.name == "ldm-lease")
     # While it was suspended, say.
     lease = {"holder": "pid 2 on other", "token": "other", "beat": 0, "beat_s": BEAT_S}
     (root / ".locks" / f"run-{run.id}").write_json(LEASE, lease)
     theirs = json.dumps({**run.state.model_dump(mode="json"), "tracking_run": "theirs"}).encode()
     run.folder.write_bytes("run.json", theirs)
-    # The thread that renews its lease ends once it knows.
-    next(each for each in threading.enumerate() if each.name == "ldm-lease").join(timeout=60)
+    # It ends once it knows.
+    renewal.join(timeout=60)
     with pytest.raises(UserError, match="was taken over by pid 2 on other"):
         context.__exit__(None, None, None)
     assert run.folder.read_bytes("run.json") == theirs
