@@ -148,7 +148,7 @@ def _flock(place: Storage, what: str, wait: Callable[[Record], None] | None) -> 
     folder = Path(place.path())
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise UserError(f"cannot write to {what}: {error.strerror}; choose another with --root") from error
     with os.fdopen(descriptor, "r+") as file:
