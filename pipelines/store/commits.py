@@ -37,8 +37,8 @@ _READERS = 32
 class ArtifactWriter:
     """Commits the files of one artifact, then finishes it.
 
-    Safe to pickle into Ray tasks. Two writers that race on one file may both write it, each whole; the first commit
-    stands.
+    Safe to pickle into Ray tasks. Of two writers that race on one file the first one's record stands, and with
+    `Storage.write_once` the first one's bytes.
 
     Args:
         stage: the stage's name.
@@ -120,6 +120,8 @@ class ArtifactWriter:
     def commit_once(self, name: str, write: Callable[[Path], object]) -> None:
         """Write a file and commit it, unless it is committed already: a run that goes on does not write it again.
 
+        A file that is there without a record is whole, of an attempt that died before it could say so: it is committed.
+
         Args:
             name: the file's path in the artifact's folder.
             write: writes the contents to the local path that it is given.
@@ -129,8 +131,7 @@ class ArtifactWriter:
         """
         if self.is_committed(name):
             return
-        with self.storage.writer(name) as path:
-            write(path)
+        self.storage.write_once(name, write)
         self.commit(name)
 
     def gather(self, records: Iterable[FileRecord]) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 # What file systems answer that have no hard links (FAT, some network mounts), or none between these two folders.
@@ -23,21 +24,38 @@ def replacing(target: Path) -> Iterator[Path]:
 
 def create(target: Path, data: bytes) -> bool:
     """Write a file unless it exists. Of several callers that create one file, exactly one is told True."""
+    with creating(target) as created:
+        created.temporary.write_bytes(data)
+    return created.ours
+
+
+@dataclass
+class Created:
+    """A file that is written unless there is one: `temporary` is written to, `ours` tells afterwards what stands."""
+
+    temporary: Path
+    ours: bool = False
+
+
+@contextlib.contextmanager
+def creating(target: Path) -> Iterator[Created]:
+    """Yield a path to write to; what it holds becomes the target when the block ends, unless there is one by then."""
     with _beside(target) as temporary:
-        temporary.write_bytes(data)
+        created = Created(temporary)
+        yield created
         _sync(temporary)
         try:
             # Unlike a rename, a link fails if the target exists: it is the test and the act in one.
             os.link(temporary, target)
         except FileExistsError:
-            return False
+            return
         except OSError as error:
             if error.errno not in _NO_HARD_LINKS:
                 raise
             if target.exists():
-                return False
+                return
             os.replace(temporary, target)
-    return True
+        created.ours = True
 
 
 def link(source: Path, target: Path) -> None:

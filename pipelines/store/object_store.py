@@ -65,11 +65,23 @@ def attempt(url: str, operation: Callable[[], T], *, rights: str = OWNING) -> T:
             return result
 
 
-def upload(url: str, store: FileSystem, local: Path, path: str) -> None:
-    """Put a local file under `path`, where it appears whole or not at all."""
+def upload(url: str, store: FileSystem, local: Path, path: str, *, replace: bool = True) -> bool:
+    """Put a local file under `path`, where it appears whole or not at all.
+
+    Args:
+        url: of the target, for messages.
+        store: the file system.
+        local: the file.
+        path: the target.
+        replace: whether a file that is there already is replaced. (Stores without conditional writes cannot tell of one
+            that appears in the same moment.)
+
+    Returns:
+        Whether this file was put there. A file of which the first answer was lost is not known again: False.
+    """
     size = local.stat().st_size
     try:
-        attempt(url, partial(_put_file, store, local, path, size))
+        return attempt(url, partial(_put_file, store, local, path, size, replace))
     finally:
         # If the answer to "begin an upload" was lost, nobody but the store knows of that upload, and its parts would
         # be paid for until somebody looked.
@@ -77,12 +89,23 @@ def upload(url: str, store: FileSystem, local: Path, path: str) -> None:
             abort_uploads(url, store, path)
 
 
-def _put_file(store: FileSystem, local: Path, path: str, size: int) -> None:
-    if is_s3(store):
-        part_bytes = max(PART_BYTES, math.ceil(size / MAX_PARTS))
-        store.put_file(str(local), path, chunksize=part_bytes, max_concurrency=PARTS_AT_ONCE)
-    else:
+def _put_file(store: FileSystem, local: Path, path: str, size: int, replace: bool) -> bool:
+    if not is_s3(store):
+        if not replace and store.exists(path):
+            return False
         store.put_file(str(local), path)
+        return True
+    options = {"chunksize": max(PART_BYTES, math.ceil(size / MAX_PARTS)), "max_concurrency": PARTS_AT_ONCE}
+    try:
+        store.put_file(str(local), path, mode="overwrite" if replace else "create", **options)
+    except OSError as error:
+        code, status = code_and_status(error)
+        if replace or (status != 412 and code != "NotImplemented" and not isinstance(error, FileExistsError)):
+            raise
+        if code != "NotImplemented" or store.exists(path):
+            return False
+        store.put_file(str(local), path, **options)
+    return True
 
 
 def copy(url: str, store: FileSystem, source: str, target: str) -> None:

@@ -177,6 +177,26 @@ class Storage:
             yield temporary
             object_store.upload(f"{self.url}/{name}", self.filesystem, temporary, self.path(name))
 
+    def write_once(self, name: str, write: Callable[[Path], T]) -> T | None:
+        """Write a file unless it exists.
+
+        Args:
+            name: the file.
+            write: writes the contents to the local path that it is given; what it raises leaves no file.
+
+        Returns:
+            What `write` returned; None if a file of another writer stands (or our own, if the store's answer was lost).
+        """
+        if self.is_local:
+            with local_disk.creating(Path(self.path(name))) as created:
+                result = write(created.temporary)
+            return result if created.ours else None
+        with tempfile.TemporaryDirectory(prefix="ldm-") as folder:
+            temporary = Path(folder) / Path(name).name
+            result = write(temporary)
+            url, path = f"{self.url}/{name}", self.path(name)
+            return result if object_store.upload(url, self.filesystem, temporary, path, replace=False) else None
+
     def write_bytes(self, name: str, data: bytes) -> None:
         with self.writer(name) as path:
             path.write_bytes(data)

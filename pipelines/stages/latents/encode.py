@@ -11,7 +11,9 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -89,22 +91,29 @@ class EncodeShard:
         # Looked up again: Ray repeats what a dead actor had finished, and a committed file is never replaced.
         if not item["encoded"] and not self.writer.is_committed(shard):
             self._check_source(shard, item["bytes"])
-            with self.writer.storage.writer(shard) as path, ShardWriter(path) as tar:
-                for key, files in self._encoded_samples(shard):
-                    tar.add(key, files)
-            if tar.rows != item["rows"]:
-                raise UserError(
-                    f"{self.pairs.storage.url}/{shard} should hold {item['rows']} samples but holds {tar.rows}: "
-                    "it is damaged; run `ldm run RECIPE --force pairs` to rebuild it"
-                )
+            # Two actors may be at one shard, where a node was taken for dead, and on another kind of GPU the last bits
+            # differ: the first file stands.
+            sha256 = self.writer.storage.write_once(shard, partial(self._write, item))
             records.append(
                 self.writer.commit(
-                    shard, rows=tar.rows, sha256=tar.sha256, origin=item.get("origin"), content=item.get("content")
+                    shard, rows=item["rows"], sha256=sha256, origin=item.get("origin"), content=item.get("content")
                 )
             )
         if not self.writer.is_committed(statistics_name(shard)):
             records.append(self._commit_statistics(shard))
         return {"rows": item["rows"], "records": [record.model_dump() for record in records]}
+
+    def _write(self, item: dict[str, Any], path: Path) -> str:
+        """Write the encoded samples of a shard to a local file; return its sha256."""
+        with ShardWriter(path) as tar:
+            for key, files in self._encoded_samples(item["shard"]):
+                tar.add(key, files)
+        if tar.rows != item["rows"]:
+            raise UserError(
+                f"{self.pairs.storage.url}/{item['shard']} should hold {item['rows']} samples but holds {tar.rows}: "
+                "it is damaged; run `ldm run RECIPE --force pairs` to rebuild it"
+            )
+        return tar.sha256
 
     def _check_source(self, shard: str, expected_bytes: int) -> None:
         found = self.pairs.storage.size(shard)
