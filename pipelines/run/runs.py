@@ -61,12 +61,21 @@ class StageState(BaseModel):
 
 
 class RunState(BaseModel):
-    """Contents of `run.json`."""
+    """Contents of `run.json`.
+
+    Attributes:
+        name: the recipe's name.
+        recipe_digest: what runs of one recipe on the same contents have in common.
+        state: how far it is.
+        started_at, ended_at: in UTC; a run that is continued keeps its beginning.
+        tracking_run: our id of its MLflow run.
+        stages: what became of each stage, in order.
+    """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     name: str
-    recipe: str
+    recipe_digest: str
     state: State
     started_at: str
     ended_at: str | None = None
@@ -128,7 +137,7 @@ def begin(root: Storage, name: str, recipe: str, digest: str) -> Iterator[Run]:
         root: the root.
         name: the recipe's name.
         recipe: the resolved recipe as YAML.
-        digest: of everything in the recipe that can change an output.
+        digest: of everything that can change an output, contents of sources included.
 
     Raises:
         UserError: the root cannot be written.
@@ -163,18 +172,18 @@ def _new(root: Storage, name: str, digest: str, stack: contextlib.ExitStack) -> 
     plain = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:40] or "run"
     run_id = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{plain}-{uuid.uuid4().hex[:4]}"
     stack.enter_context(exclusive(_lock(root, run_id), what=f"root {root.url}"))
-    return Run(root, run_id, RunState(name=name, recipe=digest, state="running", started_at=_now()))
+    return Run(root, run_id, RunState(name=name, recipe_digest=digest, state="running", started_at=_now()))
 
 
 def _continued(root: Storage, digest: str, stack: contextlib.ExitStack) -> Run | None:
     for run in all_runs(root, _RECENT):
-        if run.state.recipe == digest and run.state.state != "finished":
+        if run.state.recipe_digest == digest and run.state.state != "finished":
             try:
                 stack.enter_context(exclusive(_lock(root, run.id)))
             except UserError:
                 # Its driver lives, or somebody was quicker.
                 continue
-            return Run(root, run.id, run.state.model_copy(update={"state": "running", "ended_at": None}))
+            return Run(root, run.id, run.state.model_copy(update={"state": "running", "ended_at": None, "stages": ()}))
     return None
 
 

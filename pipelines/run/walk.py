@@ -94,7 +94,7 @@ class _Walk:
             result.report = f"{before.folder.url}/{REPORT}" if self.artifacts else None
             return result
         ledger = Ledger(self.root)
-        with begin(self.root, self.recipe.name, self.recipe.to_yaml(), self._digest) as this_run:
+        with begin(self.root, self.recipe.name, self.recipe.to_yaml(), self._digest(planned)) as this_run:
             ledger.mark_version()
             with contextlib.ExitStack() as stack:
                 try:
@@ -114,11 +114,16 @@ class _Walk:
         """Return the finished run of this recipe that stands on the same artifacts, if there is nothing to do."""
         if any(each.state not in ("cached", "skipped") for each in planned):
             return None
+        digest = self._digest(planned)
         standing = {each.stage.name: each.reference if each.artifact else None for each in planned}
         for earlier in all_runs(self.root):
-            if earlier.state.recipe == self._digest and earlier.state.state == "finished":
+            if earlier.state.recipe_digest == digest and earlier.state.state == "finished":
                 return earlier if {s.name: s.reference for s in earlier.state.stages} == standing else None
         return None
+
+    def _digest(self, planned: list[PlannedStage]) -> str:
+        """Digest the recipe and the contents of what it reads, whose places are no settings."""
+        return digest_json([self.recipe.settings(), [each.identity.get("inputs", {}) for each in planned]])
 
     def _settle_stage(self, ledger: Ledger, stage: Stage[Any], this_run: Run, stack: contextlib.ExitStack) -> None:
         """Find a stage cached, or make its artifact while nobody else does."""
@@ -167,7 +172,7 @@ class _Walk:
             if name not in self.artifacts:
                 raise UserError(
                     f"{stage.name} needs {name}, which is not finished (key {self.keys[name]}): "
-                    f"run it first, for example with --to {stage.name}"
+                    "run it first, by the same command without --only and --from"
                 )
             self.artifacts[name].check_sizes()
 
@@ -278,10 +283,6 @@ class _Walk:
         tracker.start_pipeline(self.recipe.name, values, tags, resume_run_id=this_run.state.tracking_run)
         this_run.track(tracker.run_id)
         return tracker
-
-    @property
-    def _digest(self) -> str:
-        return digest_json(self.recipe.settings())
 
     @staticmethod
     def _track_stage(tracker: Tracker, planned: PlannedStage, storage: Storage) -> StageTracker:

@@ -58,12 +58,13 @@ class ArtifactWriter:
         return _writer, (self.stage, self.key, self.storage, self.grows)
 
     def committed(self) -> FileTable:
-        """Return every file committed so far.
+        """Return every file committed so far. For the driver alone: it tidies up the records.
 
         Raises:
             UserError: a committed file has another size now; it is never redone silently.
         """
-        table = self.recorded(gather=True)
+        self._flush()
+        table = self.recorded(tidy=True)
         if len(table):
             sizes = file_sizes(self.storage, table.names)
             for record in table:
@@ -140,8 +141,12 @@ class ArtifactWriter:
         Without it a run that goes on has to read them one by one.
         """
         self._gathered += records
-        due = time.monotonic() - self._gathered_at > _SEGMENT_EVERY_S
-        if len(self._gathered) >= _RECORDS_A_SEGMENT or (due and self._gathered):
+        if len(self._gathered) >= _RECORDS_A_SEGMENT or time.monotonic() - self._gathered_at > _SEGMENT_EVERY_S:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Write what was gathered."""
+        if self._gathered:
             table = FileTable.of(self._gathered)
             self._segments.append((self._write_segment(table), table))
             self._gathered, self._gathered_at = [], time.monotonic()
@@ -187,11 +192,12 @@ class ArtifactWriter:
         self.storage.remove(COMMITS)
         return manifest
 
-    def recorded(self, *, gather: bool = False) -> FileTable:
+    def recorded(self, *, tidy: bool = False) -> FileTable:
         """Return all records, without a look at the files: of the manifest if the artifact grows, and of `commits/`.
 
         Args:
-            gather: keep what had to be read one by one in a segment; for the artifact's driver alone.
+            tidy: put what had to be read one by one into a segment, and many segments into one; for the artifact's
+                driver alone.
         """
         tables = [read_files(self.storage, read_manifest(self.storage).table)] if self.grows else []
         segments = self.storage / SEGMENTS
@@ -204,7 +210,7 @@ class ArtifactWriter:
         read = map(records.read_json, fresh) if records.is_local else map_in_threads(records.read_json, fresh, _READERS)
         found = FileTable.of(FileRecord.model_validate(record) for record in read)
         merged = known.union(found)
-        if not gather:
+        if not tidy:
             return merged
         if len(names) > _MOST_SEGMENTS:
             self._write_segment(merged)
@@ -234,6 +240,11 @@ class ArtifactWriter:
 
     def _check_size(self, record: FileRecord, size: int) -> None:
         if size != record.bytes:
+            if self.grows and not self.storage.exists(_record_name(record.name)):
+                raise UserError(
+                    f"{self.storage.url}/{record.name} was committed with {record.bytes} bytes but has {max(size, 0)}: "
+                    f"it was damaged afterwards; rebuild it with `ldm run RECIPE --force {self.stage}`"
+                )
             commit = _record_name(record.name).removeprefix(f"{COMMITS}/")
             raise UserError(
                 f"{self.storage.url}/{record.name} was committed with {record.bytes} bytes but has {max(size, 0)}: "

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -36,6 +37,7 @@ DETAILS = "details.json"
 LEDGER = "ledger.json"
 # Files of an old generation that one task holds against their digests.
 _FILES_A_TASK = 256
+_KEY = re.compile(r"[0-9a-f]{16}")
 _MOST_TASKS = 512
 
 ForEach = Callable[[Callable[[int], Any], Sequence[int]], Iterable[Any]]
@@ -151,8 +153,15 @@ class Ledger:
                     f"root {self.root.url} is of ledger version {found}, but this is ldm of version {LEDGER_VERSION}: "
                     "use the ldm that wrote it, or choose another --root"
                 )
-        elif set(stages) & set(self.root.names()):
-            raise UserError(f"root {self.root.url} was made by ldm 0.1: {TOO_OLD}")
+            return
+        for stage in sorted(set(stages) & set(self.root.names())):
+            for key in filter(_KEY.fullmatch, (self.root / stage).names()):
+                folder = self.storage(stage, key)
+                if folder.exists(MANIFEST):
+                    # Refuses one of version 0.1. A root that was copied in part may lack the file that says so.
+                    read_manifest(folder)
+                elif folder.exists(COMMITS) or folder.exists(WORK):
+                    raise UserError(f"{folder.url} was begun by ldm 0.1: {TOO_OLD}")
 
     def mark_version(self) -> None:
         """Write down which version of the ledger the root is of."""

@@ -113,7 +113,7 @@ def _identity() -> str:
 
 
 def _in_use(what: str, holder: str) -> UserError:
-    return UserError(f"{what} is in use by {holder}: wait for it, or choose another --root")
+    return UserError(f"{what} is in use by {holder}: wait for it (leave out --no-wait), or choose another --root")
 
 
 class _Flock:
