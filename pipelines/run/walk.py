@@ -25,6 +25,7 @@ from pipelines.run.runs import REPORT, Run, all_runs, begin
 from pipelines.secrets import without_secrets
 from pipelines.stage import Progress, Stage, StageContext
 from pipelines.store.file_table import FileTable
+from pipelines.store.known_digests import kept_with
 from pipelines.store.ledger import Artifact, ArtifactWriter, Ledger, artifact_key, digest_json
 from pipelines.store.lock import Hold, Record, exclusive
 from pipelines.store.storage import Storage
@@ -32,6 +33,8 @@ from pipelines.tracking import StageTracker, Tracker, spool_folder, store
 
 # Which MLflow run an unfinished stage goes on in.
 TRACKING = "tracking.json"
+# The contents of the upstream artifacts that an unfinished stage was begun from.
+MADE_FROM = "made_from.json"
 LOCKS = ".locks"
 
 
@@ -185,12 +188,20 @@ class _Walk:
         writer = ArtifactWriter(stage.name, planned.key, storage, grows=planned.artifact is not None)
         count = _Count(stage.name, self.observer, hold)
         stage_tracker = self._track_stage(tracker, planned, storage)
-        details = self._call(planned, writer, count, stage_tracker, hold)
-        seconds = time.monotonic() - started
-        # A driver that slept too long was taken for dead: another one makes this artifact now, and it is not ours to
-        # finish.
-        hold.check()
-        artifact = self._finish(ledger, planned, writer, details, seconds, hold)
+        made = ledger.find(stage.name, planned.key) if planned.artifact is None else None
+        if made is not None:
+            # By a forced re-run that was killed before it was held against the artifact before it.
+            artifact = self._settle(ledger, planned, made, hold)
+            seconds = time.monotonic() - started
+        else:
+            self._require_same_upstream(planned, storage)
+            details = self._call(planned, writer, count, stage_tracker, hold)
+            seconds = time.monotonic() - started
+            # A driver that slept too long was taken for dead: another one makes this artifact now, and it is not ours
+            # to finish.
+            hold.check()
+            self._require_same_inputs(planned)
+            artifact = self._finish(ledger, planned, writer, details, seconds, hold)
         stage_tracker.finish("FINISHED")
         self.keys[stage.name] = artifact.reference
         self._record(planned, artifact, seconds, count.worked)
@@ -223,6 +234,43 @@ class _Walk:
             raise
         return details
 
+    def _contents_read(self, planned: PlannedStage) -> dict[str, str]:
+        """Return the contents of the upstream artifacts that the stage depends on."""
+        return {name: self.artifacts[name].manifest.content for name in planned.identity.get("upstream", {})}
+
+    def _require_same_upstream(self, planned: PlannedStage, storage: Storage) -> None:
+        """Refuse to go on with what was begun from other files: a key stands for what servers answered only once."""
+        contents = self._contents_read(planned)
+        begun = storage.read_json(MADE_FROM) if storage.exists(MADE_FROM) else contents
+        if begun != contents:
+            raise UserError(
+                f"{storage.url} was begun from other files of {', '.join(contents)} than there are now, which were "
+                "made anew under the same key: remove that folder and run the same command again"
+            )
+        storage.write_json(MADE_FROM, contents)
+
+    def _require_same_contents(self, planned: PlannedStage, artifact: Artifact) -> None:
+        """Refuse a finished artifact that was made from other files than the upstream artifacts hold now."""
+        for name, content in artifact.manifest.made_from.items():
+            if name in self.artifacts and self.artifacts[name].manifest.content != content:
+                raise UserError(
+                    f"{artifact.storage.url} was made from other files of {name} {self.artifacts[name].key} than "
+                    "there are now, which were made anew under the same key: run "
+                    f"`ldm run RECIPE --force {planned.stage.name}`"
+                )
+
+    def _require_same_inputs(self, planned: PlannedStage) -> None:
+        """Refuse to finish what was made from a source, weights or prompts that changed meanwhile."""
+        before = planned.identity.get("inputs", {})
+        with kept_with(self.root):
+            now = planned.stage.inputs(planned.config)
+        if changed := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
+            raise UserError(
+                f"{planned.stage.name}: {', '.join(changed)} changed while the stage ran, so that what it made is of "
+                f"neither: put back what was there and run the same command again, or remove {planned.key} of "
+                f"{planned.stage.name} under {self.root.url} and begin anew"
+            )
+
     def _siblings(self, planned: PlannedStage) -> Iterator[tuple[Storage, FileTable]]:
         # Whoever forces a stage does not trust what is there.
         if planned.stage.name not in self.selection.force:
@@ -248,6 +296,8 @@ class _Walk:
             details=details,
             seconds=seconds,
             code_version=__version__,
+            logs=stage.logs,
+            made_from=self._contents_read(planned),
         )
         artifact = ledger.find(stage.name, planned.key)
         assert artifact is not None
@@ -271,6 +321,7 @@ class _Walk:
             stage.name, planned.state, planned.key, seconds=round(seconds, 3), worked=worked, unit=stage.unit
         )
         if artifact:
+            self._require_same_contents(planned, artifact)
             self.artifacts[stage.name] = artifact
             row.key, row.rows, row.bytes = artifact.key, artifact.manifest.rows, artifact.manifest.bytes
         self.rows.append(row)

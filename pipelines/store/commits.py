@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -163,6 +163,8 @@ class ArtifactWriter:
         details: dict[str, Any],
         seconds: float,
         code_version: str,
+        logs: tuple[str, ...] = (),
+        made_from: Mapping[str, str] | None = None,
     ) -> Manifest:
         """Write the table of all committed files and the manifest: from now on the artifact is finished.
 
@@ -174,7 +176,12 @@ class ArtifactWriter:
             details: the stage's own facts about its result.
             seconds: how long the stage took.
             code_version: version of this package.
+            logs: files, or folders ending in "/", that do not count for its content.
+            made_from: contents of the artifacts it was made from, by stage.
         """
+        files = self.committed()
+        if not len(files):
+            raise ValueError(f"{self.storage.url} has no committed file: an artifact must have one")
         manifest = Manifest(
             stage=self.stage,
             key=self.key,
@@ -185,7 +192,9 @@ class ArtifactWriter:
             upstream=upstream,
             details=details,
             seconds=round(seconds, 3),
-            **write_files(self.storage, self.committed()),
+            content=files.digest(logs),
+            made_from=dict(made_from or {}),
+            **write_files(self.storage, files),
         )
         self.storage.write_json(MANIFEST, manifest.model_dump(mode="json"))
         # Whoever dies here leaves records that say what the table says.

@@ -8,7 +8,6 @@ differ does the old folder get a `superseded.json` that points to the new one.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import re
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
-from pipelines.errors import UserError
+from pipelines.errors import TransientError, UserError
 from pipelines.store.commits import COMMITS as COMMITS
 from pipelines.store.commits import ArtifactWriter as ArtifactWriter
 from pipelines.store.commits import file_sizes
@@ -196,10 +195,18 @@ class Ledger:
         for other in (self.root / stage).names():
             if other != key:
                 storage = self.storage(stage, other)
-                # From one that is damaged, or that somebody finishes just now, nothing is taken.
-                with contextlib.suppress(UserError):
+                try:
                     artifact = self.find(stage, other)
-                    yield storage, artifact.files if artifact else ArtifactWriter(stage, other, storage).recorded()
+                    files = artifact.files if artifact else ArtifactWriter(stage, other, storage).recorded()
+                    # Finished meanwhile, and its records removed.
+                    if artifact is None and (artifact := self.find(stage, other)) is not None:
+                        files = artifact.files
+                except TransientError:
+                    raise
+                except UserError:
+                    # From one that is damaged, or being removed, nothing is taken.
+                    continue
+                yield storage, files
 
     def started(self, stage: str, key: str) -> bool:
         return self.storage(stage, key).exists()
@@ -220,6 +227,7 @@ class Ledger:
             for_each: spreads the comparison of the old files with their digests over tasks.
         """
         try:
+            # Not by what the manifests say: the old one's may be of a time when other files counted as logs.
             same = old.files.digest(logs) == new.files.digest(logs)
         except UserError:
             same = False
@@ -235,8 +243,8 @@ class Ledger:
             for name in lost:
                 old.storage.remove(name)
             old = Artifact(old.stage, old.key, old.storage)
-        # In this order, so that what is left after a kill is an unfinished artifact, never one that looks whole.
-        for name in (MANIFEST, DETAILS, COMMITS, ""):
+        # In this order, so that what is left after a kill is settled again, or an artifact of which nothing is done.
+        for name in (DETAILS, MANIFEST, COMMITS, ""):
             new.storage.remove(name)
         return old
 

@@ -13,6 +13,7 @@ file stands, and if two drivers may write different bytes (what servers answer) 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import json
@@ -26,8 +27,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from pipelines.errors import UserError
-from pipelines.patience import impatient
+from pipelines.errors import TransientError, UserError
+from pipelines.patience import impatient, patience_s
 from pipelines.store.failures import MissingFileError
 from pipelines.store.storage import Storage, encode_json
 
@@ -194,7 +195,9 @@ class _Lease:
     def __init__(
         self, root: Storage, beat_s: float, what: str, wait: Callable[[Record], None] | None, interrupt: bool
     ) -> None:
-        self.root, self.beat_s, self.what, self.wait, self.interrupt = root, beat_s, what, wait, interrupt
+        # One request that hangs must not outlast the patience of who watches the lease.
+        self.root = dataclasses.replace(root, hasty=True)
+        self.beat_s, self.what, self.wait, self.interrupt = beat_s, what, wait, interrupt
         self.token, self.holder = uuid.uuid4().hex, _identity()
         self.beat = 0
         self.progress: dict[str, Any] = {}
@@ -234,8 +237,8 @@ class _Lease:
                 f"{self.what} was taken over by {self.thief} while this run did not answer: this run stops; "
                 "what it committed is kept"
             )
-        if (silent_s := self._silent_s) > PATIENCE_BEATS * self.beat_s:
-            raise UserError(
+        if (silent_s := self._silent_s) > self._patience_s:
+            raise TransientError(
                 f"{self.root.url}/{LEASE} could not be renewed for {silent_s:.0f} s: check the network and the store, "
                 "then run the same command again; what is committed is kept"
             )
@@ -250,7 +253,12 @@ class _Lease:
         # A lease that cannot be removed now is taken over later, as a dead holder's is.
         with contextlib.suppress(UserError), impatient(self.beat_s):
             if (found := self._read()) and found["token"] == self.token:
-                self.root.remove(LEASE)
+                self.root.remove_object(LEASE)
+
+    @property
+    def _patience_s(self) -> float:
+        # As long as for any other request, if that is longer.
+        return max(PATIENCE_BEATS * self.beat_s, patience_s())
 
     @property
     def _silent_s(self) -> float:
@@ -305,9 +313,7 @@ class _Lease:
         while not self.released.wait(self.beat_s) and not self.thief:
             with contextlib.suppress(UserError), impatient(self.beat_s):
                 self._renew()
-            if self._silent_s > PATIENCE_BEATS * self.beat_s:
-                break
-        if self.interrupt and not self.released.wait(GRACE_BEATS * self.beat_s):
+        if self.interrupt and self.thief and not self.released.wait(GRACE_BEATS * self.beat_s):
             # What waits for one long result calls no `check`.
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 

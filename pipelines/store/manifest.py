@@ -32,6 +32,8 @@ class Manifest(BaseModel):
         seconds: how long it took.
         rows, bytes, files: samples, size and number of its files.
         table: name of the file with the table of its files.
+        content: digest of its files, logs left out: of two artifacts with equal ones either is as good.
+        made_from: `content` of the upstream artifacts that it depends on, by stage.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -50,6 +52,8 @@ class Manifest(BaseModel):
     bytes: int
     files: int
     table: str
+    content: str
+    made_from: dict[str, str]
 
 
 def read_manifest(storage: Storage) -> Manifest:

@@ -45,6 +45,8 @@ class Storage:
     """
 
     url: str
+    # Requests fail within seconds and are not repeated: for leases, whose holder tries again soon anyway.
+    hasty: bool = False
 
     def __post_init__(self) -> None:
         url = self.url.removeprefix("file://")
@@ -58,7 +60,7 @@ class Storage:
     @property
     def filesystem(self) -> FileSystem:
         # Not kept: its connections and threads would not survive the way to another process.
-        return filesystem_of(self.url)[0]
+        return filesystem_of(self.url, hasty=self.hasty)[0]
 
     @property
     def is_local(self) -> bool:
@@ -230,6 +232,11 @@ class Storage:
         """Remove a file or folder, if it is there."""
         with contextlib.suppress(FileNotFoundError):
             self._attempt(name, _remove)
+
+    def remove_object(self, name: str) -> None:
+        """Remove one file by one request, whether it is there or not."""
+        with contextlib.suppress(FileNotFoundError):
+            self._attempt(name, lambda store, path: store.rm_file(path))
 
     def remove_files(self, names: Sequence[str]) -> None:
         """Remove several files, if they are there; in an object store a thousand with one request."""

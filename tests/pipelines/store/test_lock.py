@@ -152,6 +152,7 @@ def test_a_holder_outlives_a_store_that_fails_for_a_while(
                 hold.check()
             assert json.loads(s3_server.read(f"{root.name}/{LEASE}"))["beat"] > beat
             monkeypatch.setattr(lock, "PATIENCE_BEATS", 3)
+            monkeypatch.setenv("LDM_STORE_PATIENCE_S", "0.3")
             proxy.plan.shares = {"error": 1.0}
             time.sleep(0.5)
             with pytest.raises(UserError, match=r"\.lock\.json could not be renewed for \d+ s: check the network"):
