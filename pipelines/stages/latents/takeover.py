@@ -9,6 +9,7 @@ again beside new tokens: without decoding a picture, and without the first stage
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from pipelines.stages.latents.statistics import statistics_name
 from pipelines.stages.latents.vocabulary import load_vocabulary
 from pipelines.stages.pairs.artifact import sample_captions
 from pipelines.store.commits import file_sizes
+from pipelines.store.failures import MissingFileError
 from pipelines.store.file_table import FileRecord, FileTable
 from pipelines.store.ledger import Artifact, ArtifactWriter, digest_json
 from pipelines.store.storage import Storage, sha256_file
@@ -105,7 +107,9 @@ def take_over(
     def take_group(number: int) -> list[dict[str, object]]:
         take, records = _Take(pairs, writer, load_vocabulary(writer.storage, tokenizer)), []
         for name, source, identity in group_files[number]:
-            records += take(name, source, identity)
+            # `ldm gc` may remove an artifact of no more use at any time.
+            with contextlib.suppress(MissingFileError):
+                records += take(name, source, identity)
         return [record.model_dump() for record in records]
 
     for records in for_each(take_group, range(len(groups)), check):

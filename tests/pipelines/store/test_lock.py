@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ import pytest
 
 from pipelines.errors import UserError
 from pipelines.store import filesystems, lock, object_store
-from pipelines.store.lock import LEASE, exclusive
+from pipelines.store.lock import LEASE, HeldError, discard, exclusive, find_holder
 from pipelines.store.storage import Storage
 from tests.pipelines.store.s3 import BUCKET, S3, Plan, environment
 
@@ -35,6 +36,15 @@ with exclusive(Storage(sys.argv[1]), beat_s={BEAT_S}) as hold:
             print("ours", flush=True)
         except UserError as error:
             print(error, flush=True)
+"""
+# Waits for the root.
+WAITER = """
+import sys
+from pipelines.store.lock import exclusive
+from pipelines.store.storage import Storage
+with exclusive(Storage(sys.argv[1]), wait=lambda record: print("waits", flush=True)):
+    print("held", flush=True)
+    sys.stdin.read()
 """
 Start = Callable[..., subprocess.Popen[str]]
 
@@ -172,3 +182,41 @@ def test_stores_without_conditions_are_held_too() -> None:
             hold.check()
     assert root.exists(LEASE)
     root.remove()
+
+
+def test_whoever_waits_for_a_lock_that_is_discarded_holds_the_next_one(tmp_path: Path) -> None:
+    root = Storage(str(tmp_path / "root"))
+    with exclusive(root):
+        waits = subprocess.Popen(
+            [sys.executable, "-c", WAITER, root.url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert waits.stdout is not None
+        assert waits.stdout.readline() == "waits\n"
+        discard(root)
+    while (line := waits.stdout.readline()) != "held\n":
+        assert line == "waits\n"
+    with pytest.raises(HeldError, match=f"is in use by pid {waits.pid}"), exclusive(root):
+        pass
+    waits.communicate()
+    assert find_holder(root) is None
+
+
+def test_whoever_looks_for_a_holder_keeps_nobody_out(tmp_path: Path) -> None:
+    root = Storage(str(tmp_path / "root"))
+    with exclusive(root):
+        pass
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.001):
+            find_holder(root)
+
+    with ThreadPoolExecutor(1) as threads:
+        looks = threads.submit(look)
+        for _ in range(200):
+            with exclusive(root):
+                holder = find_holder(root)
+                assert holder is not None
+                assert holder.alive
+        done.set()
+        looks.result()
