@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -201,22 +202,15 @@ def test_whoever_waits_for_a_lock_that_is_discarded_holds_the_next_one(tmp_path:
     assert find_holder(root) is None
 
 
-def test_whoever_looks_for_a_holder_keeps_nobody_out(tmp_path: Path) -> None:
-    root = Storage(str(tmp_path / "root"))
-    with exclusive(root):
+def test_whoever_looks_for_a_holder_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Storage(str(tmp_path))
+    with exclusive(root), pytest.raises(HeldError), exclusive(root):
         pass
-    done = threading.Event()
-
-    def look() -> None:
-        while not done.wait(0.001):
-            find_holder(root)
-
-    with ThreadPoolExecutor(1) as threads:
-        looks = threads.submit(look)
-        for _ in range(200):
-            with exclusive(root):
-                holder = find_holder(root)
-                assert holder is not None
-                assert holder.alive
-        done.set()
-        looks.result()
+    monkeypatch.setattr(lock, "GLANCE_S", 2.0)
+    with open(tmp_path / lock.LOCK) as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        looked = threading.Timer(0.2, fcntl.flock, (file, fcntl.LOCK_UN))
+        looked.start()
+        with exclusive(root) as hold:
+            hold.check()
+        looked.join()
