@@ -23,8 +23,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipelines.errors import UserError
 from pipelines.run.results import StageRow
-from pipelines.store.ledger import Artifact
-from pipelines.store.lock import exclusive, is_held
+from pipelines.store.failures import MissingFileError
+from pipelines.store.ledger import LOCKS, Artifact
+from pipelines.store.lock import exclusive
 from pipelines.store.storage import Storage
 from pipelines.store.threads import map_in_threads
 
@@ -163,15 +164,32 @@ def all_runs(root: Storage, newest: int | None = None) -> list[Run]:
     return [Run(root, name, state) for name, state in read if state is not None]
 
 
-def is_running(run: Run) -> bool:
-    """Tell whether a run's driver seems to be at work."""
-    return run.state.state == "running" and is_held(_lock(run.root, run.id))
+def read_state(folder: Storage) -> RunState | None:
+    """Return what a run's folder says of it; None if it says nothing yet.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return RunState.model_validate(folder.read_json(STATE))
+    except MissingFileError:
+        return None
+    except ValidationError as error:
+        raise UserError(
+            f"{folder.url}/{STATE} is not the state of a run ({error.errors()[0]['msg']}): it was damaged, or written "
+            "by another version of ldm; remove the folder, or use that version"
+        ) from error
+
+
+def lock_of(root: Storage, run_id: str) -> Storage:
+    """Return the folder that the driver of a run holds."""
+    return root / LOCKS / f"run-{run_id}"
 
 
 def _new(root: Storage, name: str, digest: str, stack: contextlib.ExitStack) -> Run:
     plain = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:40] or "run"
     run_id = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{plain}-{uuid.uuid4().hex[:4]}"
-    stack.enter_context(exclusive(_lock(root, run_id), what=f"root {root.url}"))
+    stack.enter_context(exclusive(lock_of(root, run_id), what=f"root {root.url}"))
     return Run(root, run_id, RunState(name=name, recipe_digest=digest, state="running", started_at=_now()))
 
 
@@ -179,7 +197,7 @@ def _continued(root: Storage, digest: str, stack: contextlib.ExitStack) -> Run |
     for run in all_runs(root, _RECENT):
         if run.state.recipe_digest == digest and run.state.state != "finished":
             try:
-                stack.enter_context(exclusive(_lock(root, run.id)))
+                stack.enter_context(exclusive(lock_of(root, run.id)))
             except UserError:
                 # Its driver lives, or somebody was quicker.
                 continue
@@ -187,14 +205,10 @@ def _continued(root: Storage, digest: str, stack: contextlib.ExitStack) -> Run |
     return None
 
 
-def _lock(root: Storage, run_id: str) -> Storage:
-    return root / ".locks" / f"run-{run_id}"
-
-
 def _read(folder: Storage) -> RunState | None:
     try:
-        return RunState.model_validate(folder.read_json(STATE))
-    except (UserError, ValidationError):
+        return read_state(folder)
+    except UserError:
         return None
 
 

@@ -26,16 +26,13 @@ from pipelines.secrets import without_secrets
 from pipelines.stage import Progress, Stage, StageContext
 from pipelines.store.file_table import FileTable
 from pipelines.store.known_digests import kept_with
-from pipelines.store.ledger import Artifact, ArtifactWriter, Ledger, artifact_key, digest_json
+from pipelines.store.ledger import TRACKING, Artifact, ArtifactWriter, Ledger, artifact_key, digest_json
 from pipelines.store.lock import Hold, Record, exclusive
 from pipelines.store.storage import Storage
 from pipelines.tracking import StageTracker, Tracker, spool_folder, store
 
-# Which MLflow run an unfinished stage goes on in.
-TRACKING = "tracking.json"
 # The contents of the upstream artifacts that an unfinished stage was begun from.
 MADE_FROM = "made_from.json"
-LOCKS = ".locks"
 
 
 def run(
@@ -148,6 +145,8 @@ class _Walk:
                 if self.tracker is None:
                     self.tracker = self._start_tracking(this_run)
                     stack.enter_context(connect(self.recipe.cluster, debug=self.debug))
+                # Before it begins, so that `ldm gc` knows what a run that is killed can go on with.
+                this_run.record(StageRow(stage.name, now.state, now.key), None)
                 self._run_stage(ledger, now, self.tracker, hold)
                 break
         this_run.record(self.rows[-1], self.artifacts.get(stage.name))
@@ -160,7 +159,7 @@ class _Walk:
         def show(holder: Record) -> None:
             self.observer.waiting(planned, holder["holder"], **holder["progress"])
 
-        place = self.root / LOCKS / f"{name}-{planned.key}"
+        place = Ledger(self.root).lock(name, planned.key)
         what = f"{name} {planned.key} under {self.root.url}"
         with exclusive(place, what=what, wait=show if self.wait else None, interrupt=True) as hold:
             try:

@@ -32,8 +32,12 @@ SUPERSEDED = "superseded.json"
 WORK = "work"
 # What a training stage writes last, before its manifest.
 DETAILS = "details.json"
+# Which MLflow run an unfinished stage goes on in.
+TRACKING = "tracking.json"
 # Says which version of the ledger a root is of.
 LEDGER = "ledger.json"
+# A lock for each artifact and each run that somebody works on.
+LOCKS = ".locks"
 # Files of an old generation that one task holds against their digests.
 _FILES_A_TASK = 256
 _KEY = re.compile(r"[0-9a-f]{16}")
@@ -169,6 +173,10 @@ class Ledger:
 
     def storage(self, stage: str, key: str) -> Storage:
         return self.root / stage / key
+
+    def lock(self, stage: str, key: str) -> Storage:
+        """Return the folder that whoever makes an artifact holds."""
+        return self.root / LOCKS / f"{stage}-{key}"
 
     def resolve(self, stage: str, identity: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         """Return the key that stands for an identity today, and the identity of that generation."""

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -11,6 +12,10 @@ from pathlib import Path
 
 # What file systems answer that have no hard links (FAT, some network mounts), or none between these two folders.
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EXDEV, errno.EMLINK)
+
+
+# As `_beside` names them; a root may lie among other programs' files.
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
 
 @contextlib.contextmanager
@@ -75,6 +80,40 @@ def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files of writers that were killed; nobody may be writing below the folder."""
     for leftover in folder.rglob(".*.tmp"):
         leftover.unlink(missing_ok=True)
+
+
+def leftovers(folder: Path, before: float) -> list[tuple[Path, int]]:
+    """Return path and bytes of the temporary files of writers below a folder that were last written before a time.
+
+    Args:
+        folder: whatever else lies below it.
+        before: in seconds since 1970.
+    """
+    found = []
+    for parent, _, names in os.walk(folder):
+        for name in filter(_TEMPORARY.fullmatch, names):
+            path = Path(parent, name)
+            with contextlib.suppress(FileNotFoundError):
+                status = path.lstat()
+                if status.st_mtime < before:
+                    found.append((path, status.st_size))
+    return found
+
+
+def files_below(folder: Path, beginning: str) -> dict[str, os.stat_result]:
+    """Return the state of every file of a folder, at any depth, whose path in it begins so; by that path."""
+    top = folder / beginning.rpartition("/")[0]
+    found = {}
+    for parent, folders, names in os.walk(top):
+        inside = os.path.relpath(parent, folder)
+        prefix = "" if inside == "." else f"{inside}/"
+        # What cannot begin so is not walked through.
+        folders[:] = [name for name in folders if f"{prefix}{name}/".startswith(beginning[: len(prefix + name) + 1])]
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                if f"{prefix}{name}".startswith(beginning):
+                    found[f"{prefix}{name}"] = os.lstat(os.path.join(parent, name))
+    return found
 
 
 @contextlib.contextmanager

@@ -10,10 +10,11 @@ import base64
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pipelines.errors import UserError
 from pipelines.patience import Waiting, outage_of
@@ -160,6 +161,20 @@ def whole_sha256(store: FileSystem, path: str) -> str | None:
     return digest.hex() if len(digest) == hashlib.sha256().digest_size else None
 
 
+class Upload(NamedTuple):
+    """A multipart upload that is neither completed nor aborted.
+
+    Attributes:
+        path: of the file that it would become, as the file system takes it.
+        id: the store's name of it.
+        begun: in seconds since 1970; 0 if the store does not say.
+    """
+
+    path: str
+    id: str
+    begun: float
+
+
 def abort_uploads(url: str, store: FileSystem, path: str, *, below: bool = False) -> None:
     """Abort the unfinished uploads of a file, or of every file `below` a folder; what is finished stays."""
     if is_s3(store):
@@ -169,6 +184,12 @@ def abort_uploads(url: str, store: FileSystem, path: str, *, below: bool = False
 
 
 def _abort_uploads(store: FileSystem, path: str, below: bool) -> None:
+    for upload in uploads(store, path, below=below):
+        abort_upload(store, upload)
+
+
+def uploads(store: FileSystem, path: str, *, below: bool) -> Iterator[Upload]:
+    """Yield the unfinished uploads of a file, or of every file `below` a folder; of an S3 store."""
     bucket, key, _ = store.split_path(path)
     # S3 lists by prefix, and `runs/demo` is also a prefix of `runs/demo2`. A bucket's root has no key to end.
     prefix = f"{key}/" if below and key else key
@@ -177,18 +198,33 @@ def _abort_uploads(store: FileSystem, path: str, below: bool) -> None:
         found = store.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **page)
         for each in found.get("Uploads", []):
             if below or each["Key"] == key:
-                _abort(store, bucket, each["Key"], each["UploadId"])
+                begun = each["Initiated"].timestamp() if "Initiated" in each else 0.0
+                yield Upload(f"{bucket}/{each['Key']}", each["UploadId"], begun)
         if not found.get("IsTruncated"):
             return
         page = {"KeyMarker": found["NextKeyMarker"], "UploadIdMarker": found["NextUploadIdMarker"]}
 
 
-def _abort(store: FileSystem, bucket: str, key: str, upload_id: str) -> None:
-    try:
-        store.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload_id)
-    except FileNotFoundError:
-        # It ended in between.
-        return
+def uploaded_bytes(store: FileSystem, upload: Upload) -> int:
+    """Return the bytes of the parts of an unfinished upload."""
+    bucket, key, _ = store.split_path(upload.path)
+    total, page = 0, dict[str, int]()
+    while True:
+        try:
+            found = store.call_s3("list_parts", Bucket=bucket, Key=key, UploadId=upload.id, **page)
+        except FileNotFoundError:
+            return total
+        total += sum(int(part["Size"]) for part in found.get("Parts", []))
+        if not found.get("IsTruncated"):
+            return total
+        page = {"PartNumberMarker": found["NextPartNumberMarker"]}
+
+
+def abort_upload(store: FileSystem, upload: Upload) -> None:
+    """Abort an upload, if it has not ended."""
+    bucket, key, _ = store.split_path(upload.path)
+    with contextlib.suppress(FileNotFoundError):
+        store.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload.id)
 
 
 def version(store: FileSystem, path: str) -> str | None:
@@ -197,6 +233,33 @@ def version(store: FileSystem, path: str) -> str | None:
         return str(store.info(path).get("ETag", ""))
     except FileNotFoundError:
         return None
+
+
+def seconds_since_written(store: FileSystem, path: str) -> float | None:
+    """Return how long ago a file was written, by the clock of its store alone; None if that does not tell the time."""
+    if not is_s3(store):
+        return None
+    bucket, key, _ = store.split_path(path)
+    head = store.call_s3("head_object", Bucket=bucket, Key=key)
+    try:
+        now = parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"])
+    except (KeyError, ValueError):
+        return None
+    return float((now - head["LastModified"]).total_seconds())
+
+
+def files_below(url: str, store: FileSystem, path: str) -> dict[str, Mapping[str, Any]]:
+    """Return what a listing of S3 says of every object whose path begins so, by path."""
+    bucket, key, _ = store.split_path(path)
+    found: dict[str, Mapping[str, Any]] = {}
+    page: dict[str, str] = {}
+    while True:
+        answer = attempt(url, partial(store.call_s3, "list_objects_v2", Bucket=bucket, Prefix=key, **page))
+        for each in answer.get("Contents", []):
+            found[f"{bucket}/{each['Key']}"] = {**each, "size": each["Size"]}
+        if not answer.get("IsTruncated"):
+            return found
+        page = {"ContinuationToken": answer["NextContinuationToken"]}
 
 
 def put_if(store: FileSystem, path: str, data: bytes, *, expected: str | None, writer: str) -> str | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +19,7 @@ import pytest
 from pipelines import patience
 from pipelines.errors import UserError
 from pipelines.store import filesystems, lock
-from pipelines.store.lock import LEASE, exclusive
+from pipelines.store.lock import LEASE, HeldError, discard, exclusive, find_holder
 from pipelines.store.storage import Storage
 from tests.pipelines.store.s3 import BUCKET, S3, Plan, environment
 
@@ -36,6 +38,15 @@ with exclusive(Storage(sys.argv[1]), beat_s={BEAT_S}) as hold:
             print("ours", flush=True)
         except UserError as error:
             print(error, flush=True)
+"""
+# Waits for the root.
+WAITER = """
+import sys
+from pipelines.store.lock import exclusive
+from pipelines.store.storage import Storage
+with exclusive(Storage(sys.argv[1]), wait=lambda record: print("waits", flush=True)):
+    print("held", flush=True)
+    sys.stdin.read()
 """
 Start = Callable[..., subprocess.Popen[str]]
 
@@ -174,3 +185,34 @@ def test_stores_without_conditions_are_held_too() -> None:
             hold.check()
     assert root.exists(LEASE)
     root.remove()
+
+
+def test_whoever_waits_for_a_lock_that_is_discarded_holds_the_next_one(tmp_path: Path) -> None:
+    root = Storage(str(tmp_path / "root"))
+    with exclusive(root):
+        waits = subprocess.Popen(
+            [sys.executable, "-c", WAITER, root.url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert waits.stdout is not None
+        assert waits.stdout.readline() == "waits\n"
+        discard(root)
+    while (line := waits.stdout.readline()) != "held\n":
+        assert line == "waits\n"
+    with pytest.raises(HeldError, match=f"is in use by pid {waits.pid}"), exclusive(root):
+        pass
+    waits.communicate()
+    assert find_holder(root) is None
+
+
+def test_whoever_looks_for_a_holder_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Storage(str(tmp_path))
+    with exclusive(root), pytest.raises(HeldError), exclusive(root):
+        pass
+    monkeypatch.setattr(lock, "GLANCE_S", 2.0)
+    with open(tmp_path / lock.LOCK) as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        looked = threading.Timer(0.2, fcntl.flock, (file, fcntl.LOCK_UN))
+        looked.start()
+        with exclusive(root) as hold:
+            hold.check()
+        looked.join()
