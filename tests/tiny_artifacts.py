@@ -158,7 +158,7 @@ def encoded_latents_artifact(root: Path, pairs: Artifact, first_stage: Artifact,
     threads = torch.get_num_threads()
     encode = EncodeShard(pairs=pairs, first_stage=first_stage, writer=writer, config=config, device="cpu")
     for record in pairs.shards():
-        encode({"shard": record.name, "rows": record.rows, "bytes": record.bytes, "encoded": False})
+        encode({"shard": record.name, "rows": record.rows, "sha256": record.sha256, "encoded": False})
     torch.set_num_threads(threads)
     return finish(writer, {"samples": pairs.manifest.rows, "held_out": copy_held_out(pairs, writer)}, LATENTS_FORMAT)
 

@@ -24,6 +24,16 @@ def format_seconds(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
+def format_age(seconds: float) -> str:
+    """Return how long ago something was, in one unit: 93.4 is 1 min, three days are 3 d."""
+    if seconds < 60:
+        return f"{max(seconds, 0):.0f} s"
+    for unit, length in (("d", 86_400), ("h", 3600)):
+        if seconds >= 2 * length:
+            return f"{seconds // length:.0f} {unit}"
+    return f"{seconds // 60:.0f} min"
+
+
 def format_count(count: int | None) -> str:
     """Return a count with thousands separated, 4060 as 4,060; nothing for an unknown one."""
     return "" if count is None else f"{count:,}"

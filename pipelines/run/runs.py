@@ -23,8 +23,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipelines.errors import UserError
 from pipelines.run.results import StageRow
-from pipelines.store.ledger import Artifact
-from pipelines.store.lock import Hold, exclusive, is_held
+from pipelines.store.failures import MissingFileError
+from pipelines.store.ledger import LOCKS, Artifact
+from pipelines.store.lock import Hold, exclusive
 from pipelines.store.storage import Storage
 from pipelines.store.threads import map_in_threads
 
@@ -61,12 +62,21 @@ class StageState(BaseModel):
 
 
 class RunState(BaseModel):
-    """Contents of `run.json`."""
+    """Contents of `run.json`.
+
+    Attributes:
+        name: the recipe's name.
+        recipe_digest: what runs of one recipe on the same contents have in common.
+        state: how far it is.
+        started_at, ended_at: in UTC; a run that is continued keeps its beginning.
+        tracking_run: our id of its MLflow run.
+        stages: what became of each stage, in order.
+    """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     name: str
-    recipe: str
+    recipe_digest: str
     state: State
     started_at: str
     ended_at: str | None = None
@@ -133,7 +143,7 @@ def begin(root: Storage, name: str, recipe: str, digest: str) -> Iterator[Run]:
         root: the root.
         name: the recipe's name.
         recipe: the resolved recipe as YAML.
-        digest: of everything in the recipe that can change an output.
+        digest: of everything that can change an output, contents of sources included.
 
     Raises:
         UserError: the root cannot be written, or another driver has continued the run while this one did not answer.
@@ -159,38 +169,52 @@ def all_runs(root: Storage, newest: int | None = None) -> list[Run]:
     return [Run(root, name, state) for name, state in read if state is not None]
 
 
-def is_running(run: Run) -> bool:
-    """Tell whether a run's driver seems to be at work."""
-    return run.state.state == "running" and is_held(_lock(run.root, run.id))
+def read_state(folder: Storage) -> RunState | None:
+    """Return what a run's folder says of it; None if it says nothing yet.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return RunState.model_validate(folder.read_json(STATE))
+    except MissingFileError:
+        return None
+    except ValidationError as error:
+        raise UserError(
+            f"{folder.url}/{STATE} is not the state of a run ({error.errors()[0]['msg']}): it was damaged, or written "
+            "by another version of ldm; remove the folder, or use that version"
+        ) from error
+
+
+def lock_of(root: Storage, run_id: str) -> Storage:
+    """Return the folder that the driver of a run holds."""
+    return root / LOCKS / f"run-{run_id}"
 
 
 def _new(root: Storage, name: str, digest: str, stack: contextlib.ExitStack) -> Run:
     plain = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:40] or "run"
     run_id = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{plain}-{uuid.uuid4().hex[:4]}"
-    hold = stack.enter_context(exclusive(_lock(root, run_id), what=f"root {root.url}"))
-    return Run(root, run_id, RunState(name=name, recipe=digest, state="running", started_at=_now()), hold)
+    hold = stack.enter_context(exclusive(lock_of(root, run_id), what=f"root {root.url}"))
+    return Run(root, run_id, RunState(name=name, recipe_digest=digest, state="running", started_at=_now()), hold)
 
 
 def _continued(root: Storage, digest: str, stack: contextlib.ExitStack) -> Run | None:
     for run in all_runs(root, _RECENT):
-        if run.state.recipe == digest and run.state.state != "finished":
+        if run.state.recipe_digest == digest and run.state.state != "finished":
             try:
-                hold = stack.enter_context(exclusive(_lock(root, run.id), what=f"run {run.id} under {root.url}"))
+                hold = stack.enter_context(exclusive(lock_of(root, run.id), what=f"run {run.id} under {root.url}"))
             except UserError:
                 # Its driver lives, or somebody was quicker.
                 continue
-            return Run(root, run.id, run.state.model_copy(update={"state": "running", "ended_at": None}), hold)
+            again = run.state.model_copy(update={"state": "running", "ended_at": None, "stages": ()})
+            return Run(root, run.id, again, hold)
     return None
-
-
-def _lock(root: Storage, run_id: str) -> Storage:
-    return root / ".locks" / f"run-{run_id}"
 
 
 def _read(folder: Storage) -> RunState | None:
     try:
-        return RunState.model_validate(folder.read_json(STATE))
-    except (UserError, ValidationError):
+        return read_state(folder)
+    except UserError:
         return None
 
 

@@ -25,14 +25,14 @@ from pipelines.run.runs import REPORT, Run, all_runs, begin
 from pipelines.secrets import without_secrets
 from pipelines.stage import Progress, Stage, StageContext
 from pipelines.store.file_table import FileTable
-from pipelines.store.ledger import Artifact, ArtifactWriter, Ledger, artifact_key, digest_json
+from pipelines.store.known_digests import kept_with
+from pipelines.store.ledger import TRACKING, Artifact, ArtifactWriter, Ledger, artifact_key, digest_json
 from pipelines.store.lock import Hold, Record, exclusive
 from pipelines.store.storage import Storage
 from pipelines.tracking import StageTracker, Tracker, spool_folder, store
 
-# Which MLflow run an unfinished stage goes on in.
-TRACKING = "tracking.json"
-LOCKS = ".locks"
+# The contents of the upstream artifacts that an unfinished stage was begun from.
+MADE_FROM = "made_from.json"
 
 
 def run(
@@ -94,7 +94,7 @@ class _Walk:
             result.report = f"{before.folder.url}/{REPORT}" if self.artifacts else None
             return result
         ledger = Ledger(self.root)
-        with begin(self.root, self.recipe.name, self.recipe.to_yaml(), self._digest) as this_run:
+        with begin(self.root, self.recipe.name, self.recipe.to_yaml(), self._digest(planned)) as this_run:
             ledger.mark_version()
             with contextlib.ExitStack() as stack:
                 try:
@@ -114,11 +114,16 @@ class _Walk:
         """Return the finished run of this recipe that stands on the same artifacts, if there is nothing to do."""
         if any(each.state not in ("cached", "skipped") for each in planned):
             return None
+        digest = self._digest(planned)
         standing = {each.stage.name: each.reference if each.artifact else None for each in planned}
         for earlier in all_runs(self.root):
-            if earlier.state.recipe == self._digest and earlier.state.state == "finished":
+            if earlier.state.recipe_digest == digest and earlier.state.state == "finished":
                 return earlier if {s.name: s.reference for s in earlier.state.stages} == standing else None
         return None
+
+    def _digest(self, planned: list[PlannedStage]) -> str:
+        """Digest the recipe and the contents of what it reads, whose places are no settings."""
+        return digest_json([self.recipe.settings(), [each.identity.get("inputs", {}) for each in planned]])
 
     def _settle_stage(self, ledger: Ledger, stage: Stage[Any], this_run: Run, stack: contextlib.ExitStack) -> None:
         """Find a stage cached, or make its artifact while nobody else does."""
@@ -140,6 +145,8 @@ class _Walk:
                 if self.tracker is None:
                     self.tracker = self._start_tracking(this_run)
                     stack.enter_context(connect(self.recipe.cluster, debug=self.debug))
+                # Before it begins, so that `ldm gc` knows what a run that is killed can go on with.
+                this_run.record(StageRow(stage.name, now.state, now.key), None)
                 self._run_stage(ledger, now, self.tracker, hold)
                 break
         this_run.record(self.rows[-1], self.artifacts.get(stage.name))
@@ -152,7 +159,7 @@ class _Walk:
         def show(holder: Record) -> None:
             self.observer.waiting(planned, holder["holder"], **holder["progress"])
 
-        place = self.root / LOCKS / f"{name}-{planned.key}"
+        place = Ledger(self.root).lock(name, planned.key)
         what = f"{name} {planned.key} under {self.root.url}"
         with exclusive(place, what=what, wait=show if self.wait else None, interrupt=True) as hold:
             try:
@@ -167,7 +174,7 @@ class _Walk:
             if name not in self.artifacts:
                 raise UserError(
                     f"{stage.name} needs {name}, which is not finished (key {self.keys[name]}): "
-                    f"run it first, for example with --to {stage.name}"
+                    "run it first, by the same command without --only and --from"
                 )
             self.artifacts[name].check_sizes()
 
@@ -180,12 +187,20 @@ class _Walk:
         writer = ArtifactWriter(stage.name, planned.key, storage, grows=planned.artifact is not None)
         count = _Count(stage.name, self.observer, hold)
         stage_tracker = self._track_stage(tracker, planned, storage)
-        details = self._call(planned, writer, count, stage_tracker, hold)
-        seconds = time.monotonic() - started
-        # A driver that slept too long was taken for dead: another one makes this artifact now, and it is not ours to
-        # finish.
-        hold.check()
-        artifact = self._finish(ledger, planned, writer, details, seconds, hold)
+        made = ledger.find(stage.name, planned.key) if planned.artifact is None else None
+        if made is not None:
+            # By a forced re-run that was killed before it was held against the artifact before it.
+            artifact = self._settle(ledger, planned, made, hold)
+            seconds = time.monotonic() - started
+        else:
+            self._require_same_upstream(planned, storage)
+            details = self._call(planned, writer, count, stage_tracker, hold)
+            seconds = time.monotonic() - started
+            # A driver that slept too long was taken for dead: another one makes this artifact now, and it is not ours
+            # to finish.
+            hold.check()
+            self._require_same_inputs(planned)
+            artifact = self._finish(ledger, planned, writer, details, seconds, hold)
         stage_tracker.finish("FINISHED")
         self.keys[stage.name] = artifact.reference
         self._record(planned, artifact, seconds, count.worked)
@@ -218,6 +233,43 @@ class _Walk:
             raise
         return details
 
+    def _contents_read(self, planned: PlannedStage) -> dict[str, str]:
+        """Return the contents of the upstream artifacts that the stage depends on."""
+        return {name: self.artifacts[name].manifest.content for name in planned.identity.get("upstream", {})}
+
+    def _require_same_upstream(self, planned: PlannedStage, storage: Storage) -> None:
+        """Refuse to go on with what was begun from other files: a key stands for what servers answered only once."""
+        contents = self._contents_read(planned)
+        begun = storage.read_json(MADE_FROM) if storage.exists(MADE_FROM) else contents
+        if begun != contents:
+            raise UserError(
+                f"{storage.url} was begun from other files of {', '.join(contents)} than there are now, which were "
+                "made anew under the same key: remove that folder and run the same command again"
+            )
+        storage.write_json(MADE_FROM, contents)
+
+    def _require_same_contents(self, planned: PlannedStage, artifact: Artifact) -> None:
+        """Refuse a finished artifact that was made from other files than the upstream artifacts hold now."""
+        for name, content in artifact.manifest.made_from.items():
+            if name in self.artifacts and self.artifacts[name].manifest.content != content:
+                raise UserError(
+                    f"{artifact.storage.url} was made from other files of {name} {self.artifacts[name].key} than "
+                    "there are now, which were made anew under the same key: run "
+                    f"`ldm run RECIPE --force {planned.stage.name}`"
+                )
+
+    def _require_same_inputs(self, planned: PlannedStage) -> None:
+        """Refuse to finish what was made from a source, weights or prompts that changed meanwhile."""
+        before = planned.identity.get("inputs", {})
+        with kept_with(self.root):
+            now = planned.stage.inputs(planned.config)
+        if changed := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
+            raise UserError(
+                f"{planned.stage.name}: {', '.join(changed)} changed while the stage ran, so that what it made is of "
+                f"neither: put back what was there and run the same command again, or remove {planned.key} of "
+                f"{planned.stage.name} under {self.root.url} and begin anew"
+            )
+
     def _siblings(self, planned: PlannedStage) -> Iterator[tuple[Storage, FileTable]]:
         # Whoever forces a stage does not trust what is there.
         if planned.stage.name not in self.selection.force:
@@ -243,6 +295,8 @@ class _Walk:
             details=details,
             seconds=seconds,
             code_version=__version__,
+            logs=stage.logs,
+            made_from=self._contents_read(planned),
         )
         artifact = ledger.find(stage.name, planned.key)
         assert artifact is not None
@@ -266,6 +320,7 @@ class _Walk:
             stage.name, planned.state, planned.key, seconds=round(seconds, 3), worked=worked, unit=stage.unit
         )
         if artifact:
+            self._require_same_contents(planned, artifact)
             self.artifacts[stage.name] = artifact
             row.key, row.rows, row.bytes = artifact.key, artifact.manifest.rows, artifact.manifest.bytes
         self.rows.append(row)
@@ -278,10 +333,6 @@ class _Walk:
         tracker.start_pipeline(self.recipe.name, values, tags, resume_run_id=this_run.state.tracking_run)
         this_run.track(tracker.run_id)
         return tracker
-
-    @property
-    def _digest(self) -> str:
-        return digest_json(self.recipe.settings())
 
     @staticmethod
     def _track_stage(tracker: Tracker, planned: PlannedStage, storage: Storage) -> StageTracker:

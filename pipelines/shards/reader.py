@@ -88,11 +88,6 @@ class ShardReader:
             for shard in shards:
                 self._fetch(shard)
 
-    def check_sizes(self) -> None:
-        """Raise UserError unless every shard is there with its committed size. Reads no data."""
-        for record in self.shards:
-            self._check_size(record, self.storage.size(record.name))
-
     def close(self) -> None:
         self._end.set()
         self._fetcher.shutdown(wait=True, cancel_futures=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,8 @@ _READERS = 32
 class ArtifactWriter:
     """Commits the files of one artifact, then finishes it.
 
-    Safe to pickle into Ray tasks. Two writers that race on one file may both write it, each whole; the first commit
-    stands.
+    Safe to pickle into Ray tasks. Of two writers that race on one file the first one's record stands, and with
+    `Storage.write_once` the first one's bytes.
 
     Args:
         stage: the stage's name.
@@ -58,12 +58,13 @@ class ArtifactWriter:
         return _writer, (self.stage, self.key, self.storage, self.grows)
 
     def committed(self) -> FileTable:
-        """Return every file committed so far.
+        """Return every file committed so far. For the driver alone: it tidies up the records.
 
         Raises:
             UserError: a committed file has another size now; it is never redone silently.
         """
-        table = self.recorded(gather=True)
+        self._flush()
+        table = self.recorded(tidy=True)
         if len(table):
             sizes = file_sizes(self.storage, table.names)
             for record in table:
@@ -120,6 +121,8 @@ class ArtifactWriter:
     def commit_once(self, name: str, write: Callable[[Path], object]) -> None:
         """Write a file and commit it, unless it is committed already: a run that goes on does not write it again.
 
+        A file that is there without a record is whole, of an attempt that died before it could say so: it is committed.
+
         Args:
             name: the file's path in the artifact's folder.
             write: writes the contents to the local path that it is given.
@@ -129,8 +132,7 @@ class ArtifactWriter:
         """
         if self.is_committed(name):
             return
-        with self.storage.writer(name) as path:
-            write(path)
+        self.storage.write_once(name, write)
         self.commit(name)
 
     def gather(self, records: Iterable[FileRecord]) -> None:
@@ -139,8 +141,12 @@ class ArtifactWriter:
         Without it a run that goes on has to read them one by one.
         """
         self._gathered += records
-        due = time.monotonic() - self._gathered_at > _SEGMENT_EVERY_S
-        if len(self._gathered) >= _RECORDS_A_SEGMENT or (due and self._gathered):
+        if len(self._gathered) >= _RECORDS_A_SEGMENT or time.monotonic() - self._gathered_at > _SEGMENT_EVERY_S:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Write what was gathered."""
+        if self._gathered:
             table = FileTable.of(self._gathered)
             self._segments.append((self._write_segment(table), table))
             self._gathered, self._gathered_at = [], time.monotonic()
@@ -157,6 +163,8 @@ class ArtifactWriter:
         details: dict[str, Any],
         seconds: float,
         code_version: str,
+        logs: tuple[str, ...] = (),
+        made_from: Mapping[str, str] | None = None,
     ) -> Manifest:
         """Write the table of all committed files and the manifest: from now on the artifact is finished.
 
@@ -168,7 +176,12 @@ class ArtifactWriter:
             details: the stage's own facts about its result.
             seconds: how long the stage took.
             code_version: version of this package.
+            logs: files, or folders ending in "/", that do not count for its content.
+            made_from: contents of the artifacts it was made from, by stage.
         """
+        files = self.committed()
+        if not len(files):
+            raise ValueError(f"{self.storage.url} has no committed file: an artifact must have one")
         manifest = Manifest(
             stage=self.stage,
             key=self.key,
@@ -179,18 +192,21 @@ class ArtifactWriter:
             upstream=upstream,
             details=details,
             seconds=round(seconds, 3),
-            **write_files(self.storage, self.committed()),
+            content=files.digest(logs),
+            made_from=dict(made_from or {}),
+            **write_files(self.storage, files),
         )
         self.storage.write_json(MANIFEST, manifest.model_dump(mode="json"))
         # Whoever dies here leaves records that say what the table says.
         self.storage.remove(COMMITS)
         return manifest
 
-    def recorded(self, *, gather: bool = False) -> FileTable:
+    def recorded(self, *, tidy: bool = False) -> FileTable:
         """Return all records, without a look at the files: of the manifest if the artifact grows, and of `commits/`.
 
         Args:
-            gather: keep what had to be read one by one in a segment; for the artifact's driver alone.
+            tidy: put what had to be read one by one into a segment, and many segments into one; for the artifact's
+                driver alone.
         """
         tables = [read_files(self.storage, read_manifest(self.storage).table)] if self.grows else []
         segments = self.storage / SEGMENTS
@@ -203,7 +219,7 @@ class ArtifactWriter:
         read = map(records.read_json, fresh) if records.is_local else map_in_threads(records.read_json, fresh, _READERS)
         found = FileTable.of(FileRecord.model_validate(record) for record in read)
         merged = known.union(found)
-        if not gather:
+        if not tidy:
             return merged
         if len(names) > _MOST_SEGMENTS:
             self._write_segment(merged)
@@ -233,6 +249,11 @@ class ArtifactWriter:
 
     def _check_size(self, record: FileRecord, size: int) -> None:
         if size != record.bytes:
+            if self.grows and not self.storage.exists(_record_name(record.name)):
+                raise UserError(
+                    f"{self.storage.url}/{record.name} was committed with {record.bytes} bytes but has {max(size, 0)}: "
+                    f"it was damaged afterwards; rebuild it with `ldm run RECIPE --force {self.stage}`"
+                )
             commit = _record_name(record.name).removeprefix(f"{COMMITS}/")
             raise UserError(
                 f"{self.storage.url}/{record.name} was committed with {record.bytes} bytes but has {max(size, 0)}: "

@@ -13,7 +13,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import io
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,7 @@ class FileRecord(BaseModel):
     origin: str | None = None
 
 
-class FileTable(Collection[FileRecord]):
+class FileTable:
     """Records of committed files by name, in the order of their names; immutable.
 
     Args:

@@ -17,13 +17,18 @@ FileSystem: TypeAlias = fsspec.AbstractFileSystem
 REQUEST_ATTEMPTS = 6
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 30
+HASTY_TIMEOUT_S = 4
 CONNECTIONS = 64
 RANGE_BYTES = 8 << 20
 PARTS_AT_ONCE = 4
 
 
-def filesystem_of(url: str) -> tuple[FileSystem, str]:
+def filesystem_of(url: str, *, hasty: bool = False) -> tuple[FileSystem, str]:
     """Return the file system of a local path or URL, and the path in it.
+
+    Args:
+        url: the path or URL.
+        hasty: have requests fail within seconds, and not be repeated, for who tries again soon anyway.
 
     Raises:
         UserError: an unknown protocol.
@@ -33,11 +38,11 @@ def filesystem_of(url: str) -> tuple[FileSystem, str]:
         local = fsspec.filesystem("file")
         return local, str(local._strip_protocol(url))
     try:
-        store, path = fsspec.core.url_to_fs(url, **_options(url.partition("://")[0]))
+        store, path = fsspec.core.url_to_fs(url, **_options(url.partition("://")[0], hasty))
     except (ValueError, ImportError) as error:
         raise UserError(f"no file system for {url}: {error}") from error
     if is_s3(store):
-        _set_up_s3(store)
+        _set_up_s3(store, hasty)
     return store, str(path)
 
 
@@ -49,7 +54,7 @@ def is_s3(store: FileSystem) -> bool:
     return "s3" in store.protocol
 
 
-def _options(protocol: str) -> dict[str, Any]:
+def _options(protocol: str, hasty: bool) -> dict[str, Any]:
     if protocol == "file":
         return {}
     # Other processes write too: a listing that is remembered would hide their files.
@@ -59,8 +64,8 @@ def _options(protocol: str) -> dict[str, Any]:
             "default_block_size": RANGE_BYTES,
             "max_concurrency": PARTS_AT_ONCE,
             "config_kwargs": {
-                "connect_timeout": CONNECT_TIMEOUT_S,
-                "read_timeout": READ_TIMEOUT_S,
+                "connect_timeout": HASTY_TIMEOUT_S if hasty else CONNECT_TIMEOUT_S,
+                "read_timeout": HASTY_TIMEOUT_S if hasty else READ_TIMEOUT_S,
                 "max_pool_connections": CONNECTIONS,
                 # botocore's own retries would multiply with those of s3fs.
                 "retries": {"total_max_attempts": 1, "mode": "standard"},
@@ -69,11 +74,11 @@ def _options(protocol: str) -> dict[str, Any]:
     return options
 
 
-def _set_up_s3(store: FileSystem) -> None:
+def _set_up_s3(store: FileSystem, hasty: bool) -> None:
     import s3fs.core  # lazy: it imports botocore, which local storage does without
 
     s3fs.core.set_custom_error_handler(is_transient)
-    store.retries = REQUEST_ATTEMPTS
+    store.retries = 1 if hasty else REQUEST_ATTEMPTS
     if store.session is None:
         store.session = _session()
     # At DEBUG botocore logs every header, session tokens among them.

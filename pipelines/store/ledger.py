@@ -8,15 +8,15 @@ differ does the old folder get a `superseded.json` that points to the new one.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
-from pipelines.errors import UserError
+from pipelines.errors import TransientError, UserError
 from pipelines.store.commits import COMMITS as COMMITS
 from pipelines.store.commits import ArtifactWriter as ArtifactWriter
 from pipelines.store.commits import file_sizes
@@ -32,10 +32,15 @@ SUPERSEDED = "superseded.json"
 WORK = "work"
 # What a training stage writes last, before its manifest.
 DETAILS = "details.json"
+# Which MLflow run an unfinished stage goes on in.
+TRACKING = "tracking.json"
 # Says which version of the ledger a root is of.
 LEDGER = "ledger.json"
+# A lock for each artifact and each run that somebody works on.
+LOCKS = ".locks"
 # Files of an old generation that one task holds against their digests.
 _FILES_A_TASK = 256
+_KEY = re.compile(r"[0-9a-f]{16}")
 _MOST_TASKS = 512
 
 ForEach = Callable[[Callable[[int], Any], Sequence[int]], Iterable[Any]]
@@ -151,8 +156,15 @@ class Ledger:
                     f"root {self.root.url} is of ledger version {found}, but this is ldm of version {LEDGER_VERSION}: "
                     "use the ldm that wrote it, or choose another --root"
                 )
-        elif set(stages) & set(self.root.names()):
-            raise UserError(f"root {self.root.url} was made by ldm 0.1: {TOO_OLD}")
+            return
+        for stage in sorted(set(stages) & set(self.root.names())):
+            for key in filter(_KEY.fullmatch, (self.root / stage).names()):
+                folder = self.storage(stage, key)
+                if folder.exists(MANIFEST):
+                    # Refuses one of version 0.1. A root that was copied in part may lack the file that says so.
+                    read_manifest(folder)
+                elif folder.exists(COMMITS) or folder.exists(WORK):
+                    raise UserError(f"{folder.url} was begun by ldm 0.1: {TOO_OLD}")
 
     def mark_version(self) -> None:
         """Write down which version of the ledger the root is of."""
@@ -161,6 +173,10 @@ class Ledger:
 
     def storage(self, stage: str, key: str) -> Storage:
         return self.root / stage / key
+
+    def lock(self, stage: str, key: str) -> Storage:
+        """Return the folder that whoever makes an artifact holds."""
+        return self.root / LOCKS / f"{stage}-{key}"
 
     def resolve(self, stage: str, identity: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         """Return the key that stands for an identity today, and the identity of that generation."""
@@ -187,10 +203,18 @@ class Ledger:
         for other in (self.root / stage).names():
             if other != key:
                 storage = self.storage(stage, other)
-                # From one that is damaged, or that somebody finishes just now, nothing is taken.
-                with contextlib.suppress(UserError):
+                try:
                     artifact = self.find(stage, other)
-                    yield storage, artifact.files if artifact else ArtifactWriter(stage, other, storage).recorded()
+                    files = artifact.files if artifact else ArtifactWriter(stage, other, storage).recorded()
+                    # Finished meanwhile, and its records removed.
+                    if artifact is None and (artifact := self.find(stage, other)) is not None:
+                        files = artifact.files
+                except TransientError:
+                    raise
+                except UserError:
+                    # From one that is damaged, or being removed, nothing is taken.
+                    continue
+                yield storage, files
 
     def started(self, stage: str, key: str) -> bool:
         return self.storage(stage, key).exists()
@@ -211,6 +235,7 @@ class Ledger:
             for_each: spreads the comparison of the old files with their digests over tasks.
         """
         try:
+            # Not by what the manifests say: the old one's may be of a time when other files counted as logs.
             same = old.files.digest(logs) == new.files.digest(logs)
         except UserError:
             same = False
@@ -226,8 +251,8 @@ class Ledger:
             for name in lost:
                 old.storage.remove(name)
             old = Artifact(old.stage, old.key, old.storage)
-        # In this order, so that what is left after a kill is an unfinished artifact, never one that looks whole.
-        for name in (MANIFEST, DETAILS, COMMITS, ""):
+        # In this order, so that what is left after a kill is settled again, or an artifact of which nothing is done.
+        for name in (DETAILS, MANIFEST, COMMITS, ""):
             new.storage.remove(name)
         return old
 

@@ -24,7 +24,11 @@ _NUMBER = re.compile(r"\d+")
 
 
 def list_folder(store: FileSystem, path: str) -> dict[str, int]:
-    """As `list_s3`, for any other file system. Raises FileNotFoundError if there is no folder."""
+    """Return the bytes of every file of a folder by name, and FOLDER for each folder in it, by one call of the store.
+
+    Raises:
+        FileNotFoundError: there is no folder.
+    """
     if is_local(store):
         with os.scandir(path) as entries:
             return {entry.name: size for entry in entries if (size := _local_size(entry)) is not None}

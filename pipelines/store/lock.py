@@ -13,6 +13,7 @@ file stands, and if two drivers may write different bytes (what servers answer) 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import json
@@ -23,11 +24,12 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from pipelines.errors import UserError
-from pipelines.patience import impatient
+from pipelines.errors import TransientError, UserError
+from pipelines.patience import impatient, patience_s
 from pipelines.store.failures import MissingFileError
 from pipelines.store.storage import Storage, encode_json
 
@@ -41,6 +43,9 @@ WATCHED_BEATS = 4
 PATIENCE_BEATS = 120
 # How often whoever waits for a local lock tries again, and how often its holder says how far it is.
 POLL_S = 1.0
+# For how long somebody may have a local lock who only looks whether it is held.
+GLANCE_S = 0.05
+_TRIES = 100
 # How long a driver that lost its lease is left to notice by itself, before it is interrupted.
 GRACE_BEATS = 1
 # Not SIGINT: shells start what a script runs in the background with that one ignored.
@@ -48,6 +53,10 @@ INTERRUPT = signal.SIGUSR1
 
 # What a holder says of itself: `holder` (who it is), and `progress`, whatever it told last.
 Record = dict[str, Any]
+
+
+class HeldError(UserError):
+    """Somebody else holds what was to be held."""
 
 
 class Hold(Protocol):
@@ -81,7 +90,8 @@ def exclusive(
             heartbeat: work that waits long for one result stops too.
 
     Raises:
-        UserError: another process holds it (named by pid, host and since when), or the folder cannot be written.
+        HeldError: another process holds it; named by pid, host and since when.
+        UserError: the folder cannot be written.
     """
     what = what or f"root {place.url}"
     if place.is_local:
@@ -96,26 +106,68 @@ def exclusive(
         lease.release()
 
 
-def is_held(place: Storage) -> bool:
-    """Tell whether somebody seems to hold a folder: its lock is locked, or its lease has not been removed."""
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a folder.
+
+    Attributes:
+        name: who it is.
+        progress: what it told last.
+        alive: whether it lives; False for a lease that was not renewed in time, which somebody may take over; None for
+            a lease of a store that does not tell the time.
+    """
+
+    name: str
+    progress: dict[str, Any]
+    alive: bool | None
+
+
+def find_holder(place: Storage) -> Holder | None:
+    """Return who holds a folder; None if nobody does. Waits for nothing."""
     if not place.is_local:
-        return place.exists(LEASE)
+        return _leaseholder(place)
     try:
-        with open(Path(place.path()) / LOCK, "r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with open(Path(place.path()) / LOCK) as file:
+            try:
+                # Shared, so that those who look do not see each other.
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                record = _read_holder(file)
+                return Holder(record["holder"], record["progress"], alive=True)
     except FileNotFoundError:
-        return False
+        return None
     except OSError:
-        return True
-    return False
+        return Holder("another user's process", {}, alive=None)
+    return None
+
+
+def _leaseholder(place: Storage) -> Holder | None:
+    try:
+        record = place.read_json(LEASE)
+        # By the clock of the store alone.
+        silent_s = place.seconds_since_written(LEASE)
+    except MissingFileError:
+        return None
+    alive = None if silent_s is None else silent_s <= WATCHED_BEATS * record["beat_s"]
+    return Holder(record["holder"], record.get("progress", {}), alive)
+
+
+def discard(place: Storage) -> None:
+    """Remove the lock of a folder, which the caller holds; a lease goes by itself when it is released."""
+    if place.is_local:
+        folder = Path(place.path())
+        (folder / LOCK).unlink(missing_ok=True)
+        # Whoever waits has made a new one in it.
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _identity() -> str:
     return f"pid {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S %z')}"
 
 
-def _in_use(what: str, holder: str) -> UserError:
-    return UserError(f"{what} is in use by {holder}: wait for it, or choose another --root")
+def _in_use(what: str, holder: str) -> HeldError:
+    return HeldError(f"{what} is in use by {holder}: wait for it (leave out --no-wait), or choose another --root")
 
 
 class _Flock:
@@ -145,24 +197,54 @@ class _Flock:
 
 @contextlib.contextmanager
 def _flock(place: Storage, what: str, wait: Callable[[Record], None] | None) -> Iterator[_Flock]:
-    folder = Path(place.path())
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise UserError(f"cannot write to {what}: {error.strerror}; choose another with --root") from error
-    with os.fdopen(descriptor, "r+") as file:
-        while not _try_flock(file, folder):
-            record = _read_holder(file)
-            if wait is None:
-                raise _in_use(what, record["holder"])
-            wait(record)
-            time.sleep(POLL_S)
+    with _take(Path(place.path()), what, wait) as file:
         yield _Flock(file)
-        # The file stays: if it were removed, a driver that has just opened it would lock a file that nobody else can
-        # see. But nobody shall be named who has ended.
+        # Nobody shall be named who has ended.
         file.seek(0)
         file.truncate()
+
+
+def _take(folder: Path, what: str, wait: Callable[[Record], None] | None) -> TextIO:
+    """Return the open lock file, locked."""
+    while True:
+        file = _open(folder, what)
+        try:
+            if not _try_flock(file, folder):
+                # Perhaps by somebody who only looks whether it is held.
+                time.sleep(GLANCE_S)
+            while not _try_flock(file, folder):
+                record = _read_holder(file)
+                if wait is None:
+                    raise _in_use(what, record["holder"])
+                wait(record)
+                time.sleep(POLL_S)
+            if _is_in_place(file, folder):
+                return file
+        except BaseException:
+            file.close()
+            raise
+        # Discarded since it was opened: nobody else would see that it is locked.
+        file.close()
+
+
+def _open(folder: Path, what: str) -> TextIO:
+    for _ in range(_TRIES):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return os.fdopen(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666), "r+")
+        except FileNotFoundError:
+            # Discarded between the two.
+            continue
+        except OSError as error:
+            raise UserError(f"cannot write to {what}: {error.strerror}; choose another with --root") from error
+    raise UserError(f"cannot write to {what}: its folder vanishes again and again; choose another with --root")
+
+
+def _is_in_place(file: TextIO, folder: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK))
+    except FileNotFoundError:
+        return False
 
 
 def _try_flock(file: TextIO, folder: Path) -> bool:
@@ -195,7 +277,9 @@ class _Lease:
     def __init__(
         self, root: Storage, beat_s: float, what: str, wait: Callable[[Record], None] | None, interrupt: bool
     ) -> None:
-        self.root, self.beat_s, self.what, self.wait, self.interrupt = root, beat_s, what, wait, interrupt
+        # One request that hangs must not outlast the patience of who watches the lease.
+        self.root = dataclasses.replace(root, hasty=True)
+        self.beat_s, self.what, self.wait, self.interrupt = beat_s, what, wait, interrupt
         self.token, self.holder = uuid.uuid4().hex, _identity()
         self.beat = 0
         self.progress: dict[str, Any] = {}
@@ -238,8 +322,8 @@ class _Lease:
                 f"{self.what} was taken over by {self.thief} while this run did not answer: this run stops; "
                 "what it committed is kept"
             )
-        if (silent_s := self._silent_s) > PATIENCE_BEATS * self.beat_s:
-            raise UserError(
+        if (silent_s := self._silent_s) > self._patience_s:
+            raise TransientError(
                 f"{self.root.url}/{LEASE} could not be renewed for {silent_s:.0f} s: check the network and the store, "
                 "then run the same command again; what is committed is kept"
             )
@@ -256,7 +340,12 @@ class _Lease:
         # A lease that cannot be removed now is taken over later, as a dead holder's is.
         with contextlib.suppress(UserError), impatient(self.beat_s):
             if (found := self._read()) and found["token"] == self.token:
-                self.root.remove(LEASE)
+                self.root.remove_object(LEASE)
+
+    @property
+    def _patience_s(self) -> float:
+        # As long as for any other request, if that is longer.
+        return max(PATIENCE_BEATS * self.beat_s, patience_s())
 
     @property
     def _silent_s(self) -> float:
@@ -311,9 +400,7 @@ class _Lease:
         while not self.released.wait(self.beat_s) and not self.thief:
             with contextlib.suppress(UserError), impatient(self.beat_s):
                 self._renew()
-            if self._silent_s > PATIENCE_BEATS * self.beat_s:
-                break
-        if self.interrupt and not self.released.wait(GRACE_BEATS * self.beat_s):
+        if self.interrupt and self.thief and not self.released.wait(GRACE_BEATS * self.beat_s):
             # What waits for one long result calls no `check`.
             signal.pthread_kill(threading.main_thread().ident or 0, INTERRUPT)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -31,6 +32,8 @@ class Manifest(BaseModel):
         seconds: how long it took.
         rows, bytes, files: samples, size and number of its files.
         table: name of the file with the table of its files.
+        content: digest of its files, logs left out: of two artifacts with equal ones either is as good.
+        made_from: `content` of the upstream artifacts that it depends on, by stage.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -49,6 +52,8 @@ class Manifest(BaseModel):
     bytes: int
     files: int
     table: str
+    content: str
+    made_from: dict[str, str]
 
 
 def read_manifest(storage: Storage) -> Manifest:
@@ -57,7 +62,10 @@ def read_manifest(storage: Storage) -> Manifest:
     Raises:
         UserError: it is missing, not a manifest, or of an earlier version.
     """
-    values = storage.read_json(MANIFEST)
+    try:
+        values = json.loads(storage.read_bytes(MANIFEST))
+    except ValueError as error:
+        raise UserError(f"{storage.url}/{MANIFEST} is not valid JSON ({error}): {_DAMAGED}") from error
     if isinstance(values, dict) and "stage" in values and "ledger" not in values:
         raise UserError(f"{storage.url} was made by ldm 0.1: {TOO_OLD}")
     try:
@@ -65,9 +73,10 @@ def read_manifest(storage: Storage) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{storage.url}/{MANIFEST} is not a manifest ({place}: {first['msg']})") from error
+        raise UserError(f"{storage.url}/{MANIFEST} is not a manifest ({place}: {first['msg']}): {_DAMAGED}") from error
 
 
+_DAMAGED = "it was damaged after it was written; run `ldm run RECIPE --force` with the stage's name to rebuild it"
 TOO_OLD = (
     "its artifacts are not read by this version; choose another --root, and make pairs from its tars without "
     "downloading again: --set pairs.source='OLD_ROOT/pairs/KEY/*.tar'"
@@ -87,7 +96,7 @@ def read_files(storage: Storage, table: str) -> FileTable:
     try:
         return FileTable.decode(storage.read_bytes(table))
     except ValueError as error:
-        raise UserError(f"{storage.url}/{table} is not a table of files ({error}); the file is damaged") from error
+        raise UserError(f"{storage.url}/{table} is not a table of files ({error}): {_DAMAGED}") from error
 
 
 def write_files(storage: Storage, files: FileTable) -> dict[str, Any]:

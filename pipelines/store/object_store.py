@@ -10,10 +10,11 @@ import base64
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pipelines.errors import UserError
 from pipelines.patience import Waiting, outage_of
@@ -65,11 +66,23 @@ def attempt(url: str, operation: Callable[[], T], *, rights: str = OWNING) -> T:
             return result
 
 
-def upload(url: str, store: FileSystem, local: Path, path: str) -> None:
-    """Put a local file under `path`, where it appears whole or not at all."""
+def upload(url: str, store: FileSystem, local: Path, path: str, *, replace: bool = True) -> bool:
+    """Put a local file under `path`, where it appears whole or not at all.
+
+    Args:
+        url: of the target, for messages.
+        store: the file system.
+        local: the file.
+        path: the target.
+        replace: whether a file that is there already is replaced. (Stores without conditional writes cannot tell of one
+            that appears in the same moment.)
+
+    Returns:
+        Whether this file was put there. A file of which the first answer was lost is not known again: False.
+    """
     size = local.stat().st_size
     try:
-        attempt(url, partial(_put_file, store, local, path, size))
+        return attempt(url, partial(_put_file, store, local, path, size, replace))
     finally:
         # If the answer to "begin an upload" was lost, nobody but the store knows of that upload, and its parts would
         # be paid for until somebody looked.
@@ -77,12 +90,23 @@ def upload(url: str, store: FileSystem, local: Path, path: str) -> None:
             abort_uploads(url, store, path)
 
 
-def _put_file(store: FileSystem, local: Path, path: str, size: int) -> None:
-    if is_s3(store):
-        part_bytes = max(PART_BYTES, math.ceil(size / MAX_PARTS))
-        store.put_file(str(local), path, chunksize=part_bytes, max_concurrency=PARTS_AT_ONCE)
-    else:
+def _put_file(store: FileSystem, local: Path, path: str, size: int, replace: bool) -> bool:
+    if not is_s3(store):
+        if not replace and store.exists(path):
+            return False
         store.put_file(str(local), path)
+        return True
+    options = {"chunksize": max(PART_BYTES, math.ceil(size / MAX_PARTS)), "max_concurrency": PARTS_AT_ONCE}
+    try:
+        store.put_file(str(local), path, mode="overwrite" if replace else "create", **options)
+    except OSError as error:
+        code, status = code_and_status(error)
+        if replace or (status != 412 and code != "NotImplemented" and not isinstance(error, FileExistsError)):
+            raise
+        if code != "NotImplemented" or store.exists(path):
+            return False
+        store.put_file(str(local), path, **options)
+    return True
 
 
 def copy(url: str, store: FileSystem, source: str, target: str) -> None:
@@ -137,6 +161,20 @@ def whole_sha256(store: FileSystem, path: str) -> str | None:
     return digest.hex() if len(digest) == hashlib.sha256().digest_size else None
 
 
+class Upload(NamedTuple):
+    """A multipart upload that is neither completed nor aborted.
+
+    Attributes:
+        path: of the file that it would become, as the file system takes it.
+        id: the store's name of it.
+        begun: in seconds since 1970; 0 if the store does not say.
+    """
+
+    path: str
+    id: str
+    begun: float
+
+
 def abort_uploads(url: str, store: FileSystem, path: str, *, below: bool = False) -> None:
     """Abort the unfinished uploads of a file, or of every file `below` a folder; what is finished stays."""
     if is_s3(store):
@@ -146,6 +184,12 @@ def abort_uploads(url: str, store: FileSystem, path: str, *, below: bool = False
 
 
 def _abort_uploads(store: FileSystem, path: str, below: bool) -> None:
+    for upload in uploads(store, path, below=below):
+        abort_upload(store, upload)
+
+
+def uploads(store: FileSystem, path: str, *, below: bool) -> Iterator[Upload]:
+    """Yield the unfinished uploads of a file, or of every file `below` a folder; of an S3 store."""
     bucket, key, _ = store.split_path(path)
     # S3 lists by prefix, and `runs/demo` is also a prefix of `runs/demo2`. A bucket's root has no key to end.
     prefix = f"{key}/" if below and key else key
@@ -154,18 +198,33 @@ def _abort_uploads(store: FileSystem, path: str, below: bool) -> None:
         found = store.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **page)
         for each in found.get("Uploads", []):
             if below or each["Key"] == key:
-                _abort(store, bucket, each["Key"], each["UploadId"])
+                begun = each["Initiated"].timestamp() if "Initiated" in each else 0.0
+                yield Upload(f"{bucket}/{each['Key']}", each["UploadId"], begun)
         if not found.get("IsTruncated"):
             return
         page = {"KeyMarker": found["NextKeyMarker"], "UploadIdMarker": found["NextUploadIdMarker"]}
 
 
-def _abort(store: FileSystem, bucket: str, key: str, upload_id: str) -> None:
-    try:
-        store.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload_id)
-    except FileNotFoundError:
-        # It ended in between.
-        return
+def uploaded_bytes(store: FileSystem, upload: Upload) -> int:
+    """Return the bytes of the parts of an unfinished upload."""
+    bucket, key, _ = store.split_path(upload.path)
+    total, page = 0, dict[str, int]()
+    while True:
+        try:
+            found = store.call_s3("list_parts", Bucket=bucket, Key=key, UploadId=upload.id, **page)
+        except FileNotFoundError:
+            return total
+        total += sum(int(part["Size"]) for part in found.get("Parts", []))
+        if not found.get("IsTruncated"):
+            return total
+        page = {"PartNumberMarker": found["NextPartNumberMarker"]}
+
+
+def abort_upload(store: FileSystem, upload: Upload) -> None:
+    """Abort an upload, if it has not ended."""
+    bucket, key, _ = store.split_path(upload.path)
+    with contextlib.suppress(FileNotFoundError):
+        store.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload.id)
 
 
 def version(store: FileSystem, path: str) -> str | None:
@@ -174,6 +233,33 @@ def version(store: FileSystem, path: str) -> str | None:
         return str(store.info(path).get("ETag", ""))
     except FileNotFoundError:
         return None
+
+
+def seconds_since_written(store: FileSystem, path: str) -> float | None:
+    """Return how long ago a file was written, by the clock of its store alone; None if that does not tell the time."""
+    if not is_s3(store):
+        return None
+    bucket, key, _ = store.split_path(path)
+    head = store.call_s3("head_object", Bucket=bucket, Key=key)
+    try:
+        now = parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"])
+    except (KeyError, ValueError):
+        return None
+    return float((now - head["LastModified"]).total_seconds())
+
+
+def files_below(url: str, store: FileSystem, path: str) -> dict[str, Mapping[str, Any]]:
+    """Return what a listing of S3 says of every object whose path begins so, by path."""
+    bucket, key, _ = store.split_path(path)
+    found: dict[str, Mapping[str, Any]] = {}
+    page: dict[str, str] = {}
+    while True:
+        answer = attempt(url, partial(store.call_s3, "list_objects_v2", Bucket=bucket, Prefix=key, **page))
+        for each in answer.get("Contents", []):
+            found[f"{bucket}/{each['Key']}"] = {**each, "size": each["Size"]}
+        if not answer.get("IsTruncated"):
+            return found
+        page = {"ContinuationToken": answer["NextContinuationToken"]}
 
 
 def put_if(store: FileSystem, path: str, data: bytes, *, expected: str | None, writer: str) -> str | None:

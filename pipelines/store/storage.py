@@ -24,11 +24,14 @@ from pipelines.store import local_disk, object_store
 from pipelines.store.failures import MissingFileError
 from pipelines.store.filesystems import RANGE_BYTES, FileSystem, filesystem_of, is_s3
 from pipelines.store.listing import FOLDER, list_folder, list_s3
-from pipelines.store.location import Location
+from pipelines.store.location import FileFacts, Location
+from pipelines.store.object_store import Upload
 
 T = TypeVar("T")
 
 CHUNK_BYTES = 1 << 20
+# How often a folder is removed of which something is still there.
+_REMOVALS = 3
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Storage:
     """
 
     url: str
+    # Requests fail within seconds and are not repeated: for leases, whose holder tries again soon anyway.
+    hasty: bool = False
 
     def __post_init__(self) -> None:
         url = self.url.removeprefix("file://")
@@ -58,7 +63,7 @@ class Storage:
     @property
     def filesystem(self) -> FileSystem:
         # Not kept: its connections and threads would not survive the way to another process.
-        return filesystem_of(self.url)[0]
+        return filesystem_of(self.url, hasty=self.hasty)[0]
 
     @property
     def is_local(self) -> bool:
@@ -106,11 +111,30 @@ class Storage:
             return self._attempt("", list_folder)
         return {}
 
+    def files_below(self, beginning: str = "") -> dict[str, FileFacts]:
+        """Return the facts of every file of this folder, at any depth, whose path in it begins so; by that path."""
+        if self.is_local:
+            states = local_disk.files_below(Path(self.path()), beginning)
+            return {name: FileFacts(state.st_size, written=int(state.st_mtime)) for name, state in states.items()}
+        start = f"{self.path().rstrip('/')}/"
+        if is_s3(self.filesystem):
+            listed = object_store.files_below(self.url, self.filesystem, start + beginning)
+            found = {path: FileFacts.of(info) for path, info in listed.items()}
+        else:
+            found = Location.of(self.url).files_below()
+        inside = {path.removeprefix(start): facts for path, facts in found.items()}
+        return {name: facts for name, facts in inside.items() if name.startswith(beginning)}
+
     def modified_at(self, name: str) -> float:
         """Return when a file was written, in seconds since 1970; 0 if the store does not say."""
         facts = self._attempt(name, lambda store, path: dict(store.info(path)))
         when = facts.get("mtime") or facts.get("LastModified") or 0
         return float(when.timestamp() if hasattr(when, "timestamp") else when)
+
+    def seconds_since_written(self, name: str) -> float | None:
+        """Return how long ago a file was written, by its store's clock alone; None if that does not tell the time."""
+        with self._not_missing(name):
+            return self._attempt(name, object_store.seconds_since_written)
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[BinaryIO]:
@@ -177,6 +201,26 @@ class Storage:
             yield temporary
             object_store.upload(f"{self.url}/{name}", self.filesystem, temporary, self.path(name))
 
+    def write_once(self, name: str, write: Callable[[Path], T]) -> T | None:
+        """Write a file unless it exists.
+
+        Args:
+            name: the file.
+            write: writes the contents to the local path that it is given; what it raises leaves no file.
+
+        Returns:
+            What `write` returned; None if a file of another writer stands (or our own, if the store's answer was lost).
+        """
+        if self.is_local:
+            with local_disk.creating(Path(self.path(name))) as created:
+                result = write(created.temporary)
+            return result if created.ours else None
+        with tempfile.TemporaryDirectory(prefix="ldm-") as folder:
+            temporary = Path(folder) / Path(name).name
+            result = write(temporary)
+            url, path = f"{self.url}/{name}", self.path(name)
+            return result if object_store.upload(url, self.filesystem, temporary, path, replace=False) else None
+
     def write_bytes(self, name: str, data: bytes) -> None:
         with self.writer(name) as path:
             path.write_bytes(data)
@@ -211,6 +255,24 @@ class Storage:
         with contextlib.suppress(FileNotFoundError):
             self._attempt(name, _remove)
 
+    def remove_object(self, name: str) -> None:
+        """Remove one file by one request, whether it is there or not."""
+        with contextlib.suppress(FileNotFoundError):
+            self._attempt(name, lambda store, path: store.rm_file(path))
+
+    def remove_all_but(self, *kept: str) -> None:
+        """Remove everything in this folder except some of its files."""
+        if self.is_local:
+            for name in set(os.listdir(self.path())) - set(kept):
+                self.remove(name)
+            return
+        for _ in range(_REMOVALS):
+            if not (names := [name for name in self.files_below() if name not in kept]):
+                return
+            # s3fs does not tell of objects that the store failed to delete.
+            self.remove_files(names)
+        raise UserError(f"{self.url}: {len(names)} files are still there after they were removed, {names[0]} first")
+
     def remove_files(self, names: Sequence[str]) -> None:
         """Remove several files, if they are there; in an object store a thousand with one request."""
         if not names:
@@ -228,6 +290,22 @@ class Storage:
             local_disk.remove_leftovers(Path(self.path()))
         else:
             object_store.abort_uploads(self.url, self.filesystem, self.path(), below=True)
+
+    def unfinished_uploads(self) -> list[Upload]:
+        """Return the uploads to places below this folder that are neither completed nor aborted, if the store tells."""
+        if not self.is_local and is_s3(self.filesystem):
+            # Stores without this request, or credentials that may not make it.
+            with contextlib.suppress(UserError):
+                return self._attempt("", lambda store, path: list(object_store.uploads(store, path, below=True)))
+        return []
+
+    def uploaded_bytes(self, upload: Upload) -> int:
+        """Return the bytes of the parts of an unfinished upload."""
+        return self._attempt("", lambda store, path: object_store.uploaded_bytes(store, upload))
+
+    def abort_upload(self, upload: Upload) -> None:
+        """Abort an upload, if it has not ended."""
+        self._attempt("", lambda store, path: object_store.abort_upload(store, upload))
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a small file unless it exists. Of several that create one file, exactly one is told True.

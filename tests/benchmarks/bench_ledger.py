@@ -33,12 +33,13 @@ SIZES = (1_000, 10_000, 100_000, 400_000)
 # Growth is held against this many shards: below, what a run costs whatever its size counts for too much.
 BASE_SIZE = 10_000
 # Of which artifact the objects are listed that each piece of work is held against.
-LISTED = {"plan": "listing_finished", "check": "listing_finished", "resume": "listing_half"}
+LISTED = {"plan": "listing_finished", "ls": "listing_finished", "check": "listing_finished", "resume": "listing_half"}
 GOALS = {"plan_vs_listing": 1.5, "resume_vs_listing": 3.0, "driver_gib": 1.0, "growth": 1.2}
 DEFINITIONS = {
     "root": "finished pairs (two files a shard), autoencoder and latents (two files a shard), and latents that are "
     "being made again, half committed; what the ledger writes itself is counted as objects",
     "plan": "what `ldm plan` does, all stages",
+    "ls": "what `ldm ls` reads: all runs and artifacts",
     "check": "sizes of the files of the finished pairs, as before each stage that reads them",
     "resume": "what is committed of the latents that are being made again",
     "driver": "plan, check and resume one after the other in a process that has imported what a run imports",

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.recipes import recipe_path
+from pipelines.inspection.catalogue import read_catalogue
 from pipelines.run.estimate import estimate
 from pipelines.run.plan import plan as plan_stages
 from pipelines.run.recipe import Recipe, load_recipe
@@ -49,6 +50,12 @@ def plan(task: Task) -> dict[str, Any]:
     estimates = estimate(recipe, walk)
     assert [each.state for each in walk[:3]] == ["cached"] * 3
     return {"rows": estimates[0].rows}
+
+
+def ls(task: Task) -> dict[str, Any]:
+    """What `ldm ls` reads."""
+    found = read_catalogue(Storage(task.root.url))
+    return {"artifacts": len(found.artifacts)}
 
 
 def check(task: Task) -> dict[str, Any]:
@@ -96,7 +103,7 @@ def listing_half(task: Task) -> dict[str, Any]:
 
 
 WORK: dict[str, Callable[[Task], dict[str, Any]]] = {
-    each.__name__: each for each in (listing_finished, listing_half, plan, check, resume, driver, actor)
+    each.__name__: each for each in (listing_finished, listing_half, plan, ls, check, resume, driver, actor)
 }
 
 

@@ -83,7 +83,7 @@ def test_a_bare_listing_finds_every_object_in_full_pages(server: FastS3) -> None
 
 def test_ratios_are_medians_over_rounds_and_growth_is_against_ten_thousand() -> None:
     def figures(shards: int, scale: float) -> bench_ledger.Figures:
-        seconds = {"listing_finished": 1.0, "listing_half": 0.5, "plan": 0.5, "check": 2.0, "resume": 1.0}
+        seconds = {"listing_finished": 1.0, "listing_half": 0.5, "plan": 0.5, "ls": 0.1, "check": 2.0, "resume": 1.0}
         runs = {work: [{"seconds": scale * value}] * 3 for work, value in seconds.items()}
         runs["plan"] = [{"seconds": scale * value} for value in (0.5, 99.0, 0.4)]
         return bench_ledger.Figures(
@@ -95,6 +95,7 @@ def test_ratios_are_medians_over_rounds_and_growth_is_against_ten_thousand() -> 
     assert found == pytest.approx(
         {
             "plan_vs_listing": 0.5,
+            "ls_vs_listing": 0.1,
             "check_vs_listing": 2.0,
             "resume_vs_listing": 2.0,
             "driver_gib": 0.5,
@@ -113,6 +114,7 @@ def test_the_last_line_is_json(capsys: pytest.CaptureFixture[str], use_s3: Calla
     (size,) = result["sizes"]
     assert all(value > 0 for value in result["ratios"].values())
     assert size["plan"]["rows"] == 1_000_000
+    assert size["ls"]["artifacts"] == 4
     assert (size["check"]["files"], size["resume"]["files"]) == (200, 101)
     assert size["driver"]["pending"] == 50
     assert size["driver"]["peak_mib"] > size["actor"]["peak_mib"] > 10
@@ -126,6 +128,6 @@ def test_work_that_takes_too_long_is_given_up_for_good(
     bench_ledger.main(["--sizes", "3,5", "--rounds", "2", "--delay-ms", "1", "--limit-s", "0.01"])
     *lines, last = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [
-        ["3", work] for work in ("listing_finished", "listing_half", "plan", "check", "resume", "driver")
+        ["3", work] for work in ("listing_finished", "listing_half", "plan", "ls", "check", "resume", "driver")
     ]
     assert set(json.loads(last)["ratios"].values()) == {None}

@@ -25,15 +25,21 @@ assert not found, f"imported: {{found}}"
 """
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, heavy: tuple[str, ...] = HEAVY) -> subprocess.CompletedProcess[str]:
     """Run `ldm` in a fresh interpreter, which then says what it has imported."""
-    command = [sys.executable, "-c", RUN.format(heavy=HEAVY), "ldm", *arguments]
+    command = [sys.executable, "-c", RUN.format(heavy=heavy), "ldm", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("run", "--help"), ("plan", "--help"), ("submit", "--help")])
 def test_help_is_light(arguments: tuple[str, ...]) -> None:
     done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", ["ls", "gc"])
+def test_help_of_what_looks_at_a_root_does_without_its_libraries(command: str) -> None:
+    done = run(command, "--help", heavy=(*HEAVY, "pyarrow", "fsspec"))
     assert done.returncode == 0, done.stderr
 
 

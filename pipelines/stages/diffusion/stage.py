@@ -32,6 +32,11 @@ def _section(artifact: Artifact) -> Section:
     return section(artifact)
 
 
+def _inputs(config: DiffusionConfig) -> dict[str, str]:
+    # A dropout mask is drawn for a worker's share of a batch, so that the number of workers changes what is trained.
+    return {"workers": str(config.training.workers)} if config.unet.dropout else {}
+
+
 def _check(sections: Sections) -> None:
     """Raise ValueError if the UNet does not fit the pictures, the first stage or the text transformer."""
     config, first_stage = sections[STAGE_NAME], sections["autoencoder"].model
@@ -73,6 +78,7 @@ STAGE = Stage(
     upstream=("autoencoder", "latents"),
     run=_run,
     section=_section,
+    inputs=_inputs,
     check=_check,
     estimate=_estimate,
     unit="steps",

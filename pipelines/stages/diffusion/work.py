@@ -28,7 +28,6 @@ def run(context: StageContext[DiffusionConfig]) -> dict[str, Any]:
     latents, autoencoder = context.upstream["latents"], context.upstream["autoencoder"]
     model = model_config(config, latents, autoencoder)
     cache = Latents(latents)
-    cache.reader.check_sizes()
     task = DiffusionTask(
         model=model,
         config=config,

@@ -61,8 +61,7 @@ class SampleBatch:
             )
             for number, image, prompt, seed in zip(numbers, images, prompts, seeds, strict=True)
         ]
-        with self.writer.storage.writer(item["shard"]) as path:
-            write_shard(path, samples)
+        self.writer.storage.write_once(item["shard"], lambda path: write_shard(path, samples))
         self.writer.commit(item["shard"], rows=len(samples))
         return {"rows": len(samples)}
 

@@ -12,6 +12,8 @@ from pipelines.stages.evaluate.config import EvaluateConfig
 from pipelines.store.location import Location
 from pipelines.store.storage import sha256_file
 
+JSON_SUFFIX = ".jsonl"
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -27,8 +29,15 @@ class Prompt:
 
 
 def prompts_digest(config: EvaluateConfig) -> dict[str, str]:
-    """Return what the prompts file adds to the artifact's key: its sha256. Raises UserError if it is missing."""
-    return {} if config.prompts_file is None else {"prompts_file": sha256_file(config.prompts_file)}
+    """Return what the prompts file adds to the artifact's key: its sha256, and how it is read.
+
+    Raises:
+        UserError: it is missing.
+    """
+    if config.prompts_file is None:
+        return {}
+    kind = "jsonl" if config.prompts_file.endswith(JSON_SUFFIX) else "text"
+    return {"prompts_file": sha256_file(config.prompts_file), "prompts_format": kind}
 
 
 def load_prompts(config: EvaluateConfig) -> list[Prompt]:
@@ -50,7 +59,7 @@ def load_prompts(config: EvaluateConfig) -> list[Prompt]:
     lines = [(number, line) for number, line in enumerate(text, start=1) if line.strip()]
     if not lines:
         raise UserError(f"evaluate.prompts_file {path} holds no prompts: write one a line")
-    parse = _json_prompt if path.endswith(".jsonl") else _text_prompt
+    parse = _json_prompt if path.endswith(JSON_SUFFIX) else _text_prompt
     return prompts + [parse(line, f"{path} line {number}") for number, line in lines]
 
 

@@ -11,7 +11,9 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ from pipelines.stages.autoencoder.artifact import load_first_stage
 from pipelines.stages.latents.config import LatentsConfig
 from pipelines.stages.latents.statistics import LatentSums, statistics_name, total
 from pipelines.stages.latents.vocabulary import load_vocabulary
-from pipelines.stages.pairs.artifact import decode_image, image_of, sample_captions
+from pipelines.stages.pairs.artifact import damaged_pairs, decode_image, image_of, sample_captions, whole_shard
 from pipelines.store.ledger import Artifact, ArtifactWriter, FileRecord
 
 BATCHES_AHEAD = 3
@@ -74,7 +76,7 @@ class EncodeShard:
         """Encode and commit one shard, then commit the sums over it.
 
         Args:
-            item: `shard` (its name), `rows` and `bytes` (of the pairs shard, from its manifest), `encoded` (true if
+            item: `shard` (its name), `rows` and `sha256` (of the pairs shard, as committed), `encoded` (true if
                 the latents are committed, and only their sums are missing), and what the latents are known by:
                 `origin` and `content`.
 
@@ -88,32 +90,26 @@ class EncodeShard:
         shard, records = item["shard"], []
         # Looked up again: Ray repeats what a dead actor had finished, and a committed file is never replaced.
         if not item["encoded"] and not self.writer.is_committed(shard):
-            self._check_source(shard, item["bytes"])
-            with self.writer.storage.writer(shard) as path, ShardWriter(path) as tar:
-                for key, files in self._encoded_samples(shard):
-                    tar.add(key, files)
-            if tar.rows != item["rows"]:
-                raise UserError(
-                    f"{self.pairs.storage.url}/{shard} should hold {item['rows']} samples but holds {tar.rows}: "
-                    "it is damaged; run `ldm run RECIPE --force pairs` to rebuild it"
-                )
+            # Two actors may be at one shard, where a node was taken for dead, and on another kind of GPU the last bits
+            # differ: the first file stands.
+            sha256 = self.writer.storage.write_once(shard, partial(self._write, item))
             records.append(
                 self.writer.commit(
-                    shard, rows=tar.rows, sha256=tar.sha256, origin=item.get("origin"), content=item.get("content")
+                    shard, rows=item["rows"], sha256=sha256, origin=item.get("origin"), content=item.get("content")
                 )
             )
         if not self.writer.is_committed(statistics_name(shard)):
             records.append(self._commit_statistics(shard))
         return {"rows": item["rows"], "records": [record.model_dump() for record in records]}
 
-    def _check_source(self, shard: str, expected_bytes: int) -> None:
-        found = self.pairs.storage.size(shard)
-        if found != expected_bytes:
-            problem = "is missing" if found < 0 else f"has {found} bytes instead of {expected_bytes}"
-            raise UserError(
-                f"{self.pairs.storage.url}/{shard} {problem}: it was damaged after it was committed; run "
-                "`ldm run RECIPE --force pairs` to rebuild it"
-            )
+    def _write(self, item: dict[str, Any], path: Path) -> str:
+        """Write the encoded samples of a shard to a local file; return its sha256."""
+        with whole_shard(self.pairs, item["shard"], item["sha256"]) as pairs_shard, ShardWriter(path) as tar:
+            for key, files in self._encoded_samples(pairs_shard):
+                tar.add(key, files)
+        if tar.rows != item["rows"]:
+            raise damaged_pairs(self.pairs, item["shard"], f"holds {tar.rows} samples instead of {item['rows']}")
+        return tar.sha256
 
     def _commit_statistics(self, shard: str) -> FileRecord:
         """Commit the sums over a shard. Of what is stored, not of what was computed: its bytes alone decide them."""
@@ -129,7 +125,7 @@ class EncodeShard:
         self.writer.storage.write_json(statistics_name(shard), {"shape": shape, **total(sums).to_dict()})
         return self.writer.commit(statistics_name(shard))
 
-    def _encoded_samples(self, shard: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+    def _encoded_samples(self, shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
         for batch in self._decoded_batches(shard):
             moments = self._encode(batch)
             tokens = self.tokenizer.encode([caption for pair in batch for caption in pair.captions])
@@ -140,14 +136,11 @@ class EncodeShard:
                     {"latent.npy": encode_npy(latent), "tokens.npy": encode_npy(ids), "json": pair.json},
                 )
 
-    def _decoded_batches(self, shard: str) -> Iterator[list[_Pair]]:
+    def _decoded_batches(self, shard: Path) -> Iterator[list[_Pair]]:
         """Yield the shard's samples in batches, in order; threads decode the next ones while one is encoded."""
         waiting: deque[list[Future[_Pair]]] = deque()
-        with (
-            self.pairs.storage.open(shard) as file,
-            ThreadPoolExecutor(self.config.decode_threads) as threads,
-        ):
-            samples = read_shard(file)
+        with ThreadPoolExecutor(self.config.decode_threads) as threads:
+            samples = read_shard(shard)
             while batch := list(islice(samples, self.config.batch_size)):
                 waiting.append([threads.submit(_decode, sample) for sample in batch])
                 if len(waiting) > BATCHES_AHEAD:

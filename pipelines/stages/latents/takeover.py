@@ -9,26 +9,31 @@ again beside new tokens: without decoding a picture, and without the first stage
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from ldm_core.configs.model import config_to_dict
 from ldm_core.tokenizers.tokenizer import Tokenizer
 from pipelines.compute.tasks import chunks, for_each
-from pipelines.errors import UserError
 from pipelines.shards.format import ShardWriter, encode_npy, read_shard
 from pipelines.stages.autoencoder.artifact import first_stage_config
 from pipelines.stages.latents.artifact import FORMAT_VERSION
 from pipelines.stages.latents.config import LatentsConfig, TokenizerConfig
 from pipelines.stages.latents.statistics import statistics_name
 from pipelines.stages.latents.vocabulary import load_vocabulary
-from pipelines.stages.pairs.artifact import sample_captions
+from pipelines.stages.pairs.artifact import sample_captions, whole_shard
 from pipelines.store.commits import file_sizes
+from pipelines.store.failures import MissingFileError
 from pipelines.store.file_table import FileRecord, FileTable
-from pipelines.store.ledger import Artifact, ArtifactWriter, digest_json
+from pipelines.store.ledger import WORK, Artifact, ArtifactWriter, digest_json
 from pipelines.store.storage import Storage, sha256_file
+from pipelines.store.threads import map_in_threads
 
-SHARDS_PER_TASK = 64
+SHARDS_PER_TASK = 256
 
 
 @dataclass(frozen=True)
@@ -99,17 +104,32 @@ def take_over(
     found = _find(pending, siblings)
     if not found:
         return
-    groups = list(chunks(sorted(found.items()), SHARDS_PER_TASK))
-    group_files = [[(name, source, pending[name]) for name, source in group] for group in groups]
+    # Each task reads the part that concerns it: sent along, the plan would go to every task as a whole.
+    place, groups = writer.storage / WORK / "takeover", list(chunks(sorted(found.items()), SHARDS_PER_TASK))
 
-    def take_group(number: int) -> list[dict[str, object]]:
-        take, records = _Take(pairs, writer, load_vocabulary(writer.storage, tokenizer)), []
-        for name, source, identity in group_files[number]:
-            records += take(name, source, identity)
-        return [record.model_dump() for record in records]
+    def write_plan(number: int) -> None:
+        files = pairs.files
+        plan = [_Step(shard, files[shard].sha256, pending[shard], source).to_json() for shard, source in groups[number]]
+        place.write_json(_plan_name(number), plan)
 
+    list(map_in_threads(write_plan, range(len(groups))))
+    take_group = partial(_take_group, pairs, writer, tokenizer, place)
     for records in for_each(take_group, range(len(groups)), check):
         yield from map(FileRecord.model_validate, records)
+    place.remove()
+
+
+def _plan_name(number: int) -> str:
+    return f"{number:06d}.json"
+
+
+def _take_group(
+    pairs: Artifact, writer: ArtifactWriter, tokenizer: TokenizerConfig, place: Storage, number: int
+) -> list[dict[str, object]]:
+    """Take over the shards of one plan; return the records of the files committed."""
+    take = _Take(pairs, writer, load_vocabulary(writer.storage, tokenizer))
+    steps = map(_Step.from_json, place.read_json(_plan_name(number)))
+    return [record.model_dump() for step in steps for record in take(step)]
 
 
 def _find(pending: Mapping[str, Identity], siblings: Iterable[tuple[Storage, FileTable]]) -> dict[str, _Source]:
@@ -133,6 +153,34 @@ def _find(pending: Mapping[str, Identity], siblings: Iterable[tuple[Storage, Fil
 
 
 @dataclass(frozen=True)
+class _Step:
+    """A shard to take over: its name, the digest of its pairs shard, what it is known by, and where its latents lie."""
+
+    shard: str
+    pairs_sha256: str
+    identity: Identity
+    source: _Source
+
+    def to_json(self) -> dict[str, Any]:
+        source = self.source
+        return {
+            "shard": self.shard,
+            "pairs_sha256": self.pairs_sha256,
+            "identity": asdict(self.identity),
+            "folder": source.storage.url,
+            "record": source.record.model_dump(),
+            "sums": source.sums.model_dump(),
+            "same_bytes": source.same_bytes,
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> _Step:
+        record, sums = (FileRecord.model_validate(values[name]) for name in ("record", "sums"))
+        source = _Source(Storage(values["folder"]), record, sums, values["same_bytes"])
+        return cls(values["shard"], values["pairs_sha256"], Identity(**values["identity"]), source)
+
+
+@dataclass(frozen=True)
 class _Take:
     """Commits shards and their sums from other artifacts."""
 
@@ -140,39 +188,46 @@ class _Take:
     writer: ArtifactWriter
     tokenizer: Tokenizer
 
-    def __call__(self, name: str, source: _Source, identity: Identity) -> list[FileRecord]:
-        """Commit one shard, and return the records; none if what was found turns out to be damaged."""
-        target = self.writer.storage
-        if source.same_bytes:
-            source.storage.copy(source.record.name, target, name)
-            sha256 = source.record.sha256
-        elif (written := self._write_again(name, source)) is not None:
-            sha256 = written
-        else:
+    def __call__(self, step: _Step) -> list[FileRecord]:
+        """Commit one shard, and return the records; none if what was found is damaged or gone by now."""
+        source, target = step.source, self.writer.storage
+        sha256: str | None
+        try:
+            sums = source.storage.read_bytes(source.sums.name)
+            if hashlib.sha256(sums).hexdigest() != source.sums.sha256:
+                return []
+            if source.same_bytes:
+                source.storage.copy(source.record.name, target, step.shard)
+                sha256 = source.record.sha256
+            else:
+                with source.storage.local_copy(source.record.name) as latents:
+                    if sha256_file(latents) != source.record.sha256:
+                        return []
+                    sha256 = self._write_again(step, latents)
+        except MissingFileError:
             return []
-        source.storage.copy(source.sums.name, target, statistics_name(name))
+        target.write_bytes(statistics_name(step.shard), sums)
+        identity = step.identity
         shard = self.writer.commit(
-            name, rows=source.record.rows, sha256=sha256, origin=identity.origin, content=identity.content
+            step.shard, rows=source.record.rows, sha256=sha256, origin=identity.origin, content=identity.content
         )
-        return [shard, self.writer.commit(statistics_name(name), sha256=source.sums.sha256)]
+        return [shard, self.writer.commit(statistics_name(step.shard), sha256=source.sums.sha256)]
 
-    def _write_again(self, name: str, source: _Source) -> str | None:
-        """Write latents under the keys and with the captions of a pairs shard; return their sha256, None if damaged."""
-        target = self.writer.storage
-        with source.storage.local_copy(source.record.name) as latents_path:
-            if sha256_file(latents_path) != source.record.sha256:
-                return None
-            with self.pairs.storage.open(name) as file, target.writer(name) as path, ShardWriter(path) as shard:
-                latents = read_shard(latents_path)
-                for pair in read_shard(file):
-                    if (latent := next(latents, None)) is None:
-                        break
+    def _write_again(self, step: _Step, latents_path: Path) -> str | None:
+        """Write latents under the keys and with the captions of a pairs shard.
+
+        Returns:
+            Their sha256; None if another writer was quicker.
+        """
+
+        def write(path: Path) -> str:
+            latents = read_shard(latents_path)
+            with whole_shard(self.pairs, step.shard, step.pairs_sha256) as pairs_shard, ShardWriter(path) as shard:
+                # As many in both: the digest of the samples is the same.
+                for pair, latent in zip(read_shard(pairs_shard), latents, strict=True):
                     tokens = encode_npy(self.tokenizer.encode(sample_captions(pair)))
                     files = {"latent.npy": latent["latent.npy"], "tokens.npy": tokens, "json": pair["json"]}
                     shard.add(pair["__key__"], files)
-                if shard.rows != source.record.rows:
-                    raise UserError(
-                        f"{self.pairs.storage.url}/{name} should hold {source.record.rows} samples but holds "
-                        f"{shard.rows}: it is damaged; run `ldm run RECIPE --force pairs` to rebuild it"
-                    )
-        return shard.sha256
+            return shard.sha256
+
+        return self.writer.storage.write_once(step.shard, write)

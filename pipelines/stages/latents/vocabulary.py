@@ -11,6 +11,7 @@ from pipelines.compute.tasks import ForEach, chunks
 from pipelines.errors import UserError
 from pipelines.stages.latents.config import TokenizerConfig
 from pipelines.stages.pairs.artifact import count_shards
+from pipelines.stages.pairs.held_out import held_out_samples
 from pipelines.store.ledger import Artifact, ArtifactWriter
 from pipelines.store.location import Location
 from pipelines.store.storage import Storage, sha256_file
@@ -73,16 +74,17 @@ def _make(config: TokenizerConfig, pairs: Artifact, for_each: ForEach) -> Tokeni
 
 
 def _count_words(pairs: Artifact, for_each: ForEach) -> Counter[str]:
-    """Count the words of all captions in the tables of the pairs."""
+    """Count the words of all captions in the tables of the pairs, but those of held-out samples."""
     storage, groups = pairs.storage, list(chunks(range(count_shards(pairs)), SHARDS_PER_TASK))
+    held_out = {sample.key for sample in held_out_samples(pairs)}
 
     def count_group(number: int) -> Counter[str]:
         # A plan digests the vocabulary, and waits neither for Arrow nor for the tokenizers.
         from ldm_core.tokenizers.wordpiece import count_words
         from pipelines.stages.pairs.shard.files import CAPTION_COLUMNS, read_tables, sample_captions_of
 
-        tables = read_tables(storage, groups[number], CAPTION_COLUMNS)
-        return _sum(count_words(sample_captions_of(table)) for table in tables)
+        tables = read_tables(storage, groups[number], ["key", *CAPTION_COLUMNS])
+        return _sum(count_words(sample_captions_of(table, held_out)) for table in tables)
 
     # In order: which words are forgotten depends on it, and a vocabulary must not depend on chance.
     return _sum(for_each(count_group, range(len(groups))))

@@ -65,14 +65,15 @@ def _encode_pending(
     taken: set[str] = set()
     for record in take_over(pairs, wanted, context.siblings(), writer, config.tokenizer, context.check):
         writer.gather([record])
-        taken.add(record.name)
-        done += record.rows
-        context.progress(done, shards.rows, taken_over=f"{len(taken & wanted.keys()):,} shards")
+        if record.name in wanted:
+            taken.add(record.name)
+            done += record.rows
+            context.progress(done, shards.rows, taken_over=f"{len(taken):,} shards")
     items = [
         {
             "shard": record.name,
             "rows": record.rows,
-            "bytes": record.bytes,
+            "sha256": record.sha256,
             "encoded": record.name in committed,
             "origin": identities[record.name].origin,
             "content": identities[record.name].content,

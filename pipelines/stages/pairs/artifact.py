@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -19,7 +20,9 @@ from pipelines.shards.order import Place
 from pipelines.shards.reader import ShardReader
 from pipelines.stages.pairs.held_out import held_out_places
 from pipelines.stages.pairs.pictures.formats import STORED
+from pipelines.store.failures import MissingFileError
 from pipelines.store.ledger import Artifact
+from pipelines.store.storage import sha256_file
 
 CACHE_BYTES = 1 << 30
 MOST_PIXELS = 100_000_000
@@ -42,6 +45,32 @@ def open_pairs(pairs: Artifact) -> ShardReader:
     if not sum(reader.rows_per_shard):
         raise UserError(f"{pairs.storage.url} holds no samples: see its parquet files for what became of each row")
     return reader
+
+
+@contextlib.contextmanager
+def whole_shard(pairs: Artifact, name: str, sha256: str) -> Iterator[Path]:
+    """Yield a local path of a shard whose bytes are those that were committed.
+
+    What is made of it is known by that digest, so that it must not be made of anything else.
+
+    Raises:
+        UserError: the shard is missing or damaged.
+    """
+    try:
+        with pairs.storage.local_copy(name) as path:
+            if (found := sha256_file(path)) != sha256:
+                raise damaged_pairs(pairs, name, f"has the sha256 {found[:12]}… instead of {sha256[:12]}…")
+            yield path
+    except MissingFileError:
+        raise damaged_pairs(pairs, name, "is missing") from None
+
+
+def damaged_pairs(pairs: Artifact, name: str, problem: str) -> UserError:
+    """Return the error for a shard that is not as it was committed."""
+    return UserError(
+        f"{pairs.storage.url}/{name} {problem}: it was damaged after it was committed; run `ldm run RECIPE --force "
+        "pairs` to rebuild it"
+    )
 
 
 class Pictures:

@@ -114,6 +114,7 @@ class SmallestContents:
         if len(self._samples) > most:
             smallest = heapq.nsmallest(LIMIT, self._samples)
             self._samples = {digest: self._samples[digest] for digest in smallest}
+            # Just above the last one kept: contents of that hash have more samples to come.
             self._above = smallest[-1] + _ABOVE_ALL
 
 

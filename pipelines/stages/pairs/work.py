@@ -217,8 +217,8 @@ def _summarise(context: StageContext, runs: PastRuns) -> dict[str, Any]:
     details["additions"] = sum(any(shard_name(shard) in filled for shard in shards) for shards in runs.shards[1:])
     if not details["samples"]:
         # Nothing is lost by it, and after a network failure the next run must try again.
-        for name in [COMMITS, *storage.names("*.tar"), *storage.names("*.parquet")]:
-            storage.remove(name)
+        storage.remove_files([*storage.names("*.tar"), *storage.names("*.parquet")])
+        storage.remove(COMMITS)
         counts = ", ".join(f"{count} {status}" for status, count in Counter(details["statuses"]).most_common())
         raise UserError(f"no row of {config.source} gave a sample ({counts}): mend the source, or what refuses it")
     details["held_out"] = commit_held_out(context.writer, len(runs.shards) - 1, held_out)

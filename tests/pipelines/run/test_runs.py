@@ -73,7 +73,7 @@ def test_a_run_leaves_its_recipe_and_what_became_of_its_stages(root: Storage) ->
             run.record(StageRow("pairs", state, "0" * 16, rows=3), None)
         run.track("mlflow-run")
     found = written(root, run.id)
-    assert (found["state"], found["recipe"], found["tracking_run"]) == ("finished", "digest", "mlflow-run")
+    assert (found["state"], found["recipe_digest"], found["tracking_run"]) == ("finished", "digest", "mlflow-run")
     assert found["ended_at"]
     assert [(stage["name"], stage["state"], stage["rows"]) for stage in found["stages"]] == [("pairs", "cached", 3)]
 
@@ -117,7 +117,7 @@ def test_folders_without_a_readable_state_are_passed_over(root: Storage) -> None
 
 def test_runs_are_listed_newest_first(root: Storage) -> None:
     for name in ("20260102-000000-b-0000", "20260101-000000-a-0000", "20260103-000000-c-0000"):
-        state = {"name": "tiny", "recipe": "digest", "state": "finished", "started_at": "2026-01-01T00:00:00Z"}
+        state = {"name": "tiny", "recipe_digest": "digest", "state": "finished", "started_at": "2026-01-01T00:00:00Z"}
         (root / "runs" / name).write_json("run.json", state)
     assert [run.id[16] for run in all_runs(root)] == ["c", "b", "a"]
     assert [run.id[16] for run in all_runs(root, newest=1)] == ["c"]

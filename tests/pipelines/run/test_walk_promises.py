@@ -18,6 +18,7 @@ from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.run.plan import Selection
 from pipelines.run.recipe import Recipe
+from pipelines.run.runs import all_runs
 from pipelines.run.walk import run
 from pipelines.stage import Stage, StageContext
 from pipelines.stages.diffusion.config import SamplingConfig
@@ -85,6 +86,18 @@ def test_a_run_reads_a_local_table_once_to_know_it(ray_cluster: None, tmp_path: 
     assert run(recipe, Selection(only="pairs")).rows[0].state == "cached"
     # The same process remembers the digest of a file that has not changed since.
     assert bytes_read() - before < size / 2
+
+
+def test_a_run_that_failed_names_what_it_can_go_on_with(ray_cluster: None, tmp_path: Path) -> None:
+    table = tmp_path / "table.jsonl"
+    table.write_text('{"file": "missing.png", "captions": ["a picture"]}\n', encoding="utf-8")
+    values = tiny_recipe(table, tracking={"enabled": False}, root=str(tmp_path / "root"))
+    with pytest.raises(UserError, match="gave a sample"):
+        run(Recipe.model_validate(values), Selection(only="pairs"))
+    root = Storage(str(tmp_path / "root"))
+    (failed,) = all_runs(root)
+    assert [(each.name, each.reference) for each in failed.state.stages] == [("pairs", None)]
+    assert failed.state.stages[0].key in (root / "pairs").names()
 
 
 class Root:

@@ -5,7 +5,6 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import fsspec
 import pytest
 
 from pipelines.errors import UserError
@@ -101,15 +100,6 @@ def test_a_damaged_remote_shard_is_named_before_it_is_fetched() -> None:
     with pytest.raises(UserError, match=r"000001.tar has 5 bytes, but \d+ were committed"):
         reader.read(1, 0)
     reader.close()
-
-
-def test_sizes_are_checked_before_anything_is_read(storage: Storage) -> None:
-    records = write(storage, (3, 3))
-    ShardReader(storage, records).check_sizes()
-    with fsspec.open(f"{storage.url}/000000.tar", "wb") as file:
-        file.write(b"short")
-    with pytest.raises(UserError, match=r"000000.tar has 5 bytes, but \d+ were committed"):
-        ShardReader(storage, records).check_sizes()
 
 
 def test_another_number_of_samples_than_committed_is_refused(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_a_truncated_or_missing_file_of_an_upstream_artifact_is_refused(ledger: 
 
 
 def test_an_artifact_of_another_stage_format_or_key_is_refused_naming_both_sides(ledger: Ledger) -> None:
-    artifact = make(ledger, IDENTITY, {})
+    artifact = make(ledger, IDENTITY, {"a": b"x"})
     with pytest.raises(UserError, match=r"holds toy of format 1, but toy of format 2 is needed: .*--force toy"):
         artifact.require("toy", 2)
     with pytest.raises(UserError, match=r"holds toy of format 1, but latents"):
@@ -138,7 +138,7 @@ def test_an_artifact_of_another_stage_format_or_key_is_refused_naming_both_sides
 
 
 def test_a_damaged_manifest_is_one_line(ledger: Ledger) -> None:
-    artifact = make(ledger, IDENTITY, {})
+    artifact = make(ledger, IDENTITY, {"a": b"x"})
     refused = (
         (b"{", "not valid JSON"),
         (b"{}", "is not a manifest"),
@@ -257,11 +257,41 @@ def test_records_read_one_by_one_become_a_segment_and_many_segments_one(
 
 def test_a_root_of_another_version_is_refused_with_what_to_do(ledger: Ledger) -> None:
     ledger.require_version(["toy"])
-    make(ledger, IDENTITY, {})
+    artifact = make(ledger, IDENTITY, {"a": b"x"})
+    # A root that was copied in part, and folders of other things with a stage's name.
+    (ledger.root / "toy" / "pictures").write_bytes("a.jpg", b"x")
+    ledger.require_version(["toy"])
+    artifact.storage.write_json("manifest.json", {"stage": "toy", "files": []})
     with pytest.raises(UserError, match=r"was made by ldm 0\.1: .*choose another --root"):
+        ledger.require_version(["toy"])
+    artifact.storage.remove("manifest.json")
+    artifact.storage.write_bytes("commits/a.json", b"{}")
+    with pytest.raises(UserError, match=r"was begun by ldm 0\.1: .*choose another --root"):
         ledger.require_version(["toy"])
     ledger.mark_version()
     ledger.require_version(["toy"])
     ledger.root.write_json("ledger.json", {"version": 3})
     with pytest.raises(UserError, match=r"is of ledger version 3, but this is ldm of version 2: use the ldm that"):
         ledger.require_version(["toy"])
+
+
+def test_a_damaged_file_of_an_artifact_that_grows_is_not_to_be_removed(ledger: Ledger) -> None:
+    artifact = make(ledger, IDENTITY, {"000000.tar": b"data"})
+    artifact.storage.write_bytes("000000.tar", b"dat")
+    with pytest.raises(UserError, match=r"was damaged afterwards; rebuild it with `ldm run RECIPE --force toy`"):
+        ArtifactWriter("toy", artifact.key, artifact.storage, grows=True).committed()
+
+
+def test_an_artifact_without_files_is_not_finished(ledger: Ledger) -> None:
+    with pytest.raises(ValueError, match="has no committed file"):
+        make(ledger, IDENTITY, {})
+
+
+def test_contents_are_of_the_files_that_are_no_logs(ledger: Ledger) -> None:
+    def content(key: str, log: bytes) -> str:
+        writer = ArtifactWriter("toy", key, ledger.storage("toy", key))
+        for name, data in (("a", b"same"), ("log/1", log)):
+            writer.commit_once(name, lambda path, data=data: path.write_bytes(data))  # type: ignore[misc]
+        return writer.finish(**FACTS, logs=("log/",)).content
+
+    assert content("k", b"one") == content("l", b"two")

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ import pytest
 from pipelines import patience
 from pipelines.errors import UserError
 from pipelines.store import filesystems, lock
-from pipelines.store.lock import LEASE, Record, exclusive
+from pipelines.store.lock import LEASE, HeldError, Record, discard, exclusive, find_holder
 from pipelines.store.storage import Storage
 from tests.pipelines.store.s3 import BUCKET, S3, Plan, environment
 
@@ -58,6 +59,15 @@ with exclusive(Storage(sys.argv[1]), beat_s={BEAT_S}, interrupt=True) as hold:
             hold.check()
         except UserError as error:
             print(error, flush=True)
+"""
+# Waits for the root.
+WAITER = """
+import sys
+from pipelines.store.lock import exclusive
+from pipelines.store.storage import Storage
+with exclusive(Storage(sys.argv[1]), wait=lambda record: print("waits", flush=True)):
+    print("held", flush=True)
+    sys.stdin.read()
 """
 Start = Callable[..., subprocess.Popen[str]]
 
@@ -265,6 +275,7 @@ def test_a_holder_outlives_a_store_that_fails_for_a_while(
                 hold.check()
             assert json.loads(s3_server.read(f"{root.name}/{LEASE}"))["beat"] > beat
             monkeypatch.setattr(lock, "PATIENCE_BEATS", 3)
+            monkeypatch.setenv("LDM_STORE_PATIENCE_S", "0.3")
             proxy.plan.shares = {"error": 1.0}
             time.sleep(0.5)
             with pytest.raises(UserError, match=r"\.lock\.json could not be renewed for \d+ s: check the network"):
@@ -286,3 +297,34 @@ def test_stores_without_conditions_are_held_too() -> None:
             hold.check()
     assert root.exists(LEASE)
     root.remove()
+
+
+def test_whoever_waits_for_a_lock_that_is_discarded_holds_the_next_one(tmp_path: Path) -> None:
+    root = Storage(str(tmp_path / "root"))
+    with exclusive(root):
+        waits = subprocess.Popen(
+            [sys.executable, "-c", WAITER, root.url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert waits.stdout is not None
+        assert waits.stdout.readline() == "waits\n"
+        discard(root)
+    while (line := waits.stdout.readline()) != "held\n":
+        assert line == "waits\n"
+    with pytest.raises(HeldError, match=f"is in use by pid {waits.pid}"), exclusive(root):
+        pass
+    waits.communicate()
+    assert find_holder(root) is None
+
+
+def test_whoever_looks_for_a_holder_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Storage(str(tmp_path))
+    with exclusive(root), pytest.raises(HeldError), exclusive(root):
+        pass
+    monkeypatch.setattr(lock, "GLANCE_S", 2.0)
+    with open(tmp_path / lock.LOCK) as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        looked = threading.Timer(0.2, fcntl.flock, (file, fcntl.LOCK_UN))
+        looked.start()
+        with exclusive(root) as hold:
+            hold.check()
+        looked.join()

@@ -149,3 +149,25 @@ def test_sha256_of_paths_urls_and_open_files_agree(tmp_path: Path) -> None:
     assert sha256_file(tmp_path / "a") == sha256_file("memory://sha/a") == expected
     with pytest.raises(UserError, match="is missing"):
         sha256_file(tmp_path / "b")
+
+
+def test_a_file_is_written_once_by_the_first_of_its_writers(storage: Storage) -> None:
+    def write(text: str) -> str | None:
+        return storage.write_once("sub/a", lambda path: text if path.write_text(text) else None)
+
+    with ThreadPoolExecutor(8) as threads:
+        written = [text for text in threads.map(write, [f"writer {n}" for n in range(8)]) if text]
+    if storage.is_local:
+        assert len(written) == 1
+    assert storage.read_bytes("sub/a").decode() in written
+    assert write("too late") is None
+    assert storage.read_bytes("sub/a").decode() in written
+
+    def fail(path: Path) -> None:
+        path.write_text("half")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        storage.write_once("sub/b", fail)
+    assert storage.names() == ["sub"]
+    assert (storage / "sub").names() == ["a"]

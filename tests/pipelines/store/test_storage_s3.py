@@ -271,3 +271,13 @@ def test_a_password_in_a_url_is_refused_and_not_repeated() -> None:
     with pytest.raises(MisuseError, match=r"must not hold a password, .* in a profile \(AWS_PROFILE\)") as caught:
         Storage(f"s3://key:{SECRET}@bucket/x")
     assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [1000, 11 * MIB], ids=["one_request", "in_parts"])
+def test_of_writers_of_one_file_the_first_one_stands(s3: S3, root: Storage, size: int) -> None:
+    def write(fill: int) -> int | None:
+        return root.write_once("000000.tar", lambda path: fill if path.write_bytes(bytes([fill]) * size) else None)
+
+    assert write(1) == 1
+    assert write(2) is None
+    assert set(root.read_bytes("000000.tar")) == {1}

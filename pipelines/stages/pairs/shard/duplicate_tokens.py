@@ -18,9 +18,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipelines.stages.pairs.shard.outcome import OK
+from pipelines.stages.pairs.shard.outcome import DUPLICATE, NEAR_DUPLICATE, OK
 
 HASH_BITS = 64
+_USABLE = frozenset({OK, DUPLICATE, NEAR_DUPLICATE, "filtered:clip_score", "filtered:aesthetic_score"})
 # `high` and `low` identify the token, `hash` is the whole perceptual hash (bands only), `rank` orders rows: the run in
 # the high bits, the row in the low ones. So a row that is committed keeps its place, and a later retry that finds the
 # same picture at a smaller row number counts as the duplicate.
@@ -73,8 +74,12 @@ def make_tokens(
 
 
 def tokens_of_table(table: pa.Table, distance: int | None) -> Tokens:
-    """Make the tokens of the `ok` rows of a shard's table, for shards that were staged or committed without them."""
-    kept = table.filter([status == OK for status in table.column("status").to_pylist()])
+    """Make the tokens of a shard's usable rows, for shards that were staged or committed without them.
+
+    Usable is what had a picture and a caption: also what was left out later, as a duplicate or for its score. It hides
+    its copies as it did in its own run.
+    """
+    kept = table.filter([status in _USABLE for status in table.column("status").to_pylist()])
     return make_tokens(
         kept.column("row").to_pylist(),
         kept.column("sha256").to_pylist(),

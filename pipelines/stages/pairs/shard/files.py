@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,9 +123,17 @@ def read_tables(storage: Storage, shards: Iterable[int], columns: list[str]) -> 
     yield from read(lambda shard: read_table(storage, shard, columns), shards)
 
 
-def sample_captions_of(table: pa.Table) -> list[str]:
-    """Return every caption of every sample, from a table with the columns CAPTION_COLUMNS (no tar need be read)."""
+def sample_captions_of(table: pa.Table, leave_out: Collection[str] = ()) -> list[str]:
+    """Return every caption of the samples of a shard, without reading a tar.
+
+    Args:
+        table: the shard's table, with the columns CAPTION_COLUMNS, and `key` if some are left out.
+        leave_out: keys of samples that do not count.
+    """
     samples = table.filter(pc.equal(table.column("status"), OK))
+    if leave_out:
+        keys = pa.array(leave_out, pa.string())
+        samples = samples.filter(pc.invert(pc.is_in(samples.column("key"), value_set=keys)))
     if "captions" not in samples.column_names:
         return list(samples.column("caption").to_pylist())
     return [caption for captions in samples.column("captions").to_pylist() for caption in captions]

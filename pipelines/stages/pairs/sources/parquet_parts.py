@@ -31,14 +31,33 @@ _FOOTER_GUESS_BYTES = 2**16
 
 def read_footer(url: str) -> tuple[int, dict[str, pa.DataType | None]]:
     """Return the number of rows, and every column's type as it is carried over: None for nested and binary ones."""
+    metadata = _metadata(url)
+    return metadata.num_rows, {column.name: _carried_type(column.type) for column in metadata.schema.to_arrow_schema()}
+
+
+def holds_pictures(url: str, column: str) -> bool:
+    """Tell from the footer whether every value of a column is the bytes of a picture, and none the path of one."""
+    metadata = _metadata(url)
+    kind = metadata.schema.to_arrow_schema().field(column).type
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return True
+    # As Hugging Face's tables have them: a struct of bytes and a path.
+    place = f"{column}.bytes"
+    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+    chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+    bytes_of = [chunk.statistics for chunk in chunks if chunk.path_in_schema == place]
+    return bool(bytes_of) and all(found is not None and found.null_count == 0 for found in bytes_of)
+
+
+def _metadata(url: str) -> pq.FileMetaData:
     with readable(url):
         try:
             file = Location.of(url)
             metadata = pq.read_metadata(file.path if file.is_local else io.BytesIO(_footer(file)))
-            schema = metadata.schema.to_arrow_schema()
+            metadata.schema.to_arrow_schema()
         except pa.ArrowException as error:
             raise _damaged(url, error) from None
-    return metadata.num_rows, {column.name: _carried_type(column.type) for column in schema}
+    return metadata
 
 
 def _footer(file: Location) -> bytes:

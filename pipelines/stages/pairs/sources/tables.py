@@ -17,7 +17,7 @@ from pipelines.stages.pairs.sources.columns import ResolvedColumns, resolve_colu
 from pipelines.stages.pairs.sources.files import read_file
 from pipelines.stages.pairs.sources.fingerprint import digest_files
 from pipelines.stages.pairs.sources.listing import UNLISTED, Listing
-from pipelines.stages.pairs.sources.parquet_parts import read_column, read_footer, read_parquet
+from pipelines.stages.pairs.sources.parquet_parts import holds_pictures, read_column, read_footer, read_parquet
 from pipelines.stages.pairs.sources.text_tables import TEXT_SUFFIXES, TextIndex, index_text, read_text
 from pipelines.store.ledger import digest_json
 from pipelines.store.location import Location
@@ -112,10 +112,11 @@ class TableSource:
 
     def digest(self, listing: Listing = UNLISTED, identify_by: IdentifyBy = "contents") -> str:
         """Digest the bytes of the table, and of the pictures that stand beside it."""
-        parts = (("", Location.of(url)) for url in self.urls)
+        # The suffix decides how a part is read; its name does not matter.
+        parts = ((posixpath.splitext(url)[1].lower(), Location.of(url)) for url in self.urls)
         table = digest_files(self.urls[0].rsplit("/", 1)[0], parts, listing, identify_by)
         column = self.columns.image
-        if column is None or self._survey.types.get(column) is None:
+        if column is None or self._holds_bytes(column):
             return table
         if listing.folder is None and not self._folder.is_local and self.total > _MOST_REQUESTS:
             listing = Listing(self._folder.files_below(), self._folder.path)
@@ -125,8 +126,13 @@ class TableSource:
     def _named_pictures(self, column: str) -> Iterator[tuple[str, Location]]:
         """Yield what a column says and the file it means, for values that name a picture."""
         for value in self._column(column):
-            if isinstance(value, str) and (picture := self._picture(value)) is not None:
-                yield value, picture
+            name = _bytes_or_path(value)
+            if isinstance(name, str) and (picture := self._picture(name)) is not None:
+                yield name, picture
+
+    def _holds_bytes(self, column: str) -> bool:
+        """Tell whether the pictures are in the table itself, in every part of it."""
+        return not self._survey.indexes and all(holds_pictures(url, column) for url in self.urls)
 
     def _column(self, column: str) -> Iterator[Any]:
         if not self._survey.indexes:
@@ -178,8 +184,7 @@ class TableSource:
 
     def _loader(self, value: Any) -> Callable[[int], bytes]:
         """Return how to read what the image column says: bytes, a path, or both as Hugging Face's tables have them."""
-        if isinstance(value, dict):
-            value = value.get("bytes") or value.get("path")
+        value = _bytes_or_path(value)
 
         def load(max_bytes: int) -> bytes:
             if isinstance(value, bytes):
@@ -200,6 +205,13 @@ class TableSource:
         folder = self._folder
         path = posixpath.join(folder.path, name if folder.is_local else name.lstrip("/"))
         return Location(folder.filesystem, posixpath.normpath(path))
+
+
+def _bytes_or_path(value: Any) -> Any:
+    """Return the bytes of a picture or its path; Hugging Face's tables have both, in a dict."""
+    if not isinstance(value, dict):
+        return value
+    return value["bytes"] if value.get("bytes") is not None else value.get("path")
 
 
 def _is_picture(value: Any) -> bool:

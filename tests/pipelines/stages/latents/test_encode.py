@@ -1,5 +1,6 @@
 """What one actor does with one shard, without Ray."""
 
+import hashlib
 import io
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from pipelines.stages.latents.config import LatentsConfig, TokenizerConfig
 from pipelines.stages.latents.encode import EncodeShard
 from pipelines.stages.latents.vocabulary import commit_vocabulary
 from pipelines.store.ledger import Artifact, ArtifactWriter
-from pipelines.store.storage import Storage
+from pipelines.store.storage import Storage, sha256_file
 from tests.tiny_artifacts import first_stage_artifact, pair_sample, pairs_artifact
 
 pytestmark = pytest.mark.usefixtures("own_threads")
@@ -38,14 +39,14 @@ def encoder(
 
 def item(pairs: Artifact, number: int = 0) -> dict[str, object]:
     record = list(pairs.shards())[number]
-    return {"shard": record.name, "rows": record.rows, "bytes": record.bytes, "encoded": False}
+    return {"shard": record.name, "rows": record.rows, "sha256": record.sha256, "encoded": False}
 
 
 def replace_shard(pairs: Artifact, samples: list[tuple[str, dict[str, bytes]]]) -> dict[str, object]:
     """Put another shard in the place of the first; return the item that names it as the manifest would."""
     path = Path(pairs.storage.path("000000.tar"))
     rows = write_shard(path, samples)
-    return {"shard": "000000.tar", "rows": rows, "bytes": path.stat().st_size, "encoded": False}
+    return {"shard": "000000.tar", "rows": rows, "sha256": sha256_file(path), "encoded": False}
 
 
 def test_latent_of_a_sample_does_not_depend_on_the_samples_after_its_batch(tmp_path: Path) -> None:
@@ -93,14 +94,16 @@ def test_truncated_shard_is_refused(tmp_path: Path) -> None:
     work = item(encode.pairs)
     shard = Path(encode.pairs.storage.path("000000.tar"))
     shard.write_bytes(shard.read_bytes()[:-512])
-    with pytest.raises(UserError, match=r"000000\.tar has \d+ bytes instead of \d+: it was damaged after it was comm"):
+    with pytest.raises(
+        UserError, match=r"000000\.tar has the sha256 .* instead of .*: it was damaged after it was com"
+    ):
         encode(work)
     assert not encode.writer.storage.exists("000000.tar")
 
 
 def test_shard_with_fewer_samples_than_its_manifest_says_is_refused(tmp_path: Path) -> None:
     encode = encoder(tmp_path)
-    with pytest.raises(UserError, match="should hold 5 samples but holds 4"):
+    with pytest.raises(UserError, match="holds 4 samples instead of 5"):
         encode({**item(encode.pairs), "rows": 5})
     assert "000000.tar" not in encode.writer.committed()
 
@@ -137,3 +140,35 @@ def test_pictures_are_read_as_rgb_in_minus_one_to_one(tmp_path: Path) -> None:
     Image.new("RGB", (32, 32), (255, 0, 51)).save(buffer, "PNG")
     encode(replace_shard(encode.pairs, [("000000000", {"png": buffer.getvalue(), "json": b'{"captions": ["red"]}'})]))
     np.testing.assert_allclose(seen[0][0, :, 0, 0], [1.0, -1.0, -0.6], atol=1e-6)
+
+
+def test_pairs_with_a_flipped_bit_are_refused_though_they_can_be_read(tmp_path: Path) -> None:
+    encode = encoder(tmp_path)
+    work = item(encode.pairs)
+    shard = Path(encode.pairs.storage.path("000000.tar"))
+    damaged = bytearray(shard.read_bytes())
+    damaged[-2000] ^= 1
+    shard.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"000000\.tar has the sha256 .*run `ldm run RECIPE --force pairs`"):
+        encode(work)
+    assert encode.writer.storage.names("*.tar") == []
+
+
+def test_of_two_actors_at_one_shard_the_first_ones_bytes_stand(tmp_path: Path) -> None:
+    encode = encoder(tmp_path)
+    work = item(encode.pairs)
+    # The other one, on other hardware, is done just before this one.
+    other = encode.writer.storage
+    original = encode._write
+
+    def write(item: dict[str, object], path: Path) -> str:
+        other.write_bytes("000000.tar", original_bytes)
+        return original(item, path)
+
+    original(work, tmp_path / "other.tar")
+    original_bytes = (tmp_path / "other.tar").read_bytes() + bytes(512)
+    encode._write = write  # type: ignore[method-assign]
+    encode(work)
+    record = encode.writer.committed()["000000.tar"]
+    assert other.read_bytes("000000.tar") == original_bytes
+    assert record.sha256 == hashlib.sha256(original_bytes).hexdigest()
