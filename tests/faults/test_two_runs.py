@@ -179,7 +179,8 @@ def test_runs_on_one_root_share_what_they_have_in_common_and_make_the_rest_at_on
     refused = start(recipe, "--to", "latents", "--no-wait")
     assert refused.end() == 1
     assert re.fullmatch(
-        rf"ldm: {stage} \w{{16}} under {root} is in use by pid {first.pid} on \S+, since .*: wait for it, .*\n",
+        rf"ldm: {stage} \w{{16}} under {root} is in use by pid {first.pid} on \S+, since .*: wait for it "
+        r"\(leave out --no-wait\), .*\n",
         refused.err[-1],
     )
 
