@@ -245,7 +245,9 @@ def test_no_endpoint_is_one_line_without_what_its_url_hides(
     monkeypatch.setattr(filesystems, "REQUEST_ATTEMPTS", 2)
     use_s3(endpoint)
     text = fail(root)
-    assert re.search(rf"UserError: {re.escape(root.url)}/a cannot be reached \({reason}\): check the network", text)
+    assert re.search(
+        rf"TransientError: {re.escape(root.url)}/a cannot be reached \({reason}\): check the network", text
+    )
     assert "hidden" not in text
     assert SECRET not in text
 
