@@ -88,7 +88,10 @@ class Location:
         def ask() -> dict[str, Any] | None:
             try:
                 return dict(self.filesystem.info(self.path))
-            except (FileNotFoundError, NotADirectoryError):
+            except (FileNotFoundError, NotADirectoryError) as error:
+                # fsspec calls a web server's file missing that could not be asked for.
+                if is_transient(error):
+                    raise
                 return None
             except (OSError, ValueError) as error:
                 if is_transient(error) or not forbidden_is_missing:
