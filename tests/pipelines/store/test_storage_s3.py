@@ -41,6 +41,7 @@ NASTY = {
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(patience, "LONGEST_PAUSE_S", 0.2)
     monkeypatch.setattr(patience, "FIRST_CONTACT_S", 2.0)
     monkeypatch.setattr(object_store, "PART_BYTES", 5 * MIB)
     scratch = tmp_path / "scratch"
