@@ -25,7 +25,7 @@ from pipelines.errors import UserError
 from pipelines.run.results import StageRow
 from pipelines.store.failures import MissingFileError
 from pipelines.store.ledger import LOCKS, Artifact
-from pipelines.store.lock import exclusive
+from pipelines.store.lock import Hold, exclusive
 from pipelines.store.storage import Storage
 from pipelines.store.threads import map_in_threads
 
@@ -92,11 +92,13 @@ class Run:
         root: the root it runs on.
         id: its folder's name: when it began, the recipe's name, and a few random digits.
         state: what `run.json` says.
+        hold: of the driver whose run it is, which alone writes; None for whoever reads.
     """
 
     root: Storage
     id: str
     state: RunState
+    hold: Hold | None = None
 
     @property
     def folder(self) -> Storage:
@@ -126,6 +128,9 @@ class Run:
     def _update(self, **changes: Any) -> None:
         changed = self.state.model_copy(update=changes)
         if changed != self.state:
+            # A driver that was suspended may wake up when another one has long continued its run.
+            if self.hold:
+                self.hold.check()
             self.state = changed
             self.folder.write_json(STATE, self.state.model_dump(mode="json"))
 
@@ -141,7 +146,7 @@ def begin(root: Storage, name: str, recipe: str, digest: str) -> Iterator[Run]:
         digest: of everything that can change an output, contents of sources included.
 
     Raises:
-        UserError: the root cannot be written.
+        UserError: the root cannot be written, or another driver has continued the run while this one did not answer.
     """
     with contextlib.ExitStack() as stack:
         run = _continued(root, digest, stack) or _new(root, name, digest, stack)
@@ -189,19 +194,20 @@ def lock_of(root: Storage, run_id: str) -> Storage:
 def _new(root: Storage, name: str, digest: str, stack: contextlib.ExitStack) -> Run:
     plain = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:40] or "run"
     run_id = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{plain}-{uuid.uuid4().hex[:4]}"
-    stack.enter_context(exclusive(lock_of(root, run_id), what=f"root {root.url}"))
-    return Run(root, run_id, RunState(name=name, recipe_digest=digest, state="running", started_at=_now()))
+    hold = stack.enter_context(exclusive(lock_of(root, run_id), what=f"root {root.url}"))
+    return Run(root, run_id, RunState(name=name, recipe_digest=digest, state="running", started_at=_now()), hold)
 
 
 def _continued(root: Storage, digest: str, stack: contextlib.ExitStack) -> Run | None:
     for run in all_runs(root, _RECENT):
         if run.state.recipe_digest == digest and run.state.state != "finished":
             try:
-                stack.enter_context(exclusive(lock_of(root, run.id)))
+                hold = stack.enter_context(exclusive(lock_of(root, run.id), what=f"run {run.id} under {root.url}"))
             except UserError:
                 # Its driver lives, or somebody was quicker.
                 continue
-            return Run(root, run.id, run.state.model_copy(update={"state": "running", "ended_at": None, "stages": ()}))
+            changes = {"state": "running", "ended_at": None, "stages": ()}
+            return Run(root, run.id, run.state.model_copy(update=changes), hold)
     return None
 
 

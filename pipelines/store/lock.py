@@ -48,6 +48,8 @@ GLANCE_S = 0.05
 _TRIES = 100
 # How long a driver that lost its lease is left to notice by itself, before it is interrupted.
 GRACE_BEATS = 1
+# Not SIGINT: shells start what a script runs in the background with that one ignored.
+INTERRUPT = signal.SIGUSR1
 
 # What a holder says of itself: `holder` (who it is), and `progress`, whatever it told last.
 Record = dict[str, Any]
@@ -186,12 +188,11 @@ class _Flock:
 
     def _write(self, progress: dict[str, Any]) -> None:
         self._told_at = time.monotonic()
-        # A full disk must not end the work for it.
+        line = json.dumps({"holder": self._holder, "progress": progress}) + "\n"
+        # A full disk must not end the work for it. One write in place: whoever reads meanwhile finds a whole first
+        # line, with what is left of a longer one behind it.
         with contextlib.suppress(OSError):
-            self._file.seek(0)
-            self._file.truncate()
-            json.dump({"holder": self._holder, "progress": progress}, self._file)
-            self._file.flush()
+            os.pwrite(self._file.fileno(), line.encode(), 0)
 
 
 @contextlib.contextmanager
@@ -230,7 +231,7 @@ def _open(folder: Path, what: str) -> TextIO:
     for _ in range(_TRIES):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            return os.fdopen(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644), "r+")
+            return os.fdopen(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666), "r+")
         except FileNotFoundError:
             # Discarded between the two.
             continue
@@ -263,9 +264,9 @@ def _try_flock(file: TextIO, folder: Path) -> bool:
 def _read_holder(file: TextIO) -> Record:
     file.seek(0)
     try:
-        record: Record = json.loads(file.read())
+        record: Record = json.loads(file.readline())
     except ValueError:
-        # It is just writing it.
+        # It has only just locked it.
         return {"holder": "another process", "progress": {}}
     return record
 
@@ -289,6 +290,7 @@ class _Lease:
         self.turn = threading.Lock()
         self.released = threading.Event()
         self.thread = threading.Thread(target=self._renew_regularly, name="ldm-lease", daemon=True)
+        self.handler_before: Any = None
 
     def take(self) -> None:
         """Create the lease, or take it over from a holder that is dead. Raises UserError if its holder lives."""
@@ -305,6 +307,8 @@ class _Lease:
                 continue
             break
         self.version, self.renewed_at = version, time.monotonic()
+        if self.interrupt:
+            self.handler_before = signal.signal(INTERRUPT, signal.default_int_handler)
         self.thread.start()
 
     def check(self) -> None:
@@ -331,6 +335,8 @@ class _Lease:
         """Remove the lease if it is still ours."""
         self.released.set()
         self.thread.join()
+        if self.interrupt:
+            signal.signal(INTERRUPT, self.handler_before)
         # A lease that cannot be removed now is taken over later, as a dead holder's is.
         with contextlib.suppress(UserError), impatient(self.beat_s):
             if (found := self._read()) and found["token"] == self.token:
@@ -396,7 +402,7 @@ class _Lease:
                 self._renew()
         if self.interrupt and self.thief and not self.released.wait(GRACE_BEATS * self.beat_s):
             # What waits for one long result calls no `check`.
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            signal.pthread_kill(threading.main_thread().ident or 0, INTERRUPT)
 
     def _renew(self) -> None:
         with self.turn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -19,20 +20,23 @@ import pytest
 from pipelines import patience
 from pipelines.errors import UserError
 from pipelines.store import filesystems, lock
-from pipelines.store.lock import LEASE, HeldError, discard, exclusive, find_holder
+from pipelines.store.lock import LEASE, HeldError, Record, discard, exclusive, find_holder
 from pipelines.store.storage import Storage
 from tests.pipelines.store.s3 import BUCKET, S3, Plan, environment
 
 BEAT_S = 0.3
-# Holds the root, and checks it whenever it is asked to.
+# Holds the root, checks it whenever it is asked to, and tells what it is given to tell.
 HOLDER = f"""
-import sys
+import json, sys
 from pipelines.errors import UserError
 from pipelines.store.lock import exclusive
 from pipelines.store.storage import Storage
 with exclusive(Storage(sys.argv[1]), beat_s={BEAT_S}) as hold:
     print("held", flush=True)
     for line in sys.stdin:
+        if line != "?\\n":
+            hold.tell(**json.loads(line))
+            continue
         try:
             hold.check()
             print("ours", flush=True)
@@ -48,6 +52,23 @@ with exclusive(Storage(sys.argv[1]), wait=lambda record: print("waits", flush=Tr
     print("held", flush=True)
     sys.stdin.read()
 """
+# Waits for one long result, as a run that a script has put into the background.
+BUSY_HOLDER = f"""
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+from pipelines.errors import UserError
+from pipelines.store.lock import exclusive
+from pipelines.store.storage import Storage
+with exclusive(Storage(sys.argv[1]), beat_s={BEAT_S}, interrupt=True) as hold:
+    try:
+        print("held", flush=True)
+        time.sleep(600)
+    except KeyboardInterrupt:
+        try:
+            hold.check()
+        except UserError as error:
+            print(error, flush=True)
+"""
 Start = Callable[..., subprocess.Popen[str]]
 
 
@@ -56,13 +77,13 @@ def holder(s3_server: S3) -> Iterator[Start]:
     """Starts a process that holds a root; ended after the test."""
     processes: list[subprocess.Popen[str]] = []
 
-    def start(root: Storage, endpoint: str = s3_server.url) -> subprocess.Popen[str]:
+    def start(root: Storage, script: str = HOLDER) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-c", HOLDER, root.url],
+            [sys.executable, "-c", script, root.url],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **environment(endpoint)},
+            env={**os.environ, **environment(s3_server.url)},
         )
         processes.append(process)
         assert process.stdout is not None
@@ -80,11 +101,21 @@ def root(s3: S3, request: pytest.FixtureRequest) -> Storage:
     return Storage(f"s3://{BUCKET}/{request.node.name}")
 
 
-def ask(process: subprocess.Popen[str]) -> str:
+@pytest.fixture(params=["local", "s3"])
+def place(root: Storage, tmp_path: Path, request: pytest.FixtureRequest) -> Storage:
+    """A folder of each kind, so that both locks are tried."""
+    return Storage(str(tmp_path / "root")) if request.param == "local" else root
+
+
+def send(process: subprocess.Popen[str], line: str) -> None:
     assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write("?\n")
+    process.stdin.write(f"{line}\n")
     process.stdin.flush()
+
+
+def ask(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    send(process, "?")
     return process.stdout.readline().strip()
 
 
@@ -146,6 +177,87 @@ def test_a_driver_that_was_suspended_finds_that_it_lost_its_root_and_leaves_it(h
         time.sleep(2 * BEAT_S)
         hold.check()
         assert root.exists(LEASE)
+
+
+def test_whoever_waits_is_told_how_far_the_holder_is_and_goes_on_once_that_is_dead(
+    holder: Start, place: Storage
+) -> None:
+    first = holder(place)
+    seen: list[Record] = []
+
+    def wait(record: Record) -> None:
+        seen.append(record)
+        if record["progress"]:
+            first.kill()
+            first.wait()
+        else:
+            send(first, '{"done": 3, "total": 8}')
+
+    with exclusive(place, BEAT_S, wait=wait) as hold:
+        hold.check()
+    assert all(record["holder"].startswith(f"pid {first.pid} on ") for record in seen)
+    assert seen[0]["progress"] == {}
+    assert seen[-1]["progress"] == {"done": 3, "total": 8}
+
+
+def test_what_wait_raises_ends_the_waiting_and_leaves_the_holder_alone(holder: Start, place: Storage) -> None:
+    first = holder(place)
+
+    def wait(record: Record) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        exclusive(place, BEAT_S, wait=wait).__enter__()
+    assert ask(first) == "ours"
+
+
+def test_a_shorter_report_of_progress_takes_the_place_of_a_longer_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "POLL_S", 0.0)
+    root = Storage(str(tmp_path))
+
+    def wait(record: Record) -> None:
+        raise InterruptedError(record["progress"])
+
+    with exclusive(root) as hold:
+        for progress in ({"done": 1, "facts": {"loss": "0.031"}}, {"done": 2}):
+            hold.tell(**progress)
+            with pytest.raises(InterruptedError) as seen:
+                exclusive(root, wait=wait).__enter__()
+            assert seen.value.args == (progress,)
+
+
+def test_a_driver_that_waits_for_one_long_result_is_interrupted_when_its_lease_is_lost(
+    holder: Start, root: Storage
+) -> None:
+    first = holder(root, BUSY_HOLDER)
+    first.send_signal(signal.SIGSTOP)
+    with exclusive(root, BEAT_S):
+        first.send_signal(signal.SIGCONT)
+        out, _ = first.communicate(timeout=60)
+    assert f"was taken over by pid {os.getpid()}" in out
+    assert first.returncode == 0
+
+
+def test_a_lease_that_is_released_in_time_interrupts_nobody(root: Storage) -> None:
+    before = signal.getsignal(lock.INTERRUPT)
+    with exclusive(root, 0.05, interrupt=True):
+        time.sleep(0.3)
+    assert signal.getsignal(lock.INTERRUPT) == before
+
+
+def test_a_file_system_that_cannot_lock_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError) as refused:
+        exclusive(Storage(str(tmp_path)), wait=lambda record: None).__enter__()
+    assert str(refused.value) == (
+        f"the file system of {tmp_path} cannot lock files (ENOLCK): mount it with locks (Lustre: -o flock, NFS: with "
+        "lockd running), or choose another --root"
+    )
 
 
 def test_a_holder_outlives_a_store_that_fails_for_a_while(
