@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from ray.data import DataContext
 from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 CHECK_EVERY_S = 2.0
 
@@ -57,6 +59,15 @@ def watch_executions(context: DataContext) -> None:
 class _Watch(ExecutionCallback):
     """Runs in the thread that schedules an execution, about ten times a second; what it raises reaches the reader."""
 
-    def on_execution_step(self, executor: object) -> None:
-        for check in list(_checks):
-            check()
+    def on_execution_step(self, executor: StreamingExecutor) -> None:
+        try:
+            for check in list(_checks):
+                check()
+        except _StoppedError:
+            # After an error Ray Data lets its actors finish what they are at, which may be hours; these are to be gone.
+            executor.shutdown = partial(_shut_down_by_force, executor)  # type: ignore[method-assign]
+            raise
+
+
+def _shut_down_by_force(executor: StreamingExecutor, force: bool = False, exception: Exception | None = None) -> None:
+    type(executor).shutdown(executor, force=True, exception=exception)

@@ -206,8 +206,8 @@ def _continued(root: Storage, digest: str, stack: contextlib.ExitStack) -> Run |
             except UserError:
                 # Its driver lives, or somebody was quicker.
                 continue
-            again = run.state.model_copy(update={"state": "running", "ended_at": None, "stages": ()})
-            return Run(root, run.id, again, hold)
+            changes = {"state": "running", "ended_at": None, "stages": ()}
+            return Run(root, run.id, run.state.model_copy(update=changes), hold)
     return None
 
 

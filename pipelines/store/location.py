@@ -118,7 +118,10 @@ class Location:
             try:
                 info = self.filesystem.info(self.path)
                 return None if info.get("type") == "directory" else FileFacts.of(info)
-            except (FileNotFoundError, NotADirectoryError):
+            except (FileNotFoundError, NotADirectoryError) as error:
+                # fsspec calls a web server's file missing that could not be asked for.
+                if is_transient(error):
+                    raise
                 return None
             except (OSError, ValueError) as error:
                 if is_transient(error) or not forbidden_is_missing:

@@ -43,6 +43,15 @@ with exclusive(Storage(sys.argv[1]), beat_s={BEAT_S}) as hold:
         except UserError as error:
             print(error, flush=True)
 """
+# Waits for the root.
+WAITER = """
+import sys
+from pipelines.store.lock import exclusive
+from pipelines.store.storage import Storage
+with exclusive(Storage(sys.argv[1]), wait=lambda record: print("waits", flush=True)):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 # Waits for one long result, as a run that a script has put into the background.
 BUSY_HOLDER = f"""
 import signal, sys, time
@@ -59,15 +68,6 @@ with exclusive(Storage(sys.argv[1]), beat_s={BEAT_S}, interrupt=True) as hold:
             hold.check()
         except UserError as error:
             print(error, flush=True)
-"""
-# Waits for the root.
-WAITER = """
-import sys
-from pipelines.store.lock import exclusive
-from pipelines.store.storage import Storage
-with exclusive(Storage(sys.argv[1]), wait=lambda record: print("waits", flush=True)):
-    print("held", flush=True)
-    sys.stdin.read()
 """
 Start = Callable[..., subprocess.Popen[str]]
 

@@ -41,6 +41,7 @@ NASTY = {
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(patience, "LONGEST_PAUSE_S", 0.2)
     monkeypatch.setattr(patience, "FIRST_CONTACT_S", 2.0)
     monkeypatch.setattr(object_store, "PART_BYTES", 5 * MIB)
     scratch = tmp_path / "scratch"
@@ -245,7 +246,9 @@ def test_no_endpoint_is_one_line_without_what_its_url_hides(
     monkeypatch.setattr(filesystems, "REQUEST_ATTEMPTS", 2)
     use_s3(endpoint)
     text = fail(root)
-    assert re.search(rf"UserError: {re.escape(root.url)}/a cannot be reached \({reason}\): check the network", text)
+    assert re.search(
+        rf"TransientError: {re.escape(root.url)}/a cannot be reached \({reason}\): check the network", text
+    )
     assert "hidden" not in text
     assert SECRET not in text
 
