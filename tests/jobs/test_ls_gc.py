@@ -73,7 +73,9 @@ def test_mistakes_are_said_on_one_line(ldm: Ldm) -> None:
     make_root("root")
     code, _, error = ldm("gc", "root", "--forget", "nobody")
     assert (code, error.count("\n")) == (2, 1)
-    (Path("old") / "pairs" / "aa").mkdir(parents=True)
+    old = Path("old") / "pairs" / ("a" * 16)
+    old.mkdir(parents=True)
+    (old / "manifest.json").write_text('{"stage": "pairs", "files": []}')
     code, _, error = ldm("ls", "old")
     assert (code, error.count("\n")) == (1, 1)
     assert "was made by ldm 0.1" in error
