@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from pipelines import patience
@@ -142,3 +143,17 @@ def test_a_web_server_is_asked_again_only_if_that_can_help(web: tuple[str, list[
 def test_a_local_name_may_hold_what_fsspec_takes_for_a_chain(tmp_path: Path) -> None:
     (tmp_path / "zip::a").write_bytes(b"1")
     assert Location.of(str(tmp_path / "zip::a")).read() == b"1"
+
+
+def test_a_remote_file_is_read_to_its_end_in_large_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = bytes(range(256)) * 4096
+    with fsspec.open("memory://large/a.bin", "wb") as file:
+        file.write(data)
+    asked: list[int] = []
+    original = Location.read_range
+    monkeypatch.setattr(
+        Location, "read_range", lambda self, start, stop: asked.append(stop - start) or original(self, start, stop)
+    )
+    with Location.of("memory://large/a.bin").open() as opened:
+        assert opened.read() == data
+    assert len(asked) <= 2
