@@ -16,7 +16,8 @@ from pipelines.shards.format import decode_json, decode_npy, read_shard
 from pipelines.shards.tar_headers import shown
 from pipelines.stages.latents.artifact import FORMAT_VERSION
 from pipelines.stages.pairs.artifact import PAIRS_FORMAT, decode_image, image_of
-from pipelines.store.ledger import MANIFEST, Artifact, read_manifest
+from pipelines.store.ledger import Artifact
+from pipelines.store.manifest import MANIFEST, read_manifest
 from pipelines.store.storage import Storage
 
 Sample = dict[str, Any]

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from pipelines.config import Config
+from pipelines.store.commits import ArtifactWriter
 from pipelines.store.file_table import FileTable
-from pipelines.store.ledger import Artifact, ArtifactWriter
+from pipelines.store.ledger import Artifact
 from pipelines.store.storage import Storage
 from pipelines.tracking import StageTracker
 

@@ -26,7 +26,8 @@ from pipelines.stages.pairs.held_out import (
     copy_held_out,
 )
 from pipelines.stages.pairs.shard.files import write_table
-from pipelines.store.ledger import Artifact, ArtifactWriter
+from pipelines.store.commits import ArtifactWriter
+from pipelines.store.ledger import Artifact
 from pipelines.store.storage import Storage
 from pipelines.tracking import null_stage_tracker
 from tests.tiny import TINY_TEXT, TINY_UNET

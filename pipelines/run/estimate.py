@@ -8,7 +8,7 @@ from typing import Any
 from pipelines.run.plan import PlannedStage, sections_of
 from pipelines.run.recipe import Recipe
 from pipelines.stage import Estimate
-from pipelines.store.ledger import MANIFEST, read_manifest
+from pipelines.store.manifest import MANIFEST, read_manifest
 from pipelines.store.storage import Storage
 
 

@@ -24,9 +24,10 @@ from pipelines.run.results import RunObserver, RunResult, StageRow
 from pipelines.run.runs import REPORT, Run, all_runs, begin
 from pipelines.secrets import without_secrets
 from pipelines.stage import Progress, Stage, StageContext
+from pipelines.store.commits import ArtifactWriter
 from pipelines.store.file_table import FileTable
 from pipelines.store.known_digests import kept_with
-from pipelines.store.ledger import TRACKING, Artifact, ArtifactWriter, Ledger, artifact_key, digest_json
+from pipelines.store.ledger import TRACKING, Artifact, Ledger, artifact_key, digest_json
 from pipelines.store.lock import Hold, Record, exclusive
 from pipelines.store.storage import Storage
 from pipelines.tracking import StageTracker, Tracker, spool_folder, store

@@ -18,7 +18,7 @@ from pipelines.errors import UserError
 from pipelines.patience import give_up_at
 from pipelines.shards.samples import Sample, shard_samples
 from pipelines.shards.tar_headers import FileBytes, Member, TarError
-from pipelines.store.ledger import FileRecord
+from pipelines.store.file_table import FileRecord
 from pipelines.store.storage import Storage
 
 DEFAULT_CACHE_BYTES = 32 << 30

@@ -17,14 +17,9 @@ from functools import cached_property, partial
 from typing import Any
 
 from pipelines.errors import TransientError, UserError
-from pipelines.store.commits import COMMITS as COMMITS
-from pipelines.store.commits import ArtifactWriter as ArtifactWriter
-from pipelines.store.commits import file_sizes
-from pipelines.store.file_table import FileRecord as FileRecord
-from pipelines.store.file_table import FileTable
-from pipelines.store.manifest import LEDGER_VERSION, TOO_OLD, Manifest, read_files, write_files
-from pipelines.store.manifest import MANIFEST as MANIFEST
-from pipelines.store.manifest import read_manifest as read_manifest
+from pipelines.store.commits import COMMITS, ArtifactWriter, file_sizes
+from pipelines.store.file_table import FileRecord, FileTable
+from pipelines.store.manifest import LEDGER_VERSION, MANIFEST, TOO_OLD, Manifest, read_files, read_manifest, write_files
 from pipelines.store.storage import Storage, encode_json, sha256_file
 
 SUPERSEDED = "superseded.json"

@@ -22,7 +22,7 @@ from pipelines.compute.resources import TELL_EVERY_S, alive, use_gpus
 from pipelines.errors import TransientError, UserError, explain, raised_as_user_error
 from pipelines.notices import tell
 from pipelines.patience import expect_answers
-from pipelines.store.ledger import ArtifactWriter
+from pipelines.store.commits import ArtifactWriter
 from pipelines.store.patient import PatientFileSystem
 from pipelines.training.checkpoints import Checkpoints, discard_attempts, newest
 from pipelines.training.config import TrainingConfig

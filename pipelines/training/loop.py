@@ -24,7 +24,7 @@ from pipelines.training.relay import Message
 
 if TYPE_CHECKING:
     from pipelines.shards.order import SamplePosition
-    from pipelines.store.ledger import ArtifactWriter
+    from pipelines.store.commits import ArtifactWriter
     from pipelines.training.checkpoints import Checkpoints
     from pipelines.training.config import TrainingConfig
     from pipelines.training.relay import Relay

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from pipelines.shards.order import SampleOrder, SamplePosition
-    from pipelines.store.ledger import ArtifactWriter
+    from pipelines.store.commits import ArtifactWriter
 
 
 class Learner(Protocol):

@@ -23,7 +23,7 @@ from pipelines.stages.autoencoder.learner import AutoencoderTask
 from pipelines.stages.diffusion.config import DiffusionConfig
 from pipelines.stages.diffusion.learner import DiffusionTask
 from pipelines.stages.diffusion.work import model_config
-from pipelines.store.ledger import ArtifactWriter
+from pipelines.store.commits import ArtifactWriter
 from pipelines.store.storage import Storage
 from pipelines.training.config import TrainingConfig
 from pipelines.training.loop import Rank, TrainingLoop

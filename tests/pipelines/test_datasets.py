@@ -19,7 +19,8 @@ from pipelines.errors import UserError
 from pipelines.shards.format import decode_npy, encode_npy, read_shard, write_shard
 from pipelines.stages.latents.artifact import FORMAT_VERSION
 from pipelines.stages.pairs.artifact import PAIRS_FORMAT
-from pipelines.store.ledger import Artifact, ArtifactWriter
+from pipelines.store.commits import ArtifactWriter
+from pipelines.store.ledger import Artifact
 from pipelines.store.storage import Storage
 from tests.pipelines.store.s3 import BUCKET, S3, Plan, environment
 from tests.tiny_artifacts import encoded_latents_artifact, finish, first_stage_artifact, pairs_artifact

@@ -15,7 +15,8 @@ from ldm_core.configs.first_stage import FirstStageConfig
 from ldm_core.configs.model import config_from_dict
 from ldm_core.model_files import CONFIG_FILE, WEIGHTS_FILE
 from pipelines.errors import UserError
-from pipelines.store.ledger import Artifact, ArtifactWriter
+from pipelines.store.commits import ArtifactWriter
+from pipelines.store.ledger import Artifact
 from pipelines.store.storage import sha256_file
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ from pipelines.stages.autoencoder.config import AutoencoderConfig
 from pipelines.stages.autoencoder.reconstruction import SHOWN, ReconstructionLoss, ReconstructionTest, to_images
 from pipelines.stages.pairs.artifact import Pictures, open_pairs
 from pipelines.stages.pairs.held_out import held_out_places
-from pipelines.store.ledger import Artifact, ArtifactWriter
+from pipelines.store.commits import ArtifactWriter
+from pipelines.store.ledger import Artifact
 
 # Number of consecutive shards whose pictures are shuffled together.
 SHUFFLE_WINDOW = 16

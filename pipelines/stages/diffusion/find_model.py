@@ -10,7 +10,8 @@ from ldm_core.tokenizers.tokenizer import Tokenizer
 from pipelines.errors import UserError
 from pipelines.stages.diffusion.artifact import FOLDER, STAGE_NAME
 from pipelines.stages.diffusion.model_folder import load_folder
-from pipelines.store.ledger import MANIFEST, Ledger
+from pipelines.store.ledger import Ledger
+from pipelines.store.manifest import MANIFEST
 from pipelines.store.storage import Storage
 
 FIRST_STAGE_FOLDER = "first_stage"

@@ -35,7 +35,8 @@ from pipelines.stages.diffusion.artifact import FILES, FOLDER
 from pipelines.stages.diffusion.config import DiffusionConfig
 from pipelines.stages.diffusion.sampling import sample_prompts
 from pipelines.stages.latents.artifact import Latents
-from pipelines.store.ledger import Artifact, ArtifactWriter
+from pipelines.store.commits import ArtifactWriter
+from pipelines.store.ledger import Artifact
 
 PREVIEW_COLUMNS = 4
 PREVIEW_CELL_PIXELS = 128

@@ -15,7 +15,8 @@ from pipelines.stages.diffusion.artifact import load_model
 from pipelines.stages.diffusion.config import SamplingConfig
 from pipelines.stages.diffusion.sampling import sample_prompts
 from pipelines.stages.pairs.artifact import decode_image
-from pipelines.store.ledger import Artifact, ArtifactWriter
+from pipelines.store.commits import ArtifactWriter
+from pipelines.store.ledger import Artifact
 from pipelines.store.storage import Storage
 
 

@@ -29,7 +29,9 @@ from pipelines.stages.latents.config import LatentsConfig
 from pipelines.stages.latents.statistics import LatentSums, statistics_name, total
 from pipelines.stages.latents.vocabulary import load_vocabulary
 from pipelines.stages.pairs.artifact import damaged_pairs, decode_image, image_of, sample_captions, whole_shard
-from pipelines.store.ledger import Artifact, ArtifactWriter, FileRecord
+from pipelines.store.commits import ArtifactWriter
+from pipelines.store.file_table import FileRecord
+from pipelines.store.ledger import Artifact
 
 BATCHES_AHEAD = 3
 

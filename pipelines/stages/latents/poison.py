@@ -6,7 +6,7 @@ from typing import Any
 
 from pipelines.errors import UserError
 from pipelines.notices import tell
-from pipelines.store.ledger import ArtifactWriter
+from pipelines.store.commits import ArtifactWriter
 from pipelines.store.storage import Storage
 
 FOLDER = "poison"

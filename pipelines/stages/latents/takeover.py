@@ -26,10 +26,10 @@ from pipelines.stages.latents.config import LatentsConfig, TokenizerConfig
 from pipelines.stages.latents.statistics import statistics_name
 from pipelines.stages.latents.vocabulary import load_vocabulary
 from pipelines.stages.pairs.artifact import sample_captions, whole_shard
-from pipelines.store.commits import file_sizes
+from pipelines.store.commits import ArtifactWriter, file_sizes
 from pipelines.store.failures import MissingFileError
 from pipelines.store.file_table import FileRecord, FileTable
-from pipelines.store.ledger import WORK, Artifact, ArtifactWriter, digest_json
+from pipelines.store.ledger import WORK, Artifact, digest_json
 from pipelines.store.storage import Storage, sha256_file
 from pipelines.store.threads import map_in_threads
 

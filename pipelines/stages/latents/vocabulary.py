@@ -12,7 +12,8 @@ from pipelines.errors import UserError
 from pipelines.stages.latents.config import TokenizerConfig
 from pipelines.stages.pairs.artifact import count_shards
 from pipelines.stages.pairs.held_out import held_out_samples
-from pipelines.store.ledger import Artifact, ArtifactWriter
+from pipelines.store.commits import ArtifactWriter
+from pipelines.store.ledger import Artifact
 from pipelines.store.location import Location
 from pipelines.store.storage import Storage, sha256_file
 

@@ -19,7 +19,8 @@ from pipelines.stages.latents.takeover import Encoding, take_over
 from pipelines.stages.latents.vocabulary import commit_vocabulary
 from pipelines.stages.pairs.artifact import PAIRS_FORMAT
 from pipelines.stages.pairs.held_out import copy_held_out
-from pipelines.store.ledger import Artifact, FileRecord
+from pipelines.store.file_table import FileRecord
+from pipelines.store.ledger import Artifact
 from pipelines.store.threads import map_in_threads
 
 SUMS_PER_TASK = 1024

@@ -25,7 +25,8 @@ from pipelines.errors import UserError
 from pipelines.shards.order import Place
 from pipelines.stages.pairs.shard.files import tar_name
 from pipelines.stages.pairs.shard.outcome import OK
-from pipelines.store.ledger import Artifact, ArtifactWriter
+from pipelines.store.commits import ArtifactWriter
+from pipelines.store.ledger import Artifact
 
 # One sample in 64 is held out, up to 4,096 of them; of fewer than 64 samples none.
 SHARE = 64

@@ -38,7 +38,9 @@ from pipelines.stages.pairs.sources.columns import find_column
 from pipelines.stages.pairs.sources.open import open_source
 from pipelines.stages.pairs.summary.summary import summarise
 from pipelines.stages.pairs.summary.unfinished import write_plan
-from pipelines.store.ledger import COMMITS, WORK, FileRecord
+from pipelines.store.commits import COMMITS
+from pipelines.store.file_table import FileRecord
+from pipelines.store.ledger import WORK
 from pipelines.store.storage import Storage
 
 # Publishing is mostly renaming: a task should do more than one of it.

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pipelines.run.results import StageRow
 from pipelines.run.runs import begin
-from pipelines.store.ledger import LOCKS, SUPERSEDED, TRACKING, Artifact, ArtifactWriter, Ledger
+from pipelines.store.commits import ArtifactWriter
+from pipelines.store.ledger import LOCKS, SUPERSEDED, TRACKING, Artifact, Ledger
 from pipelines.store.storage import Storage
 
 DAY_S = 86_400

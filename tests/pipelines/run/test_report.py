@@ -16,7 +16,8 @@ from pipelines.drawing.grids import encode_png, grid
 from pipelines.run.report import build_report
 from pipelines.run.results import StageRow
 from pipelines.stages.evaluate.section import wilson_interval
-from pipelines.store.ledger import Artifact, ArtifactWriter
+from pipelines.store.commits import ArtifactWriter
+from pipelines.store.ledger import Artifact
 from pipelines.store.storage import Storage
 from tests.tiny_artifacts import pairs_artifact
 

@@ -17,7 +17,8 @@ from pipelines.run.plan import PlannedStage, Selection, plan
 from pipelines.run.recipe import Recipe
 from pipelines.run.report import build_report
 from pipelines.run.walk import run
-from pipelines.store.ledger import Artifact, ArtifactWriter
+from pipelines.store.commits import ArtifactWriter
+from pipelines.store.ledger import Artifact
 from pipelines.store.storage import Storage
 from tests.tiny import tiny_recipe, write_pictures
 from tests.tiny_artifacts import pairs_artifact

@@ -28,7 +28,8 @@ from pipelines.stages.latents.config import LatentsConfig, TokenizerConfig
 from pipelines.stages.latents.stage import STAGE as LATENTS
 from pipelines.stages.pairs.config import PairsConfig
 from pipelines.stages.pairs.stage import STAGE as PAIRS
-from pipelines.store.ledger import Artifact, ArtifactWriter
+from pipelines.store.commits import ArtifactWriter
+from pipelines.store.ledger import Artifact
 from pipelines.store.lock import LEASE, exclusive
 from pipelines.store.storage import Storage
 from pipelines.tracking import null_stage_tracker

@@ -24,7 +24,7 @@ from pipelines.shards.reader import ShardReader
 from pipelines.shards.tar_index import index_tar, samples_of
 from pipelines.shards.tar_windows import Tar, random_samples
 from pipelines.stages.pairs.artifact import decode_image
-from pipelines.store.ledger import FileRecord
+from pipelines.store.file_table import FileRecord
 from pipelines.store.storage import Storage
 
 MIB = 2**20

@@ -10,7 +10,8 @@ import pytest
 from pipelines.errors import UserError
 from pipelines.shards.format import write_shard
 from pipelines.shards.reader import ShardReader
-from pipelines.store.ledger import ArtifactWriter, FileRecord
+from pipelines.store.commits import ArtifactWriter
+from pipelines.store.file_table import FileRecord
 from pipelines.store.storage import Storage
 
 

@@ -14,7 +14,7 @@ from pipelines.shards.reader import ShardReader
 from pipelines.shards.samples import split_name
 from pipelines.shards.tar_index import index_tar, samples_of
 from pipelines.shards.tar_windows import Tar, random_samples
-from pipelines.store.ledger import FileRecord
+from pipelines.store.file_table import FileRecord
 from pipelines.store.storage import Storage
 
 FILES = {

@@ -8,7 +8,8 @@ import pytest
 
 from pipelines.errors import UserError
 from pipelines.store import commits
-from pipelines.store.ledger import Artifact, ArtifactWriter, Ledger, artifact_key
+from pipelines.store.commits import ArtifactWriter
+from pipelines.store.ledger import Artifact, Ledger, artifact_key
 from pipelines.store.storage import Storage
 
 FACTS: dict[str, Any] = {

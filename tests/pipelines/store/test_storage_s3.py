@@ -22,7 +22,7 @@ import pytest
 from pipelines import patience
 from pipelines.errors import MisuseError, UserError
 from pipelines.store import filesystems, object_store
-from pipelines.store.ledger import ArtifactWriter
+from pipelines.store.commits import ArtifactWriter
 from pipelines.store.storage import Storage
 from tests.pipelines.store.s3 import BUCKET, S3, SECRET, SESSION, Plan, environment
 

@@ -16,7 +16,7 @@ from pipelines.errors import TransientError
 from pipelines.shards.order import SampleOrder, SamplePosition
 from pipelines.shards.randomness import Purpose, generator
 from pipelines.stage import StageContext
-from pipelines.store.ledger import ArtifactWriter
+from pipelines.store.commits import ArtifactWriter
 from pipelines.store.storage import Storage
 from pipelines.tracking import null_stage_tracker
 from pipelines.training.config import TrainingConfig

@@ -37,7 +37,7 @@ from pipelines.stages.pairs.shard.files import Spool
 from pipelines.stages.pairs.shard.outcome import OK, Outcome
 from pipelines.stages.pairs.shard.staged import StagedShard, is_staged, stage_shard
 from pipelines.stages.pairs.web.download import Client
-from pipelines.store.ledger import ArtifactWriter
+from pipelines.store.commits import ArtifactWriter
 from pipelines.store.storage import Storage
 
 _REMOTE_READERS = 16

@@ -16,7 +16,8 @@ from pipelines.stages.pairs.rows import RejectedError
 from pipelines.stages.pairs.shard.duplicate_tokens import NO_VERDICTS, Verdicts
 from pipelines.stages.pairs.shard.outcome import DUPLICATE, NEAR_DUPLICATE, OK
 from pipelines.stages.pairs.shard.staged import Change, StagedShard
-from pipelines.store.ledger import ArtifactWriter, FileRecord
+from pipelines.store.commits import ArtifactWriter
+from pipelines.store.file_table import FileRecord
 
 
 def publish(

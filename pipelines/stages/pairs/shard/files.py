@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from pipelines.shards.format import ShardWriter
 from pipelines.stages.pairs.memory import Allowance
 from pipelines.stages.pairs.shard.outcome import OK
-from pipelines.store.ledger import FileRecord
+from pipelines.store.file_table import FileRecord
 from pipelines.store.storage import Storage, sha256_file
 from pipelines.store.threads import map_in_threads
 

@@ -34,7 +34,8 @@ from pipelines.stages.pairs.shard.files import (
     write_table,
 )
 from pipelines.stages.pairs.shard.outcome import Outcome
-from pipelines.store.ledger import ArtifactWriter, FileRecord
+from pipelines.store.commits import ArtifactWriter
+from pipelines.store.file_table import FileRecord
 from pipelines.store.storage import Storage, encode_json
 
 # Characters that the table keeps of a caption that is too long for a sample.

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from pipelines.errors import UserError
 from pipelines.store.failures import readable
-from pipelines.store.ledger import MANIFEST, Artifact, read_manifest
+from pipelines.store.ledger import Artifact
 from pipelines.store.location import Location
+from pipelines.store.manifest import MANIFEST, read_manifest
 from pipelines.store.storage import Storage
 
 # What sha256sum writes: a digest, a space, a space or an asterisk, a name. (Names with line feeds begin with `\\`.)

@@ -7,7 +7,8 @@ from typing import Any
 from pipelines.shards.tar_windows import Tar
 from pipelines.stages.pairs.shard.staged import StagedShard, staged_shards
 from pipelines.stages.pairs.summary.summary import summarise_shards
-from pipelines.store.ledger import COMMITS, WORK
+from pipelines.store.commits import COMMITS
+from pipelines.store.ledger import WORK
 from pipelines.store.storage import Storage
 from pipelines.store.threads import map_in_threads
 

@@ -14,7 +14,8 @@ from pipelines.shards.format import decode_npy, read_shard, write_shard
 from pipelines.stages.latents.config import LatentsConfig, TokenizerConfig
 from pipelines.stages.latents.encode import EncodeShard
 from pipelines.stages.latents.vocabulary import commit_vocabulary
-from pipelines.store.ledger import Artifact, ArtifactWriter
+from pipelines.store.commits import ArtifactWriter
+from pipelines.store.ledger import Artifact
 from pipelines.store.storage import Storage, sha256_file
 from tests.tiny_artifacts import first_stage_artifact, pair_sample, pairs_artifact
 

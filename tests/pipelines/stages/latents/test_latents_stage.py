@@ -26,7 +26,8 @@ from pipelines.stages.latents.stage import STAGE
 from pipelines.stages.latents.vocabulary import commit_vocabulary
 from pipelines.stages.pairs.artifact import decode_image
 from pipelines.stages.pairs.held_out import copy_held_out
-from pipelines.store.ledger import Artifact, ArtifactWriter, artifact_key
+from pipelines.store.commits import ArtifactWriter
+from pipelines.store.ledger import Artifact, artifact_key
 from pipelines.store.storage import Storage
 from tests.tiny_artifacts import contents, first_stage_artifact, pairs_artifact, run_stage
 

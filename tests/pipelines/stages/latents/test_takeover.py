@@ -20,8 +20,9 @@ from pipelines.stages.latents.encode import EncodeShard
 from pipelines.stages.latents.takeover import Encoding
 from pipelines.stages.latents.vocabulary import commit_vocabulary
 from pipelines.stages.pairs.artifact import PAIRS_FORMAT
+from pipelines.store.commits import ArtifactWriter
 from pipelines.store.file_table import FileTable
-from pipelines.store.ledger import Artifact, ArtifactWriter, Ledger
+from pipelines.store.ledger import Artifact, Ledger
 from pipelines.store.storage import Storage
 from pipelines.tracking import null_stage_tracker
 from tests.tiny_artifacts import contents, finish, first_stage_artifact, hold_out, pairs_artifact

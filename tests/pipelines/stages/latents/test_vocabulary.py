@@ -11,7 +11,7 @@ from pipelines.stages.latents import vocabulary
 from pipelines.stages.latents.config import TokenizerConfig
 from pipelines.stages.latents.vocabulary import commit_vocabulary, vocabulary_digest
 from pipelines.stages.pairs.artifact import sample_captions
-from pipelines.store.ledger import ArtifactWriter
+from pipelines.store.commits import ArtifactWriter
 from pipelines.store.storage import Storage
 from tests.tiny_artifacts import WORDS, pairs_artifact
 

@@ -11,7 +11,7 @@ from PIL import ImageFile
 from pipelines.stage import StageContext
 from pipelines.stages.pairs.config import PairsConfig
 from pipelines.stages.pairs.stage import STAGE
-from pipelines.store.ledger import ArtifactWriter
+from pipelines.store.commits import ArtifactWriter
 from pipelines.store.storage import Storage
 from pipelines.tracking import null_stage_tracker
 from tests.pipelines.stages.pairs.web_server import Web

@@ -10,7 +10,7 @@ import ray
 from pipelines.stage import StageContext
 from pipelines.stages.pairs.config import PairsConfig
 from pipelines.stages.pairs.stage import STAGE
-from pipelines.store.ledger import ArtifactWriter
+from pipelines.store.commits import ArtifactWriter
 from pipelines.store.storage import Storage
 from pipelines.tracking import null_stage_tracker
 

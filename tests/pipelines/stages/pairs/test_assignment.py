@@ -18,7 +18,7 @@ from pipelines.stages.pairs.publishing.publish import publish
 from pipelines.stages.pairs.rows_file import RowsFile
 from pipelines.stages.pairs.shard.staged import StagedShard
 from pipelines.stages.pairs.sources.open import open_source
-from pipelines.store.ledger import ArtifactWriter
+from pipelines.store.commits import ArtifactWriter
 from pipelines.store.storage import Storage
 from tests.pipelines.stages.pairs.picture_files import encoded, scene
 

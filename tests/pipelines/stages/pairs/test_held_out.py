@@ -26,7 +26,8 @@ from pipelines.stages.pairs.held_out import (
     held_out_places,
     held_out_samples,
 )
-from pipelines.store.ledger import Artifact, ArtifactWriter
+from pipelines.store.commits import ArtifactWriter
+from pipelines.store.ledger import Artifact
 from pipelines.store.storage import Storage
 from tests.pipelines.stages.pairs.conftest import RunPairs
 from tests.pipelines.stages.pairs.web_server import picture

@@ -24,7 +24,7 @@ from pipelines.stages.pairs.artifact import decode_image
 from pipelines.stages.pairs.inputs import count_rows
 from pipelines.stages.pairs.shard.staged import StagedShard
 from pipelines.stages.pairs.stage import STAGE
-from pipelines.store.ledger import FileRecord
+from pipelines.store.file_table import FileRecord
 from pipelines.store.storage import Storage
 from tests.pipelines.stages.pairs.conftest import RunPairs
 from tests.pipelines.stages.pairs.web_server import Web, picture

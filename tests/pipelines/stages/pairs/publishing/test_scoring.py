@@ -17,7 +17,7 @@ from pipelines.stages.pairs.inputs import model_digests
 from pipelines.stages.pairs.publishing.scoring import Scorer, load_head
 from pipelines.stages.pairs.shard.staged import StagedShard
 from pipelines.stages.pairs.stage import STAGE
-from pipelines.store.ledger import FileRecord
+from pipelines.store.file_table import FileRecord
 from pipelines.store.storage import Storage
 from tests.ldm_core.metrics.conftest import clip_folder  # noqa: F401 (a fixture)
 from tests.pipelines.stages.pairs.conftest import RunPairs
