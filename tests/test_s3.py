@@ -110,7 +110,7 @@ def test_conditions_hold_and_of_many_that_create_a_file_one_does(root: Storage) 
     first = root.version("lock")
     assert first is not None
     assert root.replace("absent", b"0", first) is None
-    second = root.replace("lock", b"2", first)
+    second = root.replace("lock", b"second", first)
     assert second == root.version("lock") != first
     assert root.replace("lock", b"3", first) is None
     assert root.read_bytes("lock") == b"2"

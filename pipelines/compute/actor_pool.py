@@ -119,7 +119,9 @@ def map_on_actors(
         UserError: raised by a worker, or what `pipelines.errors.explain` makes of a worker's error; ends the work.
     """
     with checking(check):
-        yield from _in_rounds(_Pool(worker, arguments, size), items, calls_at_once, alone_tries, set_aside)
+        for result in _in_rounds(_Pool(worker, arguments, size), items, calls_at_once, alone_tries, set_aside):
+            yield result
+            check()
 
 
 def _in_rounds(

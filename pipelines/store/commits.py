@@ -121,8 +121,6 @@ class ArtifactWriter:
     def commit_once(self, name: str, write: Callable[[Path], object]) -> None:
         """Write a file and commit it, unless it is committed already: a run that goes on does not write it again.
 
-        A file that is there without a record is whole, of an attempt that died before it could say so: it is committed.
-
         Args:
             name: the file's path in the artifact's folder.
             write: writes the contents to the local path that it is given.
@@ -132,8 +130,18 @@ class ArtifactWriter:
         """
         if self.is_committed(name):
             return
-        self.storage.write_once(name, write)
+        with self.storage.writer(name) as path:
+            write(path)
         self.commit(name)
+
+    def discard(self, names: Iterable[str]) -> None:
+        """Remove files that are there without a record, of attempts that died before they could commit them.
+
+        For the driver, before any of its workers writes: these then use `Storage.write_once`.
+        """
+        wanted = list(names)
+        there = file_sizes(self.storage, wanted)
+        self.storage.remove_files([name for name in wanted if name in there])
 
     def gather(self, records: Iterable[FileRecord]) -> None:
         """Keep records that workers have committed in segments, many in one object. For the driver alone.

@@ -232,8 +232,8 @@ def _open(folder: Path, what: str) -> TextIO:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             return os.fdopen(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666), "r+")
-        except FileNotFoundError:
-            # Discarded between the two.
+        except (FileNotFoundError, FileExistsError):
+            # Discarded, and perhaps made anew, in between.
             continue
         except OSError as error:
             raise UserError(f"cannot write to {what}: {error.strerror}; choose another with --root") from error

@@ -166,7 +166,7 @@ def test_an_object_store_is_read_with_its_hiccups(
     with s3_server.behind(Plan({"error": 0.2, "cut_answer": 0.1}, seed=3)) as proxy:
         for name, value in environment(proxy.url).items():
             monkeypatch.setenv(name, value)
-        for name in ["manifest.json", *(record.name for record in pairs.shards())]:
+        for name in ["manifest.json", pairs.manifest.table, *pairs.shards().names]:
             pairs.storage.copy(name, remote)
         assert keys(open_pairs(remote.url)) == keys(stored(pairs))
         assert proxy.done["error"]

@@ -106,6 +106,7 @@ def _sample(context: StageContext[EvaluateConfig], model: Artifact, captions: li
     committed = context.writer.committed()
     pending = [item for item in items if item["shard"] not in committed]
     if pending:
+        context.writer.discard([item["shard"] for item in pending])
         size = pool_size(
             len(pending), workers=config.workers, use_gpu=config.use_gpu, who="evaluate", check=context.check
         )

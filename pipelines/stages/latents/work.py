@@ -63,6 +63,7 @@ def _encode_pending(
     done = shards.rows - sum(record.rows for record in pending)
     context.progress(done, shards.rows)
     wanted = {name: identity for name, identity in identities.items() if name not in committed}
+    writer.discard(wanted)
     taken: set[str] = set()
     for record in take_over(pairs, wanted, context.siblings(), writer, config.tokenizer, context.check):
         writer.gather([record])

@@ -167,7 +167,8 @@ def test_reconstructions_are_measured_on_the_first_held_out_pictures(tmp_path: P
 def test_an_imported_first_stage_is_measured_on_held_out_pictures(tmp_path: Path, weights: Path) -> None:
     pairs = pairs_artifact(tmp_path, rows=(100, 60))
     artifact = run_stage(STAGE, config(weights=str(weights)), tmp_path, {"pairs": pairs})
-    assert (artifact.details["psnr_held_out"], artifact.details["psnr_pictures"]) == (True, 2)
+    check = artifact.details["import_check"]
+    assert (check["psnr_held_out"], check["psnr_pictures"]) == (True, 2)
 
 
 @pytest.mark.parametrize(("preset", "loss_kind"), [("tiny-kl-f8", "l1"), ("tiny-kl-f8", "l2"), ("tiny-vq-f4", "l1")])

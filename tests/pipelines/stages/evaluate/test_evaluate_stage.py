@@ -16,7 +16,9 @@ from pipelines.stages.evaluate.config import EvaluateConfig
 from pipelines.stages.evaluate.stage import STAGE
 from pipelines.stages.pairs.artifact import load_captioned_pictures
 from pipelines.stages.pairs.held_out import held_out_places
+from pipelines.store.commits import ArtifactWriter
 from pipelines.store.ledger import Artifact, artifact_key
+from pipelines.store.storage import Storage
 from tests.tiny_artifacts import contents, diffusion_artifact, pairs_artifact, run_stage
 
 SAMPLING = SamplingConfig(num_steps=3, batch_size=3)
@@ -87,9 +89,9 @@ def test_number_of_workers_changes_neither_bytes_nor_key_and_committed_samples_s
     assert artifact_key(STAGE.identity(config, 8, keys)) != artifact_key(STAGE.identity(config, 7, keys))
     # What a kill leaves behind: one batch committed, the other written but not committed.
     left = root / "evaluate" / "again"
-    for name in ("samples/000000.tar", "commits/samples__000000.tar.json"):
-        (left / name).parent.mkdir(parents=True, exist_ok=True)
-        (left / name).write_bytes(evaluation.storage.read_bytes(name))
+    evaluation.storage.copy("samples/000000.tar", Storage(str(left)))
+    rows = evaluation.files["samples/000000.tar"].rows
+    ArtifactWriter("evaluate", "again", Storage(str(left))).commit("samples/000000.tar", rows=rows)
     (left / "samples" / "000001.tar").write_bytes(b"cut off")
     before = (left / "samples" / "000000.tar").stat().st_mtime_ns
     again = run_stage(STAGE, other, root, upstream, key="again", seed=7)

@@ -10,7 +10,9 @@ from pipelines.errors import UserError
 from pipelines.stages.diffusion.artifact import load_model
 from pipelines.stages.export.config import ExportConfig
 from pipelines.stages.export.stage import STAGE
+from pipelines.store.commits import ArtifactWriter
 from pipelines.store.ledger import Artifact
+from pipelines.store.storage import Storage
 from tests.tiny_artifacts import contents, diffusion_artifact, run_stage
 
 
@@ -66,9 +68,8 @@ def test_killed_export_goes_on_and_ends_with_the_same_bytes(
     exported: Artifact, root: Path, diffusion: Artifact
 ) -> None:
     left = root / "export" / "killed"
-    for name in ("config.json", "commits/config.json.json"):
-        (left / name).parent.mkdir(parents=True, exist_ok=True)
-        (left / name).write_bytes(exported.storage.read_bytes(name))
+    exported.storage.copy("config.json", Storage(str(left)))
+    ArtifactWriter("export", "killed", Storage(str(left))).commit("config.json")
     (left / "model.safetensors").write_bytes(b"cut off")
     again = run_stage(STAGE, ExportConfig(), root, {"diffusion": diffusion}, key="killed")
     assert contents(again) == contents(exported)

@@ -133,9 +133,9 @@ whole = worker.make_picture
 worker.make_picture = lambda data, config: os._exit(9) if data.endswith(b"poison") else whole(data, config)
 config = PairsConfig(source=f"{folder}/metadata.jsonl", image_size=32, rows_per_shard=8)
 source = open_source(config)
-maker = worker.ShardMaker(source=source, config=config, assignment=Assignment(8, source.total),
+maker = worker.ShardMaker(source=source, config=config, assignment=Assignment.of_parts(source.parts, 8, None),
                           work=Storage(f"{folder}/work"), writer=None, board=None)
-print(maker({"shard": 0, "alone": True}), flush=True)
+print(maker({"shard": 0, "alone": True})["statuses"], flush=True)
 """
 
 
