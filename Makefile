@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format bench-core bench-pairs bench-ledger lock clean
+.PHONY: demo test test-faults lint format bench-core bench-pairs bench-ledger lock clean
 
 demo: .venv/ready
 	$(BIN)/ldm demo
 
 test: .venv/ready
 	$(BIN)/pytest -n 2 $(PYTEST_ARGS)
+
+test-faults: .venv/ready
+	$(BIN)/pytest -m faults $(PYTEST_ARGS)
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .

@@ -21,7 +21,7 @@ DOWN_S = 20.0
 STAGES = ("pairs", "autoencoder", "latents", "diffusion", "evaluate")
 
 
-@pytest.mark.e2e
+@pytest.mark.faults
 @pytest.mark.timeout(1200)
 def test_a_run_outlasts_an_outage_of_its_store_in_every_stage(s3_server: S3, tmp_path: Path) -> None:
     values = tiny_recipe(

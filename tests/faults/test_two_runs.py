@@ -165,7 +165,7 @@ def suspend_in_the_middle(driver: Driver, root: Path) -> str:
         driver.process.send_signal(signal.SIGCONT)
 
 
-@pytest.mark.e2e
+@pytest.mark.faults
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("ray_cluster")
 def test_runs_on_one_root_share_what_they_have_in_common_and_make_the_rest_at_once(
@@ -228,7 +228,7 @@ def assert_one_experiment_a_run(root: Path) -> None:
     assert {each.info.status for each in runs if "ldm.stage" in each.data.tags} == {"FINISHED"}
 
 
-@pytest.mark.e2e
+@pytest.mark.faults
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("ray_cluster")
 def test_on_s3_the_run_that_waits_takes_over_from_a_killed_one(
