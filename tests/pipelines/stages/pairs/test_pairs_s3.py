@@ -51,7 +51,11 @@ def test_a_bad_network_and_a_dead_driver_change_nothing(
     pq.write_table(
         pa.table({"url": [server.url(f"{i}.jpg") for i in range(ROWS)], "text": [f"n {i}" for i in range(ROWS)]}), table
     )
-    pairs: dict[str, Any] = {"source": str(table), "rows_per_shard": 8, "download": {"connect_to": server.connect_to}}
+    pairs: dict[str, Any] = {
+        "source": str(table),
+        "rows_per_shard": 8,
+        "download": {"connect_to": server.connect_to, "connections": 2},
+    }
     details, whole = run_pairs("whole", **pairs)
 
     root = f"s3://{BUCKET}/pairs-{tmp_path.name}"
@@ -70,7 +74,8 @@ def test_a_bad_network_and_a_dead_driver_change_nothing(
     }
     said = []
     with s3_server.behind(Plan(shares=shares, seed=3, delay_s=0.2)) as proxy:
-        server.delay_s = 0.5
+        # With two connections a worker the first one is at it for longer than the second one takes to be refused.
+        server.delay_s = 3.0
         first = start(recipe, proxy.url)
         deadline = time.monotonic() + 90
         while not any("/work/" in key for key in s3_server.objects(prefix)) and first.poll() is None:
