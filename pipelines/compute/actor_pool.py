@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -112,16 +112,18 @@ def map_on_actors(
         alone_tries: how often an item whose worker died is tried again.
         set_aside: called with an item that killed its worker every time, and returns what is yielded in place of its
             result; or it raises, because there are too many of them. None raises for the first.
-        check: called at the start and every few seconds; whatever it raises ends the work and
+        check: called at the start, after each result and every few seconds; whatever it raises ends the work and
             frees the actors. `StageContext.check` stops the work of a driver that has lost its root.
 
     Raises:
         UserError: raised by a worker, or what `pipelines.errors.explain` makes of a worker's error; ends the work.
     """
-    with checking(check):
-        for result in _in_rounds(_Pool(worker, arguments, size), items, calls_at_once, alone_tries, set_aside):
+    rounds = _in_rounds(_Pool(worker, arguments, size), items, calls_at_once, alone_tries, set_aside)
+    # Closed inside: until then the actors work on, and a failed check has them killed.
+    with checking(check) as watcher, contextlib.closing(rounds):
+        for result in rounds:
             yield result
-            check()
+            watcher.now()
 
 
 def _in_rounds(
@@ -130,7 +132,7 @@ def _in_rounds(
     calls_at_once: int,
     alone_tries: int,
     set_aside: Callable[[dict[str, Any]], dict[str, Any]] | None,
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     lost: list[dict[str, Any]] = []
     yield from pool.run(items, lost, calls_at_once=calls_at_once)
     if lost:

@@ -13,41 +13,50 @@ from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 CHECK_EVERY_S = 2.0
 
-_checks: list[Callable[[], None]] = []
+_watchers: list[Watcher] = []
 
 
 class _StoppedError(Exception):
     """Ends an execution, in place of the check's own error: that would hold the frames, and with them the actors."""
 
 
+class Watcher:
+    """A check of the driver's, and what it raised."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self.failure: Exception | None = None
+        self._check = check
+        self._last = 0.0
+
+    def now(self) -> None:
+        """Make the check; what it raises ends the block of `checking`, and frees the actors without waiting."""
+        self._last = time.monotonic()
+        try:
+            self._check()
+        except Exception as error:
+            self.failure = error.with_traceback(None)
+            raise _StoppedError from None
+
+    def regularly(self) -> None:
+        """Make the check unless the last one was a moment ago."""
+        if time.monotonic() - self._last >= CHECK_EVERY_S:
+            self.now()
+
+
 @contextlib.contextmanager
-def checking(check: Callable[[], None]) -> Iterator[None]:
+def checking(check: Callable[[], None]) -> Iterator[Watcher]:
     """Call `check` now, and every few seconds while data sets run in the block; what it raises ends the block."""
     check()
-    last = time.monotonic()
-    failure: Exception | None = None
-
-    def regularly() -> None:
-        nonlocal last, failure
-        if time.monotonic() - last < CHECK_EVERY_S:
-            return
-        last = time.monotonic()
-        try:
-            check()
-        except Exception as error:
-            failure = error.with_traceback(None)
-        if failure is not None:
-            raise _StoppedError
-
-    _checks.append(regularly)
+    watcher = Watcher(check)
+    _watchers.append(watcher)
     try:
-        yield
+        yield watcher
     except _StoppedError as stopped:
         stopped.__traceback__ = None
     finally:
-        _checks.remove(regularly)
-    if failure is not None:
-        raise failure
+        _watchers.remove(watcher)
+    if watcher.failure is not None:
+        raise watcher.failure
 
 
 def watch_executions(context: DataContext) -> None:
@@ -59,15 +68,15 @@ def watch_executions(context: DataContext) -> None:
 class _Watch(ExecutionCallback):
     """Runs in the thread that schedules an execution, about ten times a second; what it raises reaches the reader."""
 
+    def before_execution_starts(self, executor: StreamingExecutor) -> None:
+        executor.shutdown = partial(_shut_down, executor)  # type: ignore[method-assign]
+
     def on_execution_step(self, executor: StreamingExecutor) -> None:
-        try:
-            for check in list(_checks):
-                check()
-        except _StoppedError:
-            # After an error Ray Data lets its actors finish what they are at, which may be hours; these are to be gone.
-            executor.shutdown = partial(_shut_down_by_force, executor)  # type: ignore[method-assign]
-            raise
+        for watcher in list(_watchers):
+            watcher.regularly()
 
 
-def _shut_down_by_force(executor: StreamingExecutor, force: bool = False, exception: Exception | None = None) -> None:
-    type(executor).shutdown(executor, force=True, exception=exception)
+def _shut_down(executor: StreamingExecutor, force: bool = False, exception: Exception | None = None) -> None:
+    """End an execution; after a failed check by force: Ray Data's actors would else finish what they are at, hours."""
+    failed = any(watcher.failure for watcher in _watchers)
+    type(executor).shutdown(executor, force=force or failed, exception=exception)
