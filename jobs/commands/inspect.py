@@ -18,7 +18,7 @@ from pipelines.inspection.inspect import inspect_path, view, write_contact_sheet
     "--contact-sheet",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE.png",
-    help="Also draw 48 random samples with their captions; PATH is an artifact of pairs, or a shard.",
+    help="Also draw 48 random samples with their captions; PATH is pairs, a shard, or a root.",
 )
 @json_option
 def inspect(path: str, contact_sheet: Path | None, as_json: bool) -> None:
@@ -27,8 +27,8 @@ def inspect(path: str, contact_sheet: Path | None, as_json: bool) -> None:
     \b
     Example:
       ldm inspect runs/demo
-      ldm inspect runs/demo/pairs/KEY --contact-sheet samples.png
-      ldm inspect runs/demo/pairs/*/000000.tar
+      ldm inspect runs/demo --contact-sheet samples.png
+      ldm inspect runs/demo/pairs/KEY/000000.tar
     """
     facts = inspect_path(path)
     out = console(as_json)

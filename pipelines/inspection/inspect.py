@@ -14,7 +14,7 @@ from pipelines.inspection.verify import finished_artifacts
 from pipelines.run.plan import STAGES
 from pipelines.shards.format import decode_json, decode_npy, read_shard
 from pipelines.store.commits import COMMITS
-from pipelines.store.ledger import WORK
+from pipelines.store.ledger import LEDGER, WORK
 from pipelines.store.manifest import MANIFEST, read_files, read_manifest
 from pipelines.store.storage import Storage
 
@@ -63,7 +63,7 @@ def inspect_path(url: str) -> dict[str, Any]:
 
 
 def write_contact_sheet(url: str, target: Path) -> None:
-    """Draw random samples of an artifact (finished or not) or of one shard into a PNG file.
+    """Draw random samples of an artifact (finished or not), of a root's newest pairs or of one shard into a PNG file.
 
     Raises:
         UserError: there are no samples with pictures, or the file cannot be written.
@@ -72,6 +72,8 @@ def write_contact_sheet(url: str, target: Path) -> None:
     if url.endswith(".tar"):
         folder, _, shard = storage.url.rpartition("/")
         storage = Storage(folder)
+    elif storage.exists(LEDGER):
+        storage = _newest_with_pictures(storage)
     sheets = (stage.contact_sheet(storage, shard) for stage in STAGES if stage.contact_sheet)
     if (sheet := next((sheet for sheet in sheets if sheet is not None), None)) is None:
         raise UserError(f"{url} has no samples with pictures: give an artifact of pairs or a shard (.tar) of one")
@@ -79,6 +81,13 @@ def write_contact_sheet(url: str, target: Path) -> None:
         target.write_bytes(encode_png(sheet))
     except OSError as error:
         raise UserError(f"cannot write {target} ({error.strerror}): say another place") from None
+
+
+def _newest_with_pictures(root: Storage) -> Storage:
+    """Return the artifact under a root whose samples can be drawn, the one finished last; the root if there is none."""
+    stages = [stage.name for stage in STAGES if stage.contact_sheet]
+    found = [artifact for artifact in finished_artifacts(root) if artifact.url.split("/")[-2] in stages]
+    return max(found, key=lambda artifact: artifact.modified_at(MANIFEST), default=root)
 
 
 def view(facts: dict[str, Any]) -> RenderableType | None:
