@@ -16,7 +16,7 @@ from tests.pipelines.store.s3 import BUCKET, S3, environment
 from tests.tiny import tiny_recipe, write_pictures, write_recipe
 
 REPOSITORY = Path(__file__).parents[2]
-# Longer than the requests of s3fs are repeated (3.3 s), and than an outage lasts before it is told of (10 s).
+# Longer than the requests of s3fs are repeated (1.1 s), and than an outage lasts before it is told of (10 s).
 DOWN_S = 120.0
 # After the start of a stage: by then its workers start, or work. The last one is done sooner.
 SHUT_AFTER_S = {"pairs": 3.0, "autoencoder": 3.0, "latents": 3.0, "diffusion": 3.0, "evaluate": 3.0, "export": 0.0}
