@@ -91,10 +91,16 @@ def _artifacts(artifacts: list[ArtifactFacts]) -> Table:
             f"{manifest.rows:,}" if manifest and manifest.rows else "",
             format_bytes(manifest.bytes) if manifest else "",
             "" if each.since is None else format_age(time.time() - each.since),
-            ", ".join(each.used_by[:_SHOWN])
+            ", ".join(map(_short, each.used_by[:_SHOWN]))
             + (f" and {more} more" if (more := len(each.used_by) - _SHOWN) > 0 else ""),
         )
     return table
+
+
+def _short(user: str) -> str:
+    """Shorten the name of a run by its time, and the key of an artifact: whole, they are lines of their own."""
+    kind, _, name = user.partition(" ")
+    return f"{kind} {name.split('-', 2)[-1] if kind == 'run' else name[:4]}"
 
 
 def _state(artifact: ArtifactFacts) -> str:
