@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -152,3 +153,5 @@ def _quieten(debug: bool) -> None:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "CRITICAL")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # How often an actor or a task is tried has no other name yet in Ray Data (pyproject.toml holds Ray below 2.64).
+    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
