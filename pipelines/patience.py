@@ -93,7 +93,7 @@ class Waiting:
         if self._until is None:
             limit_s = getattr(_thread, "limit_s", None)
             self._until = now + (self._outage.patience_s() if limit_s is None else limit_s)
-        self._outage.failed(reason, self._until - now)
+        self._outage.failed(reason)
         if now >= self._until:
             return False
         # Workers that one outage stopped at the same moment should not all come back at the same moment.
@@ -121,12 +121,14 @@ class Outage:
         patient = self._store != LOCAL and (self._has_answered or _expecting_answers)
         return patience_s() if patient else min(FIRST_CONTACT_S, patience_s())
 
-    def failed(self, reason: str, left_s: float) -> None:
+    def failed(self, reason: str) -> None:
         """Note that a request failed; tell of an outage once it has lasted a while."""
         with self._lock:
             now = time.monotonic()
             self._since = self._since or now
             lasted_s = now - self._since
+            # Whoever has a deadline of its own tries for less long, and is not what people wait for.
+            left_s = self.patience_s() - lasted_s
             if self._told or lasted_s < TELL_AFTER_S or left_s <= 0:
                 return
             self._told = True

@@ -9,19 +9,25 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from pipelines.patience import expect_answers
 from pipelines.store.filesystems import filesystem_of
 from pipelines.store.object_store import attempt
 
 
 @dataclass(frozen=True)
 class PatientFileSystem:
-    """The fsspec file system of a URL, for small files: what is written is sent when it is closed. Picklable.
+    """The fsspec file system of a URL, for small files: what is written is sent when it is closed.
+
+    Picklable; the process that it is sent to is patient with every store from the first request on.
 
     Attributes:
         url: a folder in it; names the store.
     """
 
     url: str
+
+    def __reduce__(self) -> tuple[Callable[[str], PatientFileSystem], tuple[str]]:
+        return _arrived, (self.url,)
 
     def __getattr__(self, name: str) -> Any:
         # Unpickling asks for special methods before there is a URL.
@@ -50,6 +56,12 @@ class PatientFileSystem:
         if mode == "wb":
             return _SentWhenClosed(partial(self.pipe_file, path))
         raise ValueError(f"mode must be rb or wb, got {mode!r}")
+
+
+def _arrived(url: str) -> PatientFileSystem:
+    """Make the file system in a process of a library's own, which nobody else tells that its driver has the store."""
+    expect_answers()
+    return PatientFileSystem(url)
 
 
 class _SentWhenClosed(io.BytesIO):

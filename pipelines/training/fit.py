@@ -55,8 +55,8 @@ def finished(writer: ArtifactWriter) -> dict[str, Any] | None:
 def fit(task: Task, config: TrainingConfig, context: StageContext) -> dict[str, Any]:
     """Train a task's network by distributed data parallelism, from the newest checkpoint if there is one.
 
-    A worker that dies is replaced and training goes on from the newest checkpoint; a store that does not answer for
-    longer than the patience with it delays training, and never ends it. After the whole process tree was
+    A worker or controller that dies is replaced and training goes on from the newest checkpoint; a store that does not
+    answer for longer than the patience with it delays training, and never ends it. After the whole process tree was
     killed the same call does the same. The samples seen, and on one kind of device the weights, are those of an
     uninterrupted run.
 
@@ -76,19 +76,36 @@ def fit(task: Task, config: TrainingConfig, context: StageContext) -> dict[str, 
     """
     train = context.writer.storage / TRAIN_FOLDER
     scaling = _scaling(config, context)
+    deaths = 0
     while True:
         try:
             return _attempt(task, config, context, train, scaling)
         except TransientError as error:
             # Nobody has to mend anything but the store, and hours of training are worth waiting for it.
-            tell(f"training stopped ({error}): it goes on from the newest checkpoint")
-            _pause(RESTART_PAUSE_S, context)
+            reason = str(error)
+        except ray.exceptions.RayActorError as error:
+            # Ray Train replaces workers; its controller, which may live on any node, is replaced by nobody else.
+            deaths += 1
+            reason = "Ray Train's controller died"
+            if deaths > config.max_failures:
+                raise UserError(
+                    f"Ray Train's controller died {deaths} times, more often than training.max_failures allows "
+                    "(killed, or out of memory?): run the same command again to go on from the newest checkpoint"
+                ) from error
+        tell(f"training stopped ({reason}): it goes on from the newest checkpoint")
+        _pause(RESTART_PAUSE_S, context)
 
 
 def _attempt(
     task: Task, config: TrainingConfig, context: StageContext, train: Storage, scaling: ScalingConfig
 ) -> dict[str, Any]:
-    """Train from the newest checkpoint to the end. Raises TransientError if a store did not recover in time."""
+    """Train from the newest checkpoint to the end.
+
+    Raises:
+        TransientError: a store did not recover in time.
+        RayActorError: Ray Train's controller died.
+        UserError: what a person can mend.
+    """
     if (details := finished(context.writer)) is not None:
         # The last attempt lost touch with the store after all was done.
         return details

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pipelines.errors import MisuseError, TransientError, UserError
 from pipelines.notices import told_to
 from pipelines.store import filesystems
 from pipelines.store.failures import explain_failure, is_transient
+from pipelines.store.patient import PatientFileSystem
 from pipelines.store.storage import Storage
 from pipelines.store.threads import map_in_threads
 from tests.pipelines.store.gate import Gate
@@ -121,6 +123,17 @@ def test_the_other_calls_of_a_failed_group_do_not_wait_for_the_store(gate: Gate,
     # Without an end to their patience this test would last ten minutes.
     with gate.shut(), pytest.raises(UserError, match="the first one fails"):
         list(map_in_threads(call, range(3), threads=3))
+
+
+def test_a_file_system_that_was_sent_to_another_process_has_that_one_expect_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(patience, "_expecting_answers", False)
+    system = PatientFileSystem("s3://never-asked/folder")
+    assert patience.outage_of(system.url).patience_s() == patience.FIRST_CONTACT_S
+    sent = pickle.loads(pickle.dumps(system))
+    assert sent == system
+    assert patience.outage_of(sent.url).patience_s() == patience.DEFAULT_S
 
 
 @pytest.mark.timeout(120)

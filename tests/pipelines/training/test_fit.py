@@ -66,6 +66,18 @@ def test_a_killed_worker_is_replaced_and_the_weights_come_out_the_same(uninterru
     assert_same_training(run, uninterrupted)
 
 
+def test_a_killed_controller_is_replaced_and_the_weights_come_out_the_same(
+    uninterrupted: toy.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "RESTART_PAUSE_S", 0.1)
+    run, lines = toy.Run(tmp_path), list[str]()
+    with told_to(lines.append):
+        details = run.fit(controller_dies_at=27)
+    assert details["steps"] == 48
+    assert lines == ["training stopped (Ray Train's controller died): it goes on from the newest checkpoint"]
+    assert_same_training(run, uninterrupted)
+
+
 @pytest.mark.timeout(400)
 def test_stores_that_fail_for_longer_than_the_patience_never_end_training(
     uninterrupted: toy.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

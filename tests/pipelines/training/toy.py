@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -33,12 +34,14 @@ class ToyTask:
     Args:
         log: folder of what the workers saw: a line a sample, `step position shard row`.
         die_at: the worker of rank 1 kills itself before this step, the first time it gets there.
+        controller_dies_at: it kills Ray Train's controller instead.
         bad_at: the position of a sample that is not a number.
         outages: how often the worker of rank 1 loses patience with its store before step 20.
     """
 
     log: Path
     die_at: int | None = None
+    controller_dies_at: int | None = None
     bad_at: int | None = None
     outages: int = 0
 
@@ -70,6 +73,11 @@ class ToyLearner:
         if step == self.task.die_at and rank == 1 and not marker.exists():
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        if step == self.task.controller_dies_at and rank == 1 and not marker.exists():
+            marker.touch()
+            # The raylet's other child, lest that of another session on this machine is killed.
+            children = psutil.Process(os.getppid()).children()
+            next(child for child in children if child.cmdline()[0].startswith("ray::TrainController")).kill()
         lost = len(list(self.task.log.glob("outage.*")))
         if step == 20 and rank == 1 and lost < self.task.outages:
             (self.task.log / f"outage.{lost}").touch()
