@@ -114,6 +114,10 @@ class FileTable:
     def __getitem__(self, name: str) -> FileRecord:
         if (position := self._find(name)) is None:
             raise KeyError(name)
+        return self.at(position)
+
+    def at(self, position: int) -> FileRecord:
+        """Return the record at a position, in the order of the names."""
         return _record(self._table.slice(position, 1).to_pylist()[0])
 
     def get(self, name: str) -> FileRecord | None:

@@ -36,7 +36,7 @@ class Latents:
     """
 
     def __init__(self, artifact: Artifact, *, cache_bytes: int = CACHE_BYTES) -> None:
-        self.reader = ShardReader(artifact.storage, artifact.require("latents", FORMAT_VERSION).shards())
+        self.reader = ShardReader(artifact.storage, artifact.require("latents", FORMAT_VERSION).files)
         self._room = cache_bytes
         self._kept: dict[Place, Cached] = {}
         # By ascending hash; nothing is trained on them.
