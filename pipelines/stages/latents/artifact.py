@@ -18,7 +18,7 @@ from pipelines.stages.pairs.held_out import held_out_places
 from pipelines.store.ledger import Artifact
 
 # Raised when the bytes that the stage writes, or their meaning, change. Its writer and its readers go by this number.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CACHE_BYTES = 1 << 30
 
 Cached = tuple[NDArray[np.float16], NDArray[np.uint16]]

@@ -1,8 +1,9 @@
 """The `latents` stage: every pair through the frozen encoders once, in a pool of Ray Data actors.
 
-Writes `vocab.txt`; for each pairs shard a `NNNNNN.tar` with the same keys (`KEY.latent.npy`,
-`KEY.tokens.npy`, `KEY.json`), and `stats/NNNNNN.json`, the sums that the scale factor is computed from; and the pairs'
-`held_out/N.parquet`.
+Writes `vocab.txt`; for each pairs shard a `NNNNNN.tar` with the same keys (`KEY.latent.npy`, `KEY.tokens.npy`,
+`KEY.json`), but for pictures whose latent is not finite; beside it `index/NNNNNN.arrow`, which says where its files lie
+and what their checksums are, and `stats/NNNNNN.json`, the sums that the scale factor is computed from and the pictures
+left out; and the pairs' `held_out/N.parquet`.
 """
 
 from __future__ import annotations
