@@ -16,9 +16,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-import pyarrow.compute as pc
-
 from pipelines.errors import UserError
 from pipelines.patience import give_up_at
 from pipelines.shards.index import MOST_INDEX_BYTES, ShardIndex, index_name, scan_shard
@@ -60,8 +57,7 @@ class ShardReader:
     ) -> None:
         self.storage, self._files = storage, files
         # A record is made when it is needed: as an object it would take many times what it takes in the table.
-        is_shard = pc.ends_with(files.table.column("name"), ".tar").to_numpy()
-        self._positions = np.flatnonzero(is_shard)
+        self._positions = files.positions()
         self.rows_per_shard = files.table.column("rows").to_numpy()[self._positions]
         self._bytes = files.table.column("bytes").to_numpy()[self._positions]
         self._max_open, self._cache_bytes = max_open, cache_bytes

@@ -192,8 +192,8 @@ def held_out_samples(artifact: Artifact) -> list[HeldOutSample]:
 
 def held_out_places(artifact: Artifact) -> list[Place]:
     """Read the places of the held-out samples among the artifact's shards, by ascending hash. Raises as above."""
-    samples = held_out_samples(artifact)
-    wanted = {sample.shard for sample in samples}
-    numbers = {record.name: number for number, record in enumerate(artifact.shards()) if record.name in wanted}
+    samples, files = held_out_samples(artifact), artifact.files
+    shards = files.positions()
+    places = ((files.position(sample.shard), sample.row) for sample in samples)
     # Latents leave out a shard that could not be encoded.
-    return [(numbers[sample.shard], sample.row) for sample in samples if sample.shard in numbers]
+    return [(int(shards.searchsorted(position)), row) for position, row in places if position is not None]
