@@ -142,17 +142,19 @@ class ShardIndex:
             raise ValueError("two samples of one key")
         return cls(keys.chunk(0) if len(keys) else pa.array([], pa.binary()), files)
 
-    def differences(self, other: ShardIndex) -> Iterator[str]:
-        """Yield what is said otherwise by another index of the same shard: a sample, or a file of one, at a time."""
-        if len(self) != len(other):
-            yield f"{len(self)} samples instead of {len(other)}"
+    def differences(self, written: ShardIndex) -> Iterator[str]:
+        """Yield where a shard of this index is not the one that another was written with: one line each."""
+        if len(self) != len(written):
+            yield f"{len(self)} samples, but its index has {len(written)}"
             return
         for row in range(len(self)):
-            if (key := self.key(row)) != other.key(row):
-                yield f"sample {key} instead of {other.key(row)}"
+            if (key := self.key(row)) != written.key(row):
+                yield f"sample {key} in the place of {written.key(row)}"
                 continue
-            mine, theirs = self.spans(row), other.spans(row)
-            yield from (f"{key}.{each}" for each in sorted(mine.keys() | theirs) if mine.get(each) != theirs.get(each))
+            mine, theirs = self.spans(row), written.spans(row)
+            for extension in sorted(mine.keys() | theirs):
+                if mine.get(extension) != theirs.get(extension):
+                    yield f"{key}.{extension} is not what its index says"
 
 
 class IndexBuilder:

@@ -84,10 +84,10 @@ def test_an_index_made_from_the_tar_is_the_one_that_was_written_with_it(tmp_path
 
 def test_what_two_indexes_say_otherwise_is_named(tmp_path: Path) -> None:
     index = write_shard(tmp_path / "a.tar", 0, 3)
-    assert list(index.differences(write_shard(tmp_path / "b.tar", 0, 2))) == ["3 samples instead of 2"]
+    assert list(index.differences(write_shard(tmp_path / "b.tar", 0, 2))) == ["3 samples, but its index has 2"]
     found = list(index.differences(write_shard(tmp_path / "b.tar", 1, 3)))
-    assert found[0] == "sample 000000000 instead of 000010000"
-    assert found[-1] == f"{LONG}2.latent.npy"
+    assert found[0] == "sample 000000000 in the place of 000010000"
+    assert found[-1] == f"{LONG}2.latent.npy is not what its index says"
 
 
 def test_an_index_without_checksums_is_not_kept(tmp_path: Path) -> None:
