@@ -9,13 +9,16 @@ left out; and the pairs' `held_out/N.parquet`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.stage import Estimate, Section, Sections, Stage, StageContext
 from pipelines.stages.latents.artifact import FORMAT_VERSION
 from pipelines.stages.latents.config import LatentsConfig
 from pipelines.stages.latents.vocabulary import vocabulary_digest
 from pipelines.store.ledger import Artifact
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 FP16_BYTES = 2
 TOKEN_BYTES = 2
@@ -34,6 +37,18 @@ def _section(artifact: Artifact) -> Section:
     from pipelines.stages.latents.section import section
 
     return section(artifact)
+
+
+def _look(artifact: Artifact) -> dict[str, Any]:
+    from pipelines.stages.latents.look import look
+
+    return look(artifact)
+
+
+def _view(facts: Mapping[str, Any]) -> RenderableType:
+    from pipelines.stages.latents.view import view
+
+    return view(facts)
 
 
 def _inputs(config: LatentsConfig) -> dict[str, str]:
@@ -64,5 +79,7 @@ STAGE = Stage(
     uses_seed=False,
     unit="rows",
     headlines=("scale_factor",),
+    look=_look,
+    view=_view,
     local_inputs=("tokenizer.vocabulary",),
 )
