@@ -223,12 +223,12 @@ class ShardReader:
         path = folder / f"{shard:06d}.tar"
         # Before it is fetched: a shard that is missing or cut is not worth its way over the network.
         self._check_size(record, self.storage.size(record.name))
-        # Under its name only when whole: a thread that was told of an earlier download, evicted since, may open it.
-        partial = path.with_suffix(".partial")
-        self.storage.download(record.name, partial)
         if index_name(record.name) in self._files:
             # With its shard, so that whoever reads the first sample of it waits for neither.
             self._index(shard)
+        # Under its name only when whole: a thread that was told of an earlier download, evicted since, may open it.
+        partial = path.with_suffix(".partial")
+        self.storage.download(record.name, partial)
         return partial.replace(path)
 
     def _evict(self) -> None:

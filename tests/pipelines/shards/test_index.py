@@ -222,6 +222,17 @@ def test_a_damaged_index_is_named(storage: Storage, damage: Callable[[Storage, s
     reader.close()
 
 
+def test_the_index_of_a_remote_shard_comes_with_it() -> None:
+    storage = Storage("memory://index-ahead")
+    reader = ShardReader(storage, write(storage, (3, 3)))
+    reader.fetch_ahead([1])
+    reader._fetched[1].result()
+    storage.remove("index/000001.arrow")
+    storage.remove("000001.tar")
+    assert reader.read(1, 0) == sample(1, 0)[1]
+    reader.close()
+
+
 def test_an_index_of_another_number_of_samples_than_committed_is_refused(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     shard, index = write(storage, (3,))
