@@ -143,6 +143,7 @@ class Stage(Generic[ConfigT]):
             often something is logged; they do not count when two artifacts are compared, and no later stage reads them.
         outputs: files that a person opens, by display name.
         survey: facts of an artifact that is not finished yet, for `ldm inspect`.
+        look: what a few samples of a finished artifact show, for `ldm inspect`.
         view: facts of an artifact, as `ldm inspect` gives them, for a terminal; None shows them as they are.
         contact_sheet: random samples with their captions as one picture, from an artifact's folder or (by file name)
             one shard in it; None in place of the picture if there are no samples.
@@ -165,6 +166,7 @@ class Stage(Generic[ConfigT]):
     logs: tuple[str, ...] = ()
     outputs: Mapping[str, str] = field(default_factory=dict)
     survey: Callable[[Storage], dict[str, Any]] | None = None
+    look: Callable[[Artifact], dict[str, Any]] | None = None
     view: Callable[[Mapping[str, Any]], RenderableType] | None = None
     contact_sheet: Callable[[Storage, str | None], NDArray[np.uint8] | None] | None = None
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from pipelines.config import Config
 from pipelines.shards.format import ShardWriter, encode_npy, read_shard
+from pipelines.shards.index import IndexBuilder, index_name
 from pipelines.stage import Stage, StageContext
 from pipelines.stages.autoencoder.artifact import FORMAT_VERSION as AUTOENCODER_FORMAT
 from pipelines.stages.diffusion.artifact import FORMAT_VERSION as DIFFUSION_FORMAT
@@ -126,10 +127,13 @@ def latents_artifact(
                 "json": json.dumps({"captions": captions}).encode(),
             }
             samples.append((f"{shard:05d}{row:04d}", files))
-        with writer.storage.writer(f"{shard:06d}.tar") as path, ShardWriter(path) as tar:
+        name, index = f"{shard:06d}.tar", IndexBuilder()
+        with writer.storage.writer(name) as path, ShardWriter(path, index) as tar:
             for key, files in samples:
                 tar.add(key, files)
-        writer.commit(f"{shard:06d}.tar", rows=count, sha256=tar.sha256, content=tar.content)
+        writer.commit(name, rows=count, sha256=tar.sha256, content=tar.content)
+        writer.storage.write_bytes(index_name(name), index.index().encode())
+        writer.commit(index_name(name))
     with writer.storage.writer("vocab.txt") as path:
         tokenizer.write(path)
     writer.commit("vocab.txt")
@@ -159,7 +163,7 @@ def encoded_latents_artifact(root: Path, pairs: Artifact, first_stage: Artifact,
     threads = torch.get_num_threads()
     encode = EncodeShard(pairs=pairs, first_stage=first_stage, writer=writer, config=config, device="cpu")
     for record in pairs.shards():
-        encode({"shard": record.name, "rows": record.rows, "sha256": record.sha256, "encoded": False})
+        encode({"shard": record.name, "rows": record.rows, "sha256": record.sha256})
     torch.set_num_threads(threads)
     return finish(writer, {"samples": pairs.manifest.rows, "held_out": copy_held_out(pairs, writer)}, LATENTS_FORMAT)
 

@@ -14,7 +14,7 @@ from pipelines.inspection.verify import finished_artifacts
 from pipelines.run.plan import STAGES
 from pipelines.shards.format import decode_json, decode_npy, read_shard
 from pipelines.store.commits import COMMITS
-from pipelines.store.ledger import LEDGER, WORK
+from pipelines.store.ledger import LEDGER, WORK, Artifact
 from pipelines.store.manifest import MANIFEST, read_files, read_manifest
 from pipelines.store.storage import Storage
 
@@ -151,7 +151,15 @@ def _artifact(storage: Storage) -> dict[str, Any]:
         "details": manifest.details,
         "shards": len(shards),
         "first_samples": first,
+        **_looked_at(Artifact(manifest.stage, manifest.key, storage)),
     }
+
+
+def _looked_at(artifact: Artifact) -> dict[str, Any]:
+    stage = next((stage for stage in STAGES if stage.name == artifact.stage), None)
+    # Of another version nobody knows how to read its samples.
+    readable = stage is not None and stage.format_version == artifact.manifest.format_version
+    return {"looked_at": stage.look(artifact)} if stage and stage.look and readable else {}
 
 
 def _summary(storage: Storage) -> dict[str, Any]:

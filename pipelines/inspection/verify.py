@@ -1,16 +1,19 @@
-"""Verify what lies in storage: artifacts against their manifests, shards member by member."""
+"""Verify what lies in storage: artifacts against their manifests, shards member by member and against their indexes."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from pipelines.errors import UserError
 from pipelines.shards.format import decode_json, decode_npy
+from pipelines.shards.index import IndexBuilder, ShardIndex, Span, index_name
 from pipelines.shards.samples import contents, shard_samples
 from pipelines.shards.tar_headers import FileBytes, Member, TarError, shown
 from pipelines.stages.pairs.artifact import IMAGE_EXTENSIONS, decode_image
+from pipelines.store.failures import MissingFileError
 from pipelines.store.file_table import FileRecord
 from pipelines.store.manifest import MANIFEST, read_files, read_manifest
 from pipelines.store.storage import Storage, sha256_file
@@ -71,16 +74,16 @@ def finished_artifacts(root: Storage) -> list[Storage]:
 
 
 def verify_artifact(storage: Storage) -> VerifyReport:
-    """Verify that every file of the manifest has the recorded size and sha256, and every shard its number of samples.
+    """Verify that every file of the manifest has the recorded size and sha256, and every shard its number of samples
+    and, if it has an index, every file at the place and with the checksum that this says.
 
     Raises:
         UserError: there is no manifest, or it is not one.
     """
-    table = read_manifest(storage).table
-    report = VerifyReport(storage.url)
-    for record in read_files(storage, table):
+    report, files = VerifyReport(storage.url), read_files(storage, read_manifest(storage).table)
+    for record in files:
         report.files += 1
-        report.problems += _verify_file(storage, record, report)
+        report.problems += _verify_file(storage, record, files.get(index_name(record.name)), report)
     return report
 
 
@@ -95,12 +98,12 @@ def verify_shard(url: str) -> VerifyReport:
     report = VerifyReport(Storage(url).url, files=1)
     with storage.open(name) as file:
         report.bytes = storage.size(name)
-        report.rows, problems = _read_shard(file)
+        report.rows, problems = _read_shard(file, None)
     report.problems = [f"{name}: {problem}" for problem in problems]
     return report
 
 
-def _verify_file(storage: Storage, record: FileRecord, report: VerifyReport) -> list[str]:
+def _verify_file(storage: Storage, record: FileRecord, index: FileRecord | None, report: VerifyReport) -> list[str]:
     size = storage.size(record.name)
     if size < 0:
         return [f"{record.name}: missing"]
@@ -113,9 +116,12 @@ def _verify_file(storage: Storage, record: FileRecord, report: VerifyReport) -> 
             problems.append(f"sha256 {digest[:12]}… instead of {record.sha256[:12]}…")
         if record.name.endswith(".tar"):
             file.seek(0)
-            rows, damage = _read_shard(file)
+            found = IndexBuilder() if index else None
+            rows, damage = _read_shard(file, found)
             report.rows += rows
             problems += damage
+            if index and found:
+                problems += _differences(storage, record, index, found.index())
             if rows != record.rows:
                 problems.append(f"{rows} samples instead of {record.rows}")
     return [f"{record.name}: {problem}" for problem in problems]
@@ -138,18 +144,42 @@ class _Problems:
         return [*self._first, f"and {more} more problems"] if more else self._first
 
 
-def _read_shard(file: BinaryIO) -> tuple[int, list[str]]:
-    """Count a shard's samples and list what is wrong with it, decoding every file as its readers do."""
+def _differences(storage: Storage, record: FileRecord, index: FileRecord, found: ShardIndex) -> list[str]:
+    """List where a shard is not as its index says."""
+    problems = _Problems()
+    try:
+        written = ShardIndex.decode(storage.read_bytes(index.name), shard_bytes=record.bytes)
+    except MissingFileError:
+        # Said of the index itself.
+        return []
+    except ValueError as error:
+        return [f"its index {index.name} cannot be read ({error})"]
+    for difference in found.differences(written):
+        problems.add(shown(difference))
+    return problems.lines()
+
+
+def _read_shard(file: BinaryIO, index: IndexBuilder | None) -> tuple[int, list[str]]:
+    """Count a shard's samples and list what is wrong with it, decoding every file as its readers do.
+
+    Args:
+        file: the shard.
+        index: told of each sample, if the shard is to be held against its index.
+    """
     count, problems = 0, _Problems()
     tar = FileBytes(file)
 
-    def look(member: Member) -> None:
+    def look(member: Member) -> Span:
         if problem := _damage(tar, member):
             problems.add(f"{shown(member.name)} {problem}")
+        checksum = zlib.crc32(contents(tar, member)) if index else None
+        return Span(member.offset, member.size or 0, checksum)
 
     try:
-        for _ in shard_samples(tar, look, problems.add):
+        for sample in shard_samples(tar, look, problems.add):
             count += 1
+            if index:
+                index.add(sample.key, sample.files)
     except TarError as error:
         problems.add(f"truncated or damaged after {count} samples ({error})")
     return count, problems.lines()

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -17,6 +18,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from pipelines.errors import UserError
+from pipelines.shards.index import IndexBuilder, Span
 from pipelines.shards.samples import MOST_TEXT_BYTES, contents, shard_samples
 from pipelines.shards.tar_headers import FileBytes, TarError
 
@@ -29,10 +31,12 @@ class ShardWriter:
 
     Args:
         path: a local file, written in place (put it under `Storage.writer` to make it appear whole).
+        index: told of each sample, where the shard is to have an index.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, index: IndexBuilder | None = None) -> None:
         self.rows = self.bytes = 0
+        self._index = index
         self._keys: set[str] = set()
         self._digest, self._content = hashlib.sha256(), hashlib.sha256()
         self._file = open(path, "wb")  # noqa: SIM115 (closed by __exit__)
@@ -49,14 +53,19 @@ class ShardWriter:
         self.rows += 1
         # With lengths, so that no two lists of samples are the same bytes.
         self._content.update(b"%d\n" % len(files))
+        spans = {}
         for extension in sorted(files):
             data = files[extension]
             self._content.update(f"{extension} {len(data)}\n".encode())
             self._content.update(data)
             self._write(_header(f"{key}.{extension}", len(data)))
+            if self._index is not None:
+                spans[extension] = Span(self.bytes, len(data), zlib.crc32(data))
             self._write(data)
             if rest := len(data) % tarfile.BLOCKSIZE:
                 self._write(bytes(tarfile.BLOCKSIZE - rest))
+        if self._index is not None:
+            self._index.add(key, spans)
 
     def __exit__(self, *error: object) -> None:
         try:

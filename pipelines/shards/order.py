@@ -46,7 +46,12 @@ class SampleOrder:
     """
 
     def __init__(
-        self, rows_per_shard: Sequence[int], seed: int, window: int, *, excluded: Iterable[Place] = ()
+        self,
+        rows_per_shard: Sequence[int] | NDArray[np.int64],
+        seed: int,
+        window: int,
+        *,
+        excluded: Iterable[Place] = (),
     ) -> None:
         if window < 1:
             raise ValueError(f"window must be at least 1 shard, got {window}")

@@ -26,6 +26,8 @@ MOST_TEXT_BYTES = 2**25
 TEXT_EXTENSIONS = ("txt", "json")
 # Of one shard: the keys that were seen are kept.
 MOST_SAMPLES = 2**20
+# Of one shard: an index takes memory for each of them at every sample.
+MOST_EXTENSIONS = 64
 
 # Offset and size of a file in its tar; no size for what is not a regular file, which is never read.
 Span = tuple[int, int | None]
@@ -98,6 +100,7 @@ def shard_samples(
         TarError: truncated, damaged or not a tar, or larger than any shard.
     """
     seen: set[bytes] = set()
+    extensions: set[str] = set()
     for sample in samples(_sound(members(tar), problem), look):
         # Digests: names can be long.
         digest = hashlib.blake2b(sample.key.encode("utf-8", "surrogateescape"), digest_size=16).digest()
@@ -107,6 +110,9 @@ def shard_samples(
         if len(seen) >= MOST_SAMPLES:
             raise TarError(f"more than {MOST_SAMPLES} samples")
         seen.add(digest)
+        extensions |= sample.files.keys()
+        if len(extensions) > MOST_EXTENSIONS:
+            raise TarError(f"files of more than {MOST_EXTENSIONS} extensions")
         yield sample
 
 

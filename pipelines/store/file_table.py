@@ -1,4 +1,4 @@
-"""Files of an artifact as a columnar table: a hundred bytes a file in memory and fifty on disk, however many they are.
+"""Files of an artifact as a columnar table: a hundred bytes a file, and on disk instead of in memory if they are many.
 
 name      string
 rows      int64      samples in the file; 0 for files that hold none
@@ -13,20 +13,29 @@ from __future__ import annotations
 import bisect
 import hashlib
 import io
+import tempfile
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
+from pipelines.errors import UserError
+
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
+    from numpy.typing import NDArray
 
 # `pyarrow` is imported when a table is made or read: `ldm --help` and a plan need none.
 
 _DIGEST_BYTES = 32
 # Records that are made at once while a table is gone through.
 _RECORDS_AT_ONCE = 1024
+# Tables of more files are not held in memory.
+_MOST_IN_MEMORY = 10_000
+_UNPACKED_AT_ONCE = 8192
 
 
 class FileRecord(BaseModel):
@@ -60,7 +69,7 @@ class FileTable:
     """
 
     def __init__(self, table: pa.Table) -> None:
-        self._table = table.combine_chunks()
+        self._table = table
 
     @classmethod
     def of(cls, records: Iterable[FileRecord]) -> FileTable:
@@ -92,6 +101,35 @@ class FileTable:
         except (pa.ArrowException, OSError) as error:
             raise ValueError(" ".join(str(error).split())[:200]) from error
 
+    @classmethod
+    def open(cls, path: Path) -> FileTable:
+        """Read a table from a local parquet file.
+
+        A large one is unpacked to a temporary file, of which the kernel keeps in memory what is used, as long as there
+        is room: so many processes may each have a table of millions of files.
+
+        Raises:
+            FileNotFoundError: there is no file.
+            ValueError: it is not one of these.
+            UserError: there is no room for the temporary file.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            with pq.ParquetFile(path, memory_map=True) as packed:
+                if packed.metadata.num_rows <= _MOST_IN_MEMORY:
+                    return cls(packed.read().cast(_schema()))
+                batches = (
+                    pa.Table.from_batches([batch]).cast(_schema())
+                    for batch in packed.iter_batches(_UNPACKED_AT_ONCE, use_threads=False)
+                )
+                return cls(_on_disk(batches))
+        except FileNotFoundError:
+            raise
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(" ".join(str(error).split())[:200]) from error
+
     def encode(self) -> bytes:
         """Write the table as parquet."""
         import pyarrow.parquet as pq
@@ -109,11 +147,28 @@ class FileTable:
             yield from map(_record, batch.to_pylist())
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and self._find(name) is not None
+        return isinstance(name, str) and self.position(name) is not None
 
     def __getitem__(self, name: str) -> FileRecord:
-        if (position := self._find(name)) is None:
+        if (position := self.position(name)) is None:
             raise KeyError(name)
+        return self.at(position)
+
+    def position(self, name: str) -> int | None:
+        """Return where a file stands in the order of the names; None if it is not there."""
+        names = self._table.column("name")
+        position = bisect.bisect_left(_Names(names), name)
+        return position if position < len(names) and names[position].as_py() == name else None
+
+    def positions(self, suffix: str = ".tar") -> NDArray[np.int64]:
+        """Return the positions of the files whose names end with `suffix`."""
+        import numpy as np
+        import pyarrow.compute as pc
+
+        return np.flatnonzero(pc.ends_with(self._table.column("name"), suffix).to_numpy())
+
+    def at(self, position: int) -> FileRecord:
+        """Return the record at a position, in the order of the names."""
         return _record(self._table.slice(position, 1).to_pylist()[0])
 
     def get(self, name: str) -> FileRecord | None:
@@ -181,15 +236,29 @@ class FileTable:
 
         return int(pc.sum(self._table.column(column)).as_py() or 0)
 
-    def _find(self, name: str) -> int | None:
-        if not len(self):
-            return None
-        names = self._table.column("name").chunk(0)
-        position = bisect.bisect_left(_Names(names), name)
-        return position if position < len(names) and names[position].as_py() == name else None
-
     def __repr__(self) -> str:
         return f"FileTable({len(self)} files)"
+
+
+def _on_disk(parts: Iterable[pa.Table]) -> pa.Table:
+    """Return a table that lies in a file without a name, mapped into memory."""
+    import pyarrow as pa
+
+    try:
+        with tempfile.NamedTemporaryFile(prefix="ldm-files-") as file:
+            with pa.ipc.new_file(file, _schema()) as unpacked:
+                for part in parts:
+                    unpacked.write_table(part)
+            file.flush()
+            return pa.ipc.open_file(pa.memory_map(file.name)).read_all()
+    except OSError as error:
+        # Arrow's own errors, of a damaged table, have no number.
+        if error.errno is None:
+            raise
+        raise UserError(
+            f"cannot write to {tempfile.gettempdir()} ({error.strerror}): make room there, or set TMPDIR to another "
+            "folder"
+        ) from error
 
 
 class _Names:

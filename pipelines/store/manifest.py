@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipelines.errors import UserError
+from pipelines.store.failures import MissingFileError
 from pipelines.store.file_table import FileTable
 from pipelines.store.storage import Storage
 
@@ -94,7 +95,10 @@ def read_files(storage: Storage, table: str) -> FileTable:
         UserError: it is missing or damaged.
     """
     try:
-        return FileTable.decode(storage.read_bytes(table))
+        with storage.local_copy(table) as path:
+            return FileTable.open(path)
+    except FileNotFoundError:
+        raise MissingFileError(f"{storage.url}/{table} is missing") from None
     except ValueError as error:
         raise UserError(f"{storage.url}/{table} is not a table of files ({error}): {_DAMAGED}") from error
 

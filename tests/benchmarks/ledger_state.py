@@ -65,7 +65,12 @@ LAYOUTS = {
         others=(("first_stage/model.safetensors", 300 << 20), ("first_stage/config.json", 800), ("history.json", 900))
     ),
     "latents": Layout(
-        shard=(("", ".tar", ROWS_PER_SHARD, 160 << 20), ("stats/", ".json", 0, 400)), others=(("vocab.txt", 30_000),)
+        shard=(
+            ("", ".tar", ROWS_PER_SHARD, 160 << 20),
+            ("index/", ".arrow", 0, 620_000),
+            ("stats/", ".json", 0, 700),
+        ),
+        others=(("vocab.txt", 30_000),),
     ),
 }
 

@@ -67,7 +67,7 @@ class AutoencoderLearner:
         return losses
 
     def key(self, sample: SamplePosition) -> str:
-        return self.reader.keys(sample.shard)[sample.row]
+        return self.reader.key(*sample.place)
 
     def fetch_ahead(self, position: int) -> None:
         self.reader.fetch_ahead(self.order.shards_ahead(position))

@@ -125,7 +125,7 @@ class DiffusionLearner:
         )
 
     def key(self, sample: SamplePosition) -> str:
-        return self.latents.reader.keys(sample.shard)[sample.row]
+        return self.latents.reader.key(*sample.place)
 
     def fetch_ahead(self, position: int) -> None:
         self.latents.reader.fetch_ahead(self.order.shards_ahead(position))

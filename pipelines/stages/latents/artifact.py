@@ -18,7 +18,7 @@ from pipelines.stages.pairs.held_out import held_out_places
 from pipelines.store.ledger import Artifact
 
 # Raised when the bytes that the stage writes, or their meaning, change. Its writer and its readers go by this number.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CACHE_BYTES = 1 << 30
 
 Cached = tuple[NDArray[np.float16], NDArray[np.uint16]]
@@ -36,7 +36,7 @@ class Latents:
     """
 
     def __init__(self, artifact: Artifact, *, cache_bytes: int = CACHE_BYTES) -> None:
-        self.reader = ShardReader(artifact.storage, artifact.require("latents", FORMAT_VERSION).shards())
+        self.reader = ShardReader(artifact.storage, artifact.require("latents", FORMAT_VERSION).files)
         self._room = cache_bytes
         self._kept: dict[Place, Cached] = {}
         # By ascending hash; nothing is trained on them.

@@ -35,6 +35,8 @@ class LatentsConfig(Config):
         decode_threads: threads per actor that decode pictures while the encoder runs.
         max_poisoned_share: share of the shards that may be left out because encoding them kills the worker each time;
             more of them fail the stage. No part of the key: which shards these are is the fault of the machines.
+        max_unencodable_share: share of the pictures that may be left out because the first stage encodes them to
+            values that are not finite in fp16; more of them fail the stage.
     """
 
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -44,3 +46,4 @@ class LatentsConfig(Config):
     use_gpu: bool | None = runtime(None)
     decode_threads: int = runtime(2, ge=1)
     max_poisoned_share: float = runtime(0.01, ge=0, le=1)
+    max_unencodable_share: float = runtime(0.01, ge=0, le=1)

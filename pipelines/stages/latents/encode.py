@@ -23,14 +23,15 @@ from numpy.typing import NDArray
 from ldm_core.images import to_unit_range
 from pipelines.compute.actor_pool import prepare_torch
 from pipelines.errors import UserError
-from pipelines.shards.format import ShardWriter, decode_npy, encode_npy, read_shard
+from pipelines.shards.format import ShardWriter, encode_npy, read_shard
+from pipelines.shards.index import IndexBuilder
 from pipelines.stages.autoencoder.artifact import load_first_stage
 from pipelines.stages.latents.config import LatentsConfig
-from pipelines.stages.latents.statistics import LatentSums, statistics_name, total
+from pipelines.stages.latents.shard import Identity, ShardCommit, Written
+from pipelines.stages.latents.statistics import ShardStatistics
 from pipelines.stages.latents.vocabulary import load_vocabulary
 from pipelines.stages.pairs.artifact import damaged_pairs, decode_image, image_of, sample_captions, whole_shard
 from pipelines.store.commits import ArtifactWriter
-from pipelines.store.file_table import FileRecord
 from pipelines.store.ledger import Artifact
 
 BATCHES_AHEAD = 3
@@ -75,68 +76,50 @@ class EncodeShard:
         self.tokenizer = load_vocabulary(writer.storage, config.tokenizer)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Encode and commit one shard, then commit the sums over it.
+        """Encode and commit one shard, its index and its statistics.
 
         Args:
-            item: `shard` (its name), `rows` and `sha256` (of the pairs shard, as committed), `encoded` (true if
-                the latents are committed, and only their sums are missing), and what the latents are known by:
-                `origin` and `content`.
+            item: `shard` (its name), `rows` and `sha256` (of the pairs shard, as committed), and what the latents are
+                known by: `origin` and `content`.
 
         Returns:
-            `rows`, and `records` of the files committed.
+            `rows` of the pairs shard, `unencodable` keys of it, and `records` of the files committed.
 
         Raises:
-            UserError: the pairs shard is missing or damaged, its pictures do not fit the first stage, or its encoding
-                is not finite.
+            UserError: the pairs shard is missing or damaged, or its pictures do not fit the first stage.
         """
-        shard, records = item["shard"], []
-        # Looked up again: Ray repeats what a dead actor had finished, and a committed file is never replaced.
-        if not item["encoded"] and not self.writer.is_committed(shard):
-            # Two actors may be at one shard, where a node was taken for dead, and on another kind of GPU the last bits
-            # differ: the first file stands.
-            sha256 = self.writer.storage.write_once(shard, partial(self._write, item))
-            records.append(
-                self.writer.commit(
-                    shard, rows=item["rows"], sha256=sha256, origin=item.get("origin"), content=item.get("content")
-                )
-            )
-        if not self.writer.is_committed(statistics_name(shard)):
-            records.append(self._commit_statistics(shard))
-        return {"rows": item["rows"], "records": [record.model_dump() for record in records]}
+        identity = Identity(item.get("origin"), item.get("content"))
+        commit = ShardCommit(self.pairs, self.writer, item["shard"], item["sha256"], item["rows"], identity)
+        committed = commit(partial(self._write, item))
+        return {
+            "rows": item["rows"],
+            "unencodable": list(committed.statistics.unencodable),
+            "records": [record.model_dump() for record in committed.records],
+        }
 
-    def _write(self, item: dict[str, Any], path: Path) -> str:
-        """Write the encoded samples of a shard to a local file; return its sha256."""
-        with whole_shard(self.pairs, item["shard"], item["sha256"]) as pairs_shard, ShardWriter(path) as tar:
-            for key, files in self._encoded_samples(pairs_shard):
-                tar.add(key, files)
-        if tar.rows != item["rows"]:
-            raise damaged_pairs(self.pairs, item["shard"], f"holds {tar.rows} samples instead of {item['rows']}")
-        return tar.sha256
+    def _write(self, item: dict[str, Any], path: Path) -> Written:
+        """Write the encoded samples of a shard to a local file; return what is known of it."""
+        index, statistics, rows = IndexBuilder(), ShardStatistics(), 0
+        with whole_shard(self.pairs, item["shard"], item["sha256"]) as pairs_shard, ShardWriter(path, index) as tar:
+            for pair, moments, tokens in self._encoded_samples(pairs_shard):
+                # As stored: a finite fp32 value beyond 65,504 is infinite in fp16.
+                if np.isfinite(moments).all():
+                    statistics.add(pair.key, moments)
+                    files = {"latent.npy": encode_npy(moments), "tokens.npy": encode_npy(tokens), "json": pair.json}
+                    tar.add(pair.key, files)
+                else:
+                    statistics.unencodable[pair.key] = rows
+                rows += 1
+        if rows != item["rows"]:
+            raise damaged_pairs(self.pairs, item["shard"], f"holds {rows} samples instead of {item['rows']}")
+        return Written(tar.sha256, index.index(), statistics)
 
-    def _commit_statistics(self, shard: str) -> FileRecord:
-        """Commit the sums over a shard. Of what is stored, not of what was computed: its bytes alone decide them."""
-        shapes, sums = set(), []
-        with self.writer.storage.open(shard) as file:
-            for sample in read_shard(file):
-                moments = decode_npy(sample["latent.npy"])
-                shapes.add(moments.shape)
-                sums.append(LatentSums.of(moments))
-        if len(shapes) > 1:
-            raise UserError(f"latents of {shard} differ in shape ({sorted(shapes)}): set pairs.resize=center_crop")
-        shape = list(shapes.pop()) if shapes else None
-        self.writer.storage.write_json(statistics_name(shard), {"shape": shape, **total(sums).to_dict()})
-        return self.writer.commit(statistics_name(shard))
-
-    def _encoded_samples(self, shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    def _encoded_samples(self, shard: Path) -> Iterator[tuple[_Pair, NDArray[np.float16], NDArray[np.uint16]]]:
         for batch in self._decoded_batches(shard):
             moments = self._encode(batch)
             tokens = self.tokenizer.encode([caption for pair in batch for caption in pair.captions])
             ends = np.cumsum([len(pair.captions) for pair in batch])
-            for pair, latent, ids in zip(batch, moments, np.split(tokens, ends[:-1]), strict=True):
-                yield (
-                    pair.key,
-                    {"latent.npy": encode_npy(latent), "tokens.npy": encode_npy(ids), "json": pair.json},
-                )
+            yield from zip(batch, moments, np.split(tokens, ends[:-1]), strict=True)
 
     def _decoded_batches(self, shard: Path) -> Iterator[list[_Pair]]:
         """Yield the shard's samples in batches, in order; threads decode the next ones while one is encoded."""
@@ -165,15 +148,7 @@ class EncodeShard:
                 moments = self.first_stage.encode(images).moments
             except ValueError as error:
                 raise UserError(f"{batch[0].key} does not fit the first stage: {error}") from error
-        stored = moments.half().cpu().numpy()
-        # Checked as stored: a finite fp32 value beyond 65,504 is infinite in fp16.
-        finite = np.isfinite(stored).reshape(len(batch), -1).all(axis=1)
-        if not finite.all():
-            key = batch[int(np.argmin(finite))].key
-            raise UserError(
-                f"the first stage encodes sample {key} to values that are not finite in fp16: train it again "
-                "with a smaller learning rate, or check its weights file"
-            )
+        stored: NDArray[np.float16] = moments.half().cpu().numpy()
         return stored
 
 

@@ -51,4 +51,4 @@ class Poisoned:
         record = self._writer.commit(f"{FOLDER}/{shard.removesuffix('.tar')}.json")
         self.shards.add(shard)
         tell(f"latents: encoding {shard} kills its worker each time: left out, with its {item['rows']} rows")
-        return {"rows": item["rows"], "records": [record.model_dump()]}
+        return {"rows": item["rows"], "unencodable": [], "records": [record.model_dump()]}

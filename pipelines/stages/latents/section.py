@@ -20,6 +20,7 @@ def section(artifact: Artifact) -> Section:
         ("Size of one", format_bytes(bytes_per_sample)),
         ("Vocabulary", format_count(details.get("vocabulary_size"))),
         ("Longest caption", f"{details['max_length']} tokens" if "max_length" in details else None),
+        ("Pictures left out", format_count(details["unencodable"]) if details.get("unencodable") else None),
         ("Shards left out", format_count(details["poisoned_shards"]) if details.get("poisoned_shards") else None),
         ("Encoder", details.get("encoder_sha256", "")[:16]),
         ("Tokenizer", details.get("tokenizer_sha256", "")[:16]),

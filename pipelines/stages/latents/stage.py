@@ -1,20 +1,24 @@
 """The `latents` stage: every pair through the frozen encoders once, in a pool of Ray Data actors.
 
-Writes `vocab.txt`; for each pairs shard a `NNNNNN.tar` with the same keys (`KEY.latent.npy`,
-`KEY.tokens.npy`, `KEY.json`), and `stats/NNNNNN.json`, the sums that the scale factor is computed from; and the pairs'
-`held_out/N.parquet`.
+Writes `vocab.txt`; for each pairs shard a `NNNNNN.tar` with the same keys (`KEY.latent.npy`, `KEY.tokens.npy`,
+`KEY.json`), but for pictures whose latent is not finite; beside it `index/NNNNNN.arrow`, which says where its files lie
+and what their checksums are, and `stats/NNNNNN.json`, the sums that the scale factor is computed from and the pictures
+left out; and the pairs' `held_out/N.parquet`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.stage import Estimate, Section, Sections, Stage, StageContext
 from pipelines.stages.latents.artifact import FORMAT_VERSION
 from pipelines.stages.latents.config import LatentsConfig
 from pipelines.stages.latents.vocabulary import vocabulary_digest
 from pipelines.store.ledger import Artifact
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 FP16_BYTES = 2
 TOKEN_BYTES = 2
@@ -33,6 +37,18 @@ def _section(artifact: Artifact) -> Section:
     from pipelines.stages.latents.section import section
 
     return section(artifact)
+
+
+def _look(artifact: Artifact) -> dict[str, Any]:
+    from pipelines.stages.latents.look import look
+
+    return look(artifact)
+
+
+def _view(facts: Mapping[str, Any]) -> RenderableType:
+    from pipelines.stages.latents.view import view
+
+    return view(facts)
 
 
 def _inputs(config: LatentsConfig) -> dict[str, str]:
@@ -63,5 +79,7 @@ STAGE = Stage(
     uses_seed=False,
     unit="rows",
     headlines=("scale_factor",),
+    look=_look,
+    view=_view,
     local_inputs=("tokenizer.vocabulary",),
 )

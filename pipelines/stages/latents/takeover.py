@@ -10,8 +10,9 @@ again beside new tokens: without decoding a picture, and without the first stage
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ from ldm_core.configs.model import config_to_dict
 from ldm_core.tokenizers.tokenizer import Tokenizer
 from pipelines.compute.tasks import chunks, for_each
 from pipelines.shards.format import ShardWriter, encode_npy, read_shard
+from pipelines.shards.index import IndexBuilder, ShardIndex, index_name
 from pipelines.stages.autoencoder.artifact import first_stage_config
 from pipelines.stages.latents.artifact import FORMAT_VERSION
 from pipelines.stages.latents.config import LatentsConfig, TokenizerConfig
-from pipelines.stages.latents.statistics import statistics_name
+from pipelines.stages.latents.shard import Identity, ShardCommit, Written
+from pipelines.stages.latents.statistics import ShardStatistics, statistics_name
 from pipelines.stages.latents.vocabulary import load_vocabulary
 from pipelines.stages.pairs.artifact import sample_captions, whole_shard
 from pipelines.store.commits import ArtifactWriter, file_sizes
@@ -66,20 +69,13 @@ class Encoding:
 
 
 @dataclass(frozen=True)
-class Identity:
-    """What a latents shard is known by: see `FileRecord`."""
-
-    origin: str
-    content: str | None
-
-
-@dataclass(frozen=True)
 class _Source:
     """A shard of another artifact, and how its latents are taken over: `same_bytes`, or under other keys."""
 
     storage: Storage
     record: FileRecord
-    sums: FileRecord
+    index: FileRecord
+    statistics: FileRecord
     same_bytes: bool
 
 
@@ -109,7 +105,7 @@ def take_over(
 
     def write_plan(number: int) -> None:
         files = pairs.files
-        plan = [_Step(shard, files[shard].sha256, pending[shard], source).to_json() for shard, source in groups[number]]
+        plan = [_Step(files[shard], pending[shard], source).to_json() for shard, source in groups[number]]
         place.write_json(_plan_name(number), plan)
 
     list(map_in_threads(write_plan, range(len(groups))))
@@ -144,8 +140,9 @@ def _find(pending: Mapping[str, Identity], siblings: Iterable[tuple[Storage, Fil
             same_bytes = name is not None
             name = name or by_content.get(record.content or "")
             better = name is not None and (name not in found or (same_bytes and not found[name].same_bytes))
-            if name and better and (sums := files.get(statistics_name(record.name))) is not None:
-                here[name] = _Source(storage, record, sums, same_bytes)
+            index, statistics = files.get(index_name(record.name)), files.get(statistics_name(record.name))
+            if name and better and index and statistics:
+                here[name] = _Source(storage, record, index, statistics, same_bytes)
         if here:
             sizes = file_sizes(storage, [source.record.name for source in here.values()])
             found |= {name: each for name, each in here.items() if sizes.get(each.record.name) == each.record.bytes}
@@ -154,35 +151,39 @@ def _find(pending: Mapping[str, Identity], siblings: Iterable[tuple[Storage, Fil
 
 @dataclass(frozen=True)
 class _Step:
-    """A shard to take over: its name, the digest of its pairs shard, what it is known by, and where its latents lie."""
+    """A shard to take over: the record of its pairs shard, what it is known by, and where its latents lie."""
 
-    shard: str
-    pairs_sha256: str
+    pairs_shard: FileRecord
     identity: Identity
     source: _Source
 
     def to_json(self) -> dict[str, Any]:
         source = self.source
         return {
-            "shard": self.shard,
-            "pairs_sha256": self.pairs_sha256,
+            "pairs_shard": self.pairs_shard.model_dump(),
             "identity": asdict(self.identity),
             "folder": source.storage.url,
             "record": source.record.model_dump(),
-            "sums": source.sums.model_dump(),
+            "index": source.index.model_dump(),
+            "statistics": source.statistics.model_dump(),
             "same_bytes": source.same_bytes,
         }
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> _Step:
-        record, sums = (FileRecord.model_validate(values[name]) for name in ("record", "sums"))
-        source = _Source(Storage(values["folder"]), record, sums, values["same_bytes"])
-        return cls(values["shard"], values["pairs_sha256"], Identity(**values["identity"]), source)
+        names = ("pairs_shard", "record", "index", "statistics")
+        pairs_shard, record, index, statistics = (FileRecord.model_validate(values[name]) for name in names)
+        source = _Source(Storage(values["folder"]), record, index, statistics, values["same_bytes"])
+        return cls(pairs_shard, Identity(**values["identity"]), source)
+
+
+class _Damaged(Exception):
+    """What was found in another artifact is not what it has committed."""
 
 
 @dataclass(frozen=True)
 class _Take:
-    """Commits shards and their sums from other artifacts."""
+    """Commits shards, their indexes and their statistics from other artifacts."""
 
     pairs: Artifact
     writer: ArtifactWriter
@@ -190,44 +191,45 @@ class _Take:
 
     def __call__(self, step: _Step) -> list[FileRecord]:
         """Commit one shard, and return the records; none if what was found is damaged or gone by now."""
-        source, target = step.source, self.writer.storage
-        sha256: str | None
+        source, shard = step.source, step.pairs_shard
+        commit = ShardCommit(self.pairs, self.writer, shard.name, shard.sha256, shard.rows, step.identity)
         try:
-            sums = source.storage.read_bytes(source.sums.name)
-            if hashlib.sha256(sums).hexdigest() != source.sums.sha256:
-                return []
+            index = ShardIndex.decode(_read(source, source.index), shard_bytes=source.record.bytes)
+            statistics = ShardStatistics.from_json(json.loads(_read(source, source.statistics)))
             if source.same_bytes:
-                source.storage.copy(source.record.name, target, step.shard)
-                sha256 = source.record.sha256
-            else:
-                with source.storage.local_copy(source.record.name) as latents:
-                    if sha256_file(latents) != source.record.sha256:
-                        return []
-                    sha256 = self._write_again(step, latents)
-        except MissingFileError:
+                # Not written once: a link or a copy by the store.
+                source.storage.copy(source.record.name, self.writer.storage, shard.name)
+                return commit.of(Written(source.record.sha256, index, statistics)).records
+            with source.storage.local_copy(source.record.name) as latents:
+                if sha256_file(latents) != source.record.sha256:
+                    raise _Damaged
+                return commit(partial(self._write_again, step, latents, statistics)).records
+        except (MissingFileError, _Damaged):
             return []
-        target.write_bytes(statistics_name(step.shard), sums)
-        identity = step.identity
-        shard = self.writer.commit(
-            step.shard, rows=source.record.rows, sha256=sha256, origin=identity.origin, content=identity.content
-        )
-        return [shard, self.writer.commit(statistics_name(step.shard), sha256=source.sums.sha256)]
 
-    def _write_again(self, step: _Step, latents_path: Path) -> str | None:
-        """Write latents under the keys and with the captions of a pairs shard.
+    def _write_again(self, step: _Step, latents_path: Path, statistics: ShardStatistics, path: Path) -> Written:
+        """Write latents under the keys and with the captions of a pairs shard."""
+        index, latents = IndexBuilder(), read_shard(latents_path)
+        missing, unencodable = set(statistics.unencodable.values()), {}
+        with (
+            whole_shard(self.pairs, step.pairs_shard.name, step.pairs_shard.sha256) as pairs_shard,
+            ShardWriter(path, index) as shard,
+        ):
+            for row, pair in enumerate(read_shard(pairs_shard)):
+                if row in missing:
+                    unencodable[pair["__key__"]] = row
+                    continue
+                # There is one for each: the digest of the samples is the same.
+                latent = next(latents)
+                tokens = encode_npy(self.tokenizer.encode(sample_captions(pair)))
+                files = {"latent.npy": latent["latent.npy"], "tokens.npy": tokens, "json": pair["json"]}
+                shard.add(pair["__key__"], files)
+        return Written(shard.sha256, index.index(), replace(statistics, unencodable=unencodable))
 
-        Returns:
-            Their sha256; None if another writer was quicker.
-        """
 
-        def write(path: Path) -> str:
-            latents = read_shard(latents_path)
-            with whole_shard(self.pairs, step.shard, step.pairs_sha256) as pairs_shard, ShardWriter(path) as shard:
-                # As many in both: the digest of the samples is the same.
-                for pair, latent in zip(read_shard(pairs_shard), latents, strict=True):
-                    tokens = encode_npy(self.tokenizer.encode(sample_captions(pair)))
-                    files = {"latent.npy": latent["latent.npy"], "tokens.npy": tokens, "json": pair["json"]}
-                    shard.add(pair["__key__"], files)
-            return shard.sha256
-
-        return self.writer.storage.write_once(step.shard, write)
+def _read(source: _Source, record: FileRecord) -> bytes:
+    """Read a small file of another artifact, which must be what was committed."""
+    data = source.storage.read_bytes(record.name)
+    if hashlib.sha256(data).hexdigest() != record.sha256:
+        raise _Damaged
+    return data

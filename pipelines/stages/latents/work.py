@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -9,16 +11,18 @@ from ldm_core.tokenizers.tokenizer import Tokenizer
 from pipelines.compute.actor_pool import map_on_actors, pool_size
 from pipelines.compute.tasks import chunks, for_each
 from pipelines.errors import UserError
+from pipelines.notices import tell
 from pipelines.stage import RateMeter, StageContext
 from pipelines.stages.autoencoder.artifact import FORMAT_VERSION as AUTOENCODER_FORMAT
 from pipelines.stages.latents.config import LatentsConfig
 from pipelines.stages.latents.encode import EncodeShard
 from pipelines.stages.latents.poison import Poisoned, poisoned_shards
-from pipelines.stages.latents.statistics import LatentSums, scale_factor, statistics_name, total
+from pipelines.stages.latents.shard import is_complete
+from pipelines.stages.latents.statistics import LatentSums, ShardStatistics, scale_factor, statistics_name, total
 from pipelines.stages.latents.takeover import Encoding, take_over
 from pipelines.stages.latents.vocabulary import commit_vocabulary
 from pipelines.stages.pairs.artifact import PAIRS_FORMAT
-from pipelines.stages.pairs.held_out import copy_held_out
+from pipelines.stages.pairs.held_out import copy_held_out, held_out_samples
 from pipelines.store.file_table import FileRecord
 from pipelines.store.ledger import Artifact
 from pipelines.store.threads import map_in_threads
@@ -48,13 +52,10 @@ def _encode_pending(
 ) -> None:
     """Commit every shard that is not committed: taken over from other artifacts where they hold it, else encoded."""
     config, writer = context.config, context.writer
-    shards, committed = pairs.shards(), set(writer.committed().names)
+    shards, committed = pairs.shards(), writer.committed()
     poisoned = Poisoned(writer, len(shards), config.max_poisoned_share)
     pending = [
-        record
-        for record in shards
-        if record.name not in poisoned.shards
-        and (record.name not in committed or statistics_name(record.name) not in committed)
+        record for record in shards if record.name not in poisoned.shards and not is_complete(record.name, committed)
     ]
     if not pending:
         return
@@ -76,7 +77,6 @@ def _encode_pending(
             "shard": record.name,
             "rows": record.rows,
             "sha256": record.sha256,
-            "encoded": record.name in committed,
             "origin": identities[record.name].origin,
             "content": identities[record.name].content,
         }
@@ -104,15 +104,29 @@ def _encode(
         "config": config,
         "device": size.device,
     }
-    meter, before = RateMeter(), done
+    meter, before, unencodable = RateMeter(), done, 0
     for result in map_on_actors(
         items, EncodeShard, arguments=arguments, size=size, set_aside=poisoned.set_aside, check=context.check
     ):
         context.writer.gather(map(FileRecord.model_validate, result["records"]))
+        # Of this run alone: whoever waits for a whole set should not do so for a first stage that encodes nothing.
+        if result["unencodable"]:
+            unencodable += len(result["unencodable"])
+            _require_few(unencodable, rows, config, result["unencodable"][0])
         done += result["rows"]
         rate = meter.rate(done - before)
         context.progress(done, rows, images_per_s=f"{rate:.0f}")
         context.tracker.rate("throughput/images_per_s", rate, step=done)
+
+
+def _require_few(unencodable: int, rows: int, config: LatentsConfig, key: str) -> None:
+    """Refuse more pictures without a latent than there may be; `key` is one of them."""
+    if unencodable > config.max_unencodable_share * rows:
+        raise UserError(
+            f"the first stage encodes sample {key} to values that are not finite in fp16, and {unencodable:,} of "
+            f"{rows:,} samples are more than latents.max_unencodable_share={config.max_unencodable_share:g} allows: "
+            "train it again with a smaller learning rate, check its weights file, or allow a larger share"
+        )
 
 
 def _details(
@@ -120,19 +134,31 @@ def _details(
 ) -> dict[str, Any]:
     left_out = poisoned_shards(context.writer.storage)
     encoded = pairs.shards().without(left_out)
-    sums, shapes = _sum_up(context, encoded.names)
-    if len(shapes) > 1:
-        raise UserError(f"latents differ in shape from shard to shard ({sorted(shapes)}): set pairs.resize=center_crop")
+    found = _sum_up(context, encoded.names)
+    if found.unencodable:
+        _require_few(found.unencodable, pairs.shards().rows, context.config, found.example)
+        tell(
+            f"latents: {found.unencodable:,} pictures are left out, {found.example} first: the first stage encodes "
+            "them to values that are not finite in fp16"
+        )
+    if len(found.shapes) > 1:
+        raise UserError(
+            f"latents differ in shape from shard to shard ({sorted(found.shapes)}): set pairs.resize=center_crop"
+        )
+    sums = found.sums
     try:
         scale = scale_factor(sums)
     except ValueError as error:
         raise UserError(f"the first stage has collapsed: {error}; train it again with a smaller kl_weight") from error
-    moments, *latent_shape = shapes.pop()
+    moments, *latent_shape = found.shapes.pop()
     context.tracker.metrics({"latents/mean": sums.mean, "latents/std": sums.std, "latents/scale_factor": scale})
     return {
-        "samples": encoded.rows,
+        "samples": encoded.rows - found.unencodable,
         "poisoned_shards": len(left_out),
-        "held_out": copy_held_out(pairs, context.writer),
+        "unencodable": found.unencodable,
+        "held_out": copy_held_out(
+            pairs, context.writer, _unencodable_rows(context, pairs) if found.unencodable else {}
+        ),
         "encoder_sha256": first_stage.details["encoder_sha256"],
         "tokenizer_sha256": tokenizer.digest,
         "vocabulary_size": tokenizer.vocabulary_size,
@@ -142,22 +168,65 @@ def _details(
         "latent_dtype": "float16",
         "moments": moments,
         "latent_mean": sums.mean,
+        "channels": sums.channels(),
         "scale_factor": scale,
     }
 
 
-def _sum_up(context: StageContext[LatentsConfig], shards: list[str]) -> tuple[LatentSums, set[tuple[int, ...]]]:
-    """Return the sums over all shards and the shapes of their latents, read in tasks of a fixed number of shards."""
+def _unencodable_rows(context: StageContext[LatentsConfig], pairs: Artifact) -> dict[str, list[int]]:
+    """Return the rows that have no latent, of each shard with held-out samples."""
+    storage = context.writer.storage
+    shards = sorted({sample.shard for sample in held_out_samples(pairs)} - poisoned_shards(storage))
+    read = map_in_threads(lambda shard: storage.read_json(statistics_name(shard)), shards)
+    return {
+        shard: list(ShardStatistics.from_json(values).unencodable.values())
+        for shard, values in zip(shards, read, strict=True)
+    }
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What is known of the latents of many shards.
+
+    Attributes:
+        sums: over all of them.
+        shapes: of their moments.
+        unencodable: number of pictures without a latent.
+        example: key of the first of these; empty if there is none.
+    """
+
+    sums: LatentSums
+    shapes: set[tuple[int, ...]]
+    unencodable: int
+    example: str
+
+    @classmethod
+    def of(cls, parts: Iterable[ShardStatistics]) -> _Found:
+        shards = list(parts)
+        keys = [min(shard.unencodable, key=shard.unencodable.__getitem__) for shard in shards if shard.unencodable]
+        return cls(
+            total(shard.sums for shard in shards),
+            {shard.shape for shard in shards if shard.shape},
+            sum(len(shard.unencodable) for shard in shards),
+            keys[0] if keys else "",
+        )
+
+
+def _sum_up(context: StageContext[LatentsConfig], shards: list[str]) -> _Found:
+    """Return what is known of all shards, read in tasks of a fixed number of them."""
     storage, groups = context.writer.storage, list(chunks(shards, SUMS_PER_TASK))
 
     def sum_group(number: int) -> dict[str, Any]:
         names = [statistics_name(shard) for shard in groups[number]]
         read = map(storage.read_json, names) if storage.is_local else map_in_threads(storage.read_json, names)
-        parts = list(read)
-        sums = total(LatentSums.from_dict(part) for part in parts)
-        return {"sums": sums.to_dict(), "shapes": sorted({tuple(part["shape"]) for part in parts if part["shape"]})}
+        found = _Found.of(map(ShardStatistics.from_json, read))
+        return {**asdict(found), "sums": found.sums.to_dict(), "shapes": sorted(found.shapes)}
 
     # In the order of the shards, groups always alike: the last bit does not depend on who is done first.
     found = list(for_each(sum_group, range(len(groups)), context.check))
-    shapes = {tuple(shape) for group in found for shape in group["shapes"]}
-    return total(LatentSums.from_dict(group["sums"]) for group in found), shapes
+    return _Found(
+        total(LatentSums.from_dict(group["sums"]) for group in found),
+        {tuple(shape) for group in found for shape in group["shapes"]},
+        sum(group["unencodable"] for group in found),
+        next((group["example"] for group in found if group["example"]), ""),
+    )

@@ -41,8 +41,8 @@ def open_pairs(pairs: Artifact) -> ShardReader:
     Raises:
         UserError: it is of another stage or another format, or holds no samples.
     """
-    reader = ShardReader(pairs.storage, pairs.require("pairs", PAIRS_FORMAT).shards())
-    if not sum(reader.rows_per_shard):
+    reader = ShardReader(pairs.storage, pairs.require("pairs", PAIRS_FORMAT).files)
+    if not reader.rows_per_shard.sum():
         raise UserError(f"{pairs.storage.url} holds no samples: see its parquet files for what became of each row")
     return reader
 
@@ -160,7 +160,7 @@ class CaptionedPicture:
 
 def load_captioned_pictures(pairs: Artifact, places: Sequence[Place]) -> list[CaptionedPicture]:
     """Read the first caption and the picture of the samples at these places."""
-    with contextlib.closing(ShardReader(pairs.storage, pairs.shards())) as reader:
+    with contextlib.closing(ShardReader(pairs.storage, pairs.files)) as reader:
         samples = [reader.read(*place) for place in places]
     return [CaptionedPicture(sample_captions(sample)[0], decode_image(image_of(sample))) for sample in samples]
 

@@ -6,15 +6,17 @@ number of workers changes it, and a set that grows keeps most of it.
 
 It is chosen when the pairs are summarised, before anything is trained, and kept in `held_out/N.parquet`: N counts the
 retries, because a committed file is never replaced, and `details["held_out"]` names the file that holds. The latents
-have a copy of it; their shards mirror those of the pairs.
+have a copy of it, with the rows of their own shards: these mirror those of the pairs, but for what cannot be encoded.
 """
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import heapq
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -127,6 +129,11 @@ def content_hash(content: str) -> str:
 def commit_held_out(writer: ArtifactWriter, number: int, samples: Iterable[HeldOutSample]) -> str:
     """Commit the split of a pairs artifact after a number of retries, and return the file's name."""
     name = f"held_out/{number}.parquet"
+    writer.commit_once(name, lambda path: _write(samples, path))
+    return name
+
+
+def _write(samples: Iterable[HeldOutSample], path: Path) -> None:
     columns = {
         "shard": pa.string(),
         "row": pa.int64(),
@@ -134,15 +141,36 @@ def commit_held_out(writer: ArtifactWriter, number: int, samples: Iterable[HeldO
         "hash": pa.string(),
     }
     table = pa.Table.from_pylist([sample._asdict() for sample in samples], pa.schema(list(columns.items())))
-    writer.commit_once(name, lambda path: pq.write_table(table, path, compression="zstd", store_schema=False))
-    return name
+    pq.write_table(table, path, compression="zstd", store_schema=False)
 
 
-def copy_held_out(pairs: Artifact, writer: ArtifactWriter) -> str:
-    """Commit the split of the pairs to an artifact whose shards mirror theirs, and return the file's name."""
+def copy_held_out(
+    pairs: Artifact, writer: ArtifactWriter, left_out: Mapping[str, Collection[int]] | None = None
+) -> str:
+    """Commit the split of the pairs to an artifact whose shards mirror theirs, and return the file's name.
+
+    Args:
+        pairs: the finished artifact of the pairs.
+        writer: the other artifact.
+        left_out: by the name of a shard the rows of it that the other artifact lacks.
+    """
     name: str = pairs.details["held_out"]
-    writer.commit_once(name, lambda path: path.write_bytes(pairs.storage.read_bytes(name)))
+    if left_out and any(left_out.values()):
+        samples = _without(held_out_samples(pairs), left_out)
+        writer.commit_once(name, lambda path: _write(samples, path))
+    else:
+        writer.commit_once(name, lambda path: path.write_bytes(pairs.storage.read_bytes(name)))
     return name
+
+
+def _without(samples: Iterable[HeldOutSample], left_out: Mapping[str, Collection[int]]) -> Iterator[HeldOutSample]:
+    """Yield the samples that are there, each with its row among those that are."""
+    rows = {shard: sorted(found) for shard, found in left_out.items()}
+    for sample in samples:
+        gone = rows.get(sample.shard, [])
+        before = bisect.bisect_left(gone, sample.row)
+        if gone[before : before + 1] != [sample.row]:
+            yield sample._replace(row=sample.row - before)
 
 
 def held_out_samples(artifact: Artifact) -> list[HeldOutSample]:
@@ -164,8 +192,8 @@ def held_out_samples(artifact: Artifact) -> list[HeldOutSample]:
 
 def held_out_places(artifact: Artifact) -> list[Place]:
     """Read the places of the held-out samples among the artifact's shards, by ascending hash. Raises as above."""
-    samples = held_out_samples(artifact)
-    wanted = {sample.shard for sample in samples}
-    numbers = {record.name: number for number, record in enumerate(artifact.shards()) if record.name in wanted}
+    samples, files = held_out_samples(artifact), artifact.files
+    shards = files.positions()
+    places = ((files.position(sample.shard), sample.row) for sample in samples)
     # Latents leave out a shard that could not be encoded.
-    return [(numbers[sample.shard], sample.row) for sample in samples if sample.shard in numbers]
+    return [(int(shards.searchsorted(position)), row) for position, row in places if position is not None]

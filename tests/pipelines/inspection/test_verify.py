@@ -9,7 +9,8 @@ import pytest
 from pipelines.errors import UserError
 from pipelines.inspection.verify import verify_path, verify_shard
 from pipelines.shards.format import encode_npy, write_shard
-from tests.tiny_artifacts import pairs_artifact
+from pipelines.store.ledger import Artifact
+from tests.tiny_artifacts import latents_artifact, pairs_artifact
 
 
 def truncate(shard: Path) -> None:
@@ -95,3 +96,46 @@ def test_what_cannot_be_verified_is_said_on_one_line(tmp_path: Path) -> None:
         verify_path(str(tmp_path / "nowhere.tar"))
     with pytest.raises(UserError, match="neither a shard, nor a finished artifact"):
         verify_path(str(tmp_path))
+
+
+@pytest.fixture
+def latents(tmp_path: Path) -> Artifact:
+    return latents_artifact(tmp_path, "0" * 64, rows=(6, 0, 6))
+
+
+def test_latents_are_held_against_their_indexes(latents: Artifact) -> None:
+    (report,) = verify_path(latents.storage.url)
+    assert report.ok
+    assert (report.files, report.rows) == (len(latents.files), 12)
+
+
+def test_the_sample_that_a_flipped_bit_lies_in_is_named(latents: Artifact) -> None:
+    shard = Path(latents.storage.path("000002.tar"))
+    data = bytearray(shard.read_bytes())
+    data[data.index(b"000020003.latent.npy") + 700] ^= 1
+    shard.write_bytes(data)
+    (report,) = verify_path(latents.storage.url)
+    digest, sample = report.problems
+    assert digest.startswith("000002.tar: sha256 ")
+    assert sample == "000002.tar: 000020003.latent.npy is not what its index says"
+
+
+def test_shards_in_each_others_place_are_not_what_their_indexes_say(latents: Artifact) -> None:
+    first, second = (Path(latents.storage.path(name)) for name in ("000000.tar", "000002.tar"))
+    data = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(data)
+    (report,) = verify_path(latents.storage.url)
+    assert "000000.tar: sample 000020000 in the place of 000000000" in report.problems
+    assert "000000.tar: and 1 more problems" in report.problems
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(Path.unlink, "index/000000.arrow: missing"), (flip_a_bit, "000000.tar: its index index/000000.arrow cannot")],
+)
+def test_a_damaged_index_is_named(latents: Artifact, damage: Callable[[Path], None], message: str) -> None:
+    damage(Path(latents.storage.path("index/000000.arrow")))
+    (report,) = verify_path(latents.storage.url)
+    assert any(problem.startswith(message) for problem in report.problems), report.problems
+    assert all("index/000000.arrow" in problem for problem in report.problems)

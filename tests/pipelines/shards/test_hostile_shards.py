@@ -24,7 +24,7 @@ from pipelines.shards.reader import ShardReader
 from pipelines.shards.tar_index import index_tar, samples_of
 from pipelines.shards.tar_windows import Tar, random_samples
 from pipelines.stages.pairs.artifact import decode_image
-from pipelines.store.file_table import FileRecord
+from pipelines.store.file_table import FileRecord, FileTable
 from pipelines.store.storage import Storage
 
 MIB = 2**20
@@ -106,6 +106,10 @@ HOSTILE = {
     ),
     "too many files": (b"".join(member(f"b.{i}") for i in range(11)), "more than 10 files of the sample b"),
     "too many samples": (b"".join(member(f"{i}.txt") for i in range(100)), "more than 50 samples"),
+    "too many extensions": (
+        b"".join(member(f"{i}.e{i}") for i in range(21)),
+        "files of more than 20 extensions",
+    ),
     "name that moves the cursor": (
         member("\x1b[2J\n\u202e.txt", type=tarfile.SYMTYPE),
         "\ufffd[2J\ufffd\ufffd.txt is a link",
@@ -122,6 +126,7 @@ def hostile(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
         ("MOST_SAMPLE_BYTES", 5000),
         ("MOST_FILES", 10),
         ("MOST_SAMPLES", 50),
+        ("MOST_EXTENSIONS", 20),
     ):
         monkeypatch.setattr(rules, name, bound)
     data, problem = HOSTILE[request.param]
@@ -139,11 +144,11 @@ def refused_by(reader: Callable[[], object]) -> str:
 def test_loaders_and_verify_refuse_the_same(hostile: tuple[Path, str]) -> None:
     path, problem = hostile
     storage, size = Storage(str(path.parent)), path.stat().st_size
-    reader = ShardReader(storage, [FileRecord(name=path.name, rows=2, bytes=size, sha256="")])
+    reader = ShardReader(storage, FileTable.of([FileRecord(name=path.name, rows=2, bytes=size, sha256="00" * 32)]))
     tracemalloc.start()
     try:
         assert problem in refused_by(lambda: list(read_shard(path)))
-        assert problem in refused_by(lambda: reader.keys(0))
+        assert problem in refused_by(lambda: reader.read(0, 0))
         (line,) = verify_shard(str(path)).problems
         assert problem in line
         # Names are printed, and tars end up in terminals.

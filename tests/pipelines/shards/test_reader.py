@@ -11,7 +11,7 @@ from pipelines.errors import UserError
 from pipelines.shards.format import write_shard
 from pipelines.shards.reader import ShardReader
 from pipelines.store.commits import ArtifactWriter
-from pipelines.store.file_table import FileRecord
+from pipelines.store.file_table import FileTable
 from pipelines.store.storage import Storage
 
 
@@ -19,13 +19,13 @@ def sample(shard: int, row: int) -> tuple[str, dict[str, bytes]]:
     return f"{shard:05d}{row:04d}", {"txt": f"caption {shard} {row}".encode(), "latent.npy": bytes([shard, row]) * 300}
 
 
-def write(storage: Storage, rows: tuple[int, ...]) -> list[FileRecord]:
+def write(storage: Storage, rows: tuple[int, ...]) -> FileTable:
     writer = ArtifactWriter("latents", "key", storage)
     for shard, count in enumerate(rows):
         with storage.writer(f"{shard:06d}.tar") as path:
             write_shard(path, [sample(shard, row) for row in range(count)])
         writer.commit(f"{shard:06d}.tar", rows=count)
-    return list(writer.committed())
+    return writer.committed()
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -37,8 +37,8 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 
 def test_any_sample_can_be_read_in_any_order(storage: Storage) -> None:
     reader = ShardReader(storage, write(storage, (3, 0, 4)))
-    assert reader.rows_per_shard == [3, 0, 4]
-    assert reader.keys(2) == [f"00002{row:04d}" for row in range(4)]
+    assert reader.rows_per_shard.tolist() == [3, 0, 4]
+    assert [reader.key(2, row) for row in range(4)] == [f"00002{row:04d}" for row in range(4)]
     for shard, row in [(2, 3), (0, 0), (2, 0), (0, 2), (2, 3)]:
         assert reader.read(shard, row) == sample(shard, row)[1]
     assert reader.read(0, 1, ["txt"]) == {"txt": b"caption 0 1"}
@@ -62,13 +62,14 @@ def test_fetched_shards_stay_within_their_bound_and_go_at_the_end(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     storage = Storage("memory://bounded")
-    records = write(storage, (4,) * 8)
-    reader = ShardReader(storage, records, cache_bytes=2 * records[0].bytes)
+    files = write(storage, (4,) * 8)
+    size = files.at(0).bytes
+    reader = ShardReader(storage, files, cache_bytes=2 * size)
     for shard in range(8):
         reader.fetch_ahead([shard])
         reader.read(shard, 0)
         kept = sum(file.stat().st_size for file in tmp_path.rglob("*.tar"))
-        assert records[0].bytes <= kept <= 3 * records[0].bytes
+        assert size <= kept <= 3 * size
     reader.close()
     assert list(tmp_path.iterdir()) == []
 
@@ -107,4 +108,4 @@ def test_another_number_of_samples_than_committed_is_refused(tmp_path: Path) -> 
     storage = Storage(str(tmp_path))
     (record,) = write(storage, (3,))
     with pytest.raises(UserError, match="holds 3 samples, but 4 were committed"):
-        ShardReader(storage, [record.model_copy(update={"rows": 4})]).read(0, 0)
+        ShardReader(storage, FileTable.of([record.model_copy(update={"rows": 4})])).read(0, 0)

@@ -12,10 +12,9 @@ from rich.text import Text
 
 from pipelines.drawing.formatting import format_bytes, format_count
 from pipelines.drawing.printable import printable
+from pipelines.drawing.terminal import draw_bar, draw_histogram, table_of
 from pipelines.stages.pairs.shard.outcome import OK
 
-BAR_CHARACTERS = 24
-_EIGHTHS = " ▏▎▍▌▋▊▉"
 _HISTOGRAMS = {
     "source_size": "source size: shorter side, pixels",
     "aspect": "aspect: width / height",
@@ -31,7 +30,7 @@ def view(facts: Mapping[str, Any]) -> RenderableType:
     if statuses := details.get("statuses"):
         parts += [Text(), _counts("status", statuses)]
     filled = [name for name in _HISTOGRAMS if any(details.get(name, {}).get("counts", []))]
-    if charts := [_histogram(_HISTOGRAMS[name], **details[name]) for name in filled]:
+    if charts := [draw_histogram(_HISTOGRAMS[name], **details[name]) for name in filled]:
         parts += [Text(), Columns(charts, padding=(1, 4))]
     if details.get("buckets"):
         parts += [Text(), _counts("bucket", details["buckets"])]
@@ -73,31 +72,18 @@ def _heading_of_unfinished(facts: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _counts(heading: str, counts: Mapping[str, int]) -> Table:
-    table = _table((heading, "left"), ("rows", "right"), ("share", "right"), ("", "left"))
+    table = table_of((heading, "left"), ("rows", "right"), ("share", "right"), ("", "left"))
     total = max(sum(counts.values()), 1)
     for name, count in sorted(counts.items(), key=lambda item: (item[0] != OK, -item[1])):
         style = "green" if name == OK or heading != "status" else "yellow"
         share = count / total
-        table.add_row(printable(name), format_count(count), f"{100 * share:.1f} %", Text(_bar(share), style))
-    return table
-
-
-def _histogram(title: str, edges: Sequence[float], counts: Sequence[int]) -> Table:
-    filled = [index for index, count in enumerate(counts) if count]
-    table = Table(box=None, title=title, title_justify="left", title_style="bold", show_header=False, pad_edge=False)
-    table.add_column(justify="right")
-    table.add_column(justify="right")
-    table.add_column(min_width=BAR_CHARACTERS)
-    for index in range(filled[0], filled[-1] + 1):
-        after = f" – {edges[index + 1]:g}" if index + 1 < len(edges) else " and more"
-        bar = Text(_bar(counts[index] / max(counts)), "cyan")
-        table.add_row(f"{edges[index]:g}{after}", format_count(counts[index]), bar)
+        table.add_row(printable(name), format_count(count), f"{100 * share:.1f} %", Text(draw_bar(share), style))
     return table
 
 
 def _hosts(hosts: Sequence[Mapping[str, Any]], *, exact: bool) -> Table:
     rows = "rows" if exact else "rows (about)"
-    table = _table(("host", "left"), (rows, "right"), ("ok", "right"), ("most frequent failure", "left"))
+    table = table_of(("host", "left"), (rows, "right"), ("ok", "right"), ("most frequent failure", "left"))
     for host in hosts:
         failure = printable(host["failure"] or "")
         table.add_row(_cut(host["host"], 50), format_count(host["rows"]), f"{100 * host['ok']:.1f} %", failure)
@@ -105,16 +91,9 @@ def _hosts(hosts: Sequence[Mapping[str, Any]], *, exact: bool) -> Table:
 
 
 def _samples(samples: Sequence[tuple[str, str]]) -> Table:
-    table = _table(("sample", "left"), ("caption", "left"))
+    table = table_of(("sample", "left"), ("caption", "left"))
     for key, caption in samples:
         table.add_row(_cut(key, 40), _cut(caption, 200))
-    return table
-
-
-def _table(*columns: tuple[str, Any]) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading, justify in columns:
-        table.add_column(heading, justify=justify, overflow="fold")
     return table
 
 
@@ -122,9 +101,3 @@ def _cut(text: str, most: int) -> Text:
     # As Text, so that brackets of hostile texts are no markup.
     shown = printable(text[: most + 1])
     return Text(shown if len(shown) <= most else f"{shown[: most - 1]}…")
-
-
-def _bar(share: float) -> str:
-    """Draw a bar as long as the share, to an eighth of a character; anything at all is seen."""
-    eighths = max(round(8 * BAR_CHARACTERS * share), 1 if share > 0 else 0)
-    return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()

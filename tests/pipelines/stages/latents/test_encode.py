@@ -9,10 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm_core.networks.posterior import DiagonalGaussian
 from pipelines.errors import UserError
 from pipelines.shards.format import decode_npy, read_shard, write_shard
+from pipelines.shards.index import scan_shard
 from pipelines.stages.latents.config import LatentsConfig, TokenizerConfig
 from pipelines.stages.latents.encode import EncodeShard
+from pipelines.stages.latents.shard import Written
 from pipelines.stages.latents.vocabulary import commit_vocabulary
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.ledger import Artifact
@@ -40,14 +43,14 @@ def encoder(
 
 def item(pairs: Artifact, number: int = 0) -> dict[str, object]:
     record = list(pairs.shards())[number]
-    return {"shard": record.name, "rows": record.rows, "sha256": record.sha256, "encoded": False}
+    return {"shard": record.name, "rows": record.rows, "sha256": record.sha256}
 
 
 def replace_shard(pairs: Artifact, samples: list[tuple[str, dict[str, bytes]]]) -> dict[str, object]:
     """Put another shard in the place of the first; return the item that names it as the manifest would."""
     path = Path(pairs.storage.path("000000.tar"))
     rows = write_shard(path, samples)
-    return {"shard": "000000.tar", "rows": rows, "sha256": sha256_file(path), "encoded": False}
+    return {"shard": "000000.tar", "rows": rows, "sha256": sha256_file(path)}
 
 
 def test_latent_of_a_sample_does_not_depend_on_the_samples_after_its_batch(tmp_path: Path) -> None:
@@ -78,16 +81,49 @@ def test_bf16_is_close_to_fp32(tmp_path: Path) -> None:
     assert 0 < np.abs(latents[0] - latents[1]).max() < 0.1
 
 
-def test_missing_statistics_are_made_from_the_committed_shard(tmp_path: Path) -> None:
+def files_of(encode: EncodeShard) -> dict[str, bytes]:
+    return {record.name: encode.writer.storage.read_bytes(record.name) for record in encode.writer.committed()}
+
+
+@pytest.mark.parametrize("lost", ["stats/000000.json", "index/000000.arrow"])
+def test_what_is_missing_beside_a_committed_shard_is_made_from_it(tmp_path: Path, lost: str) -> None:
     encode = encoder(tmp_path)
     work = item(encode.pairs)
     encode(work)
-    statistics = encode.writer.storage.read_bytes("stats/000000.json")
-    encode.writer.storage.remove("stats")
-    encode.writer.storage.remove("commits/stats__000000.json.json")
+    before = files_of(encode)
+    encode.writer.storage.remove(lost)
+    encode.writer.storage.remove(f"commits/{lost.replace('/', '__')}.json")
     encode.pairs.storage.remove("000000.tar")
-    encode({**work, "encoded": True})
-    assert encode.writer.storage.read_bytes("stats/000000.json") == statistics
+    encode(work)
+    assert files_of(encode) == before
+
+
+def test_what_is_committed_whole_is_not_read_again(tmp_path: Path) -> None:
+    encode = encoder(tmp_path)
+    first = encode(item(encode.pairs))
+    # Of the size that was committed: a look at the bytes would tell.
+    size = encode.writer.storage.size("000000.tar")
+    encode.writer.storage.write_bytes("000000.tar", bytes(size))
+    assert encode(item(encode.pairs)) == first
+
+
+def test_an_index_of_another_shard_is_never_kept_beside_a_new_one(tmp_path: Path) -> None:
+    encode = encoder(tmp_path)
+    encode(item(encode.pairs))
+    # As somebody does who is told that a committed shard has another size now.
+    encode.writer.storage.remove("000000.tar")
+    encode.writer.storage.remove("commits/000000.tar.json")
+    with torch.no_grad():
+        encode.first_stage.quant_conv.bias[0] = 1.0
+    with pytest.raises(UserError, match=r"index/000000.arrow is committed, but not of the 000000.tar that is there"):
+        encode(item(encode.pairs))
+
+
+def test_the_index_is_that_of_the_shard(tmp_path: Path) -> None:
+    encode = encoder(tmp_path)
+    encode(item(encode.pairs))
+    with encode.writer.storage.open("000000.tar") as file:
+        assert scan_shard(file, checksums=True).encode() == encode.writer.storage.read_bytes("index/000000.arrow")
 
 
 def test_truncated_shard_is_refused(tmp_path: Path) -> None:
@@ -109,13 +145,59 @@ def test_shard_with_fewer_samples_than_its_manifest_says_is_refused(tmp_path: Pa
     assert "000000.tar" not in encode.writer.committed()
 
 
-def test_encoding_that_is_not_finite_names_the_sample(tmp_path: Path) -> None:
+def encode_white_to(encode: EncodeShard, white: float) -> None:
+    """Have the first stage encode white pictures, and no others, to a value."""
+    first_stage, original = encode.first_stage, encode.first_stage.encode
+
+    def overflow(images: torch.Tensor) -> DiagonalGaussian:
+        posterior = original(images)
+        is_white = (images.amin(dim=(1, 2, 3)) == 1)[:, None, None, None]
+        return DiagonalGaussian(torch.where(is_white, white, posterior.mean), posterior.logvar)
+
+    first_stage.encode = overflow
+
+
+def with_white(encode: EncodeShard) -> dict[str, object]:
+    """Make the third of the shard's samples white; return the item."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), (255, 255, 255)).save(buffer, "PNG")
+    samples = []
+    for sample in read_shard(Path(encode.pairs.storage.path("000000.tar"))):
+        samples.append((sample.pop("__key__"), sample))
+    samples[2][1]["png"] = buffer.getvalue()
+    return replace_shard(encode.pairs, samples)
+
+
+@pytest.mark.parametrize("value", [70_000.0, float("nan"), -float("inf")])
+def test_a_picture_whose_latent_is_not_finite_is_left_out_with_a_status(tmp_path: Path, value: float) -> None:
+    encode = encoder(tmp_path, rows=(5,))
+    work = with_white(encode)
+    encode_white_to(encode, value)
+    result = encode(work)
+    assert (result["rows"], result["unencodable"]) == (5, ["000000002"])
+    storage = encode.writer.storage
+    assert encode.writer.committed()["000000.tar"].rows == 4
+    stored = list(read_shard(Path(storage.path("000000.tar"))))
+    assert [sample["__key__"] for sample in stored] == ["000000000", "000000001", "000000003", "000000004"]
+    statistics = storage.read_json("stats/000000.json")
+    assert statistics["unencodable"] == {"000000002": 2}
+    assert statistics["channels"]["count"] == 4 * 4 * 4
+    # Whoever finds the shard in place, and not what was known when it was written, comes to the same.
+    before = files_of(encode)
+    for name in ("000000.tar", "index/000000.arrow", "stats/000000.json"):
+        storage.remove(f"commits/{name.replace('/', '__')}.json")
+    storage.remove("stats")
+    assert encode(work)["unencodable"] == ["000000002"]
+    assert files_of(encode) == before
+
+
+def test_a_shard_without_any_latent_is_empty(tmp_path: Path) -> None:
     encode = encoder(tmp_path)
     with torch.no_grad():
         encode.first_stage.quant_conv.bias[0] = 70_000.0
-    with pytest.raises(UserError, match="encodes sample 000000000 to values that are not finite in fp16"):
-        encode(item(encode.pairs))
-    assert "000000.tar" not in encode.writer.committed()
+    assert len(encode(item(encode.pairs))["unencodable"]) == 4
+    assert encode.writer.committed()["000000.tar"].rows == 0
+    assert encode.writer.storage.read_json("stats/000000.json")["shape"] is None
 
 
 def test_pictures_of_several_sizes_are_refused(tmp_path: Path) -> None:
@@ -157,19 +239,20 @@ def test_pairs_with_a_flipped_bit_are_refused_though_they_can_be_read(tmp_path: 
 
 def test_of_two_actors_at_one_shard_the_first_ones_bytes_stand(tmp_path: Path) -> None:
     encode = encoder(tmp_path)
-    work = item(encode.pairs)
-    # The other one, on other hardware, is done just before this one.
-    other = encode.writer.storage
-    original = encode._write
+    # The other one, on other hardware, is done just before this one: its latents differ.
+    other = encoder(tmp_path / "other")
+    with torch.no_grad():
+        other.first_stage.quant_conv.bias[0] = 1.0
+    other(item(other.pairs))
+    theirs, original = files_of(other), encode._write
 
-    def write(item: dict[str, object], path: Path) -> str:
-        other.write_bytes("000000.tar", original_bytes)
+    def write(item: dict[str, object], path: Path) -> Written:
+        encode.writer.storage.write_bytes("000000.tar", theirs["000000.tar"])
         return original(item, path)
 
-    original(work, tmp_path / "other.tar")
-    original_bytes = (tmp_path / "other.tar").read_bytes() + bytes(512)
     encode._write = write  # type: ignore[method-assign]
-    encode(work)
+    encode(item(encode.pairs))
+    # Index and statistics too are those of the file that stands.
+    assert files_of(encode) == theirs
     record = encode.writer.committed()["000000.tar"]
-    assert other.read_bytes("000000.tar") == original_bytes
-    assert record.sha256 == hashlib.sha256(original_bytes).hexdigest()
+    assert record.sha256 == hashlib.sha256(theirs["000000.tar"]).hexdigest()

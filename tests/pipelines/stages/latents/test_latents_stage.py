@@ -120,7 +120,7 @@ def encode_in_this_process(root: Path, upstream: dict[str, Artifact]) -> dict[st
         pairs=upstream["pairs"], first_stage=upstream["autoencoder"], writer=writer, config=CONFIG, device="cpu"
     )
     for record in upstream["pairs"].shards():
-        encode({"shard": record.name, "rows": record.rows, "sha256": record.sha256, "encoded": False})
+        encode({"shard": record.name, "rows": record.rows, "sha256": record.sha256})
     copy_held_out(upstream["pairs"], writer)
     return {record.name: record.sha256 for record in writer.committed()}
 

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from pipelines.compute.actor_pool import PoolSize
-from pipelines.shards.format import ShardWriter, read_shard
-from pipelines.stage import StageContext
-from pipelines.stages.latents import work
-from pipelines.stages.latents.artifact import FORMAT_VERSION
-from pipelines.stages.latents.config import LatentsConfig, TokenizerConfig
+from pipelines.stages.latents.config import TokenizerConfig
 from pipelines.stages.latents.encode import EncodeShard
 from pipelines.stages.latents.takeover import Encoding
 from pipelines.stages.latents.vocabulary import commit_vocabulary
-from pipelines.stages.pairs.artifact import PAIRS_FORMAT
 from pipelines.store.commits import ArtifactWriter
-from pipelines.store.file_table import FileTable
 from pipelines.store.ledger import Artifact, Ledger
 from pipelines.store.storage import Storage
-from pipelines.tracking import null_stage_tracker
-from tests.tiny_artifacts import contents, finish, first_stage_artifact, hold_out, pairs_artifact
-
-CONFIG = LatentsConfig(tokenizer=TokenizerConfig(size=64, max_length=8), batch_size=2, workers=1)
-Siblings = Callable[[], Iterator[tuple[Storage, FileTable]]]
+from tests.pipelines.stages.latents.in_this_process import CONFIG, Siblings, make, reordered
+from tests.tiny_artifacts import contents, first_stage_artifact, pairs_artifact
 
 
 @pytest.fixture(scope="module")
@@ -52,39 +40,6 @@ def latents(root: Path, pairs: Artifact, first_stage: Artifact) -> Artifact:
     return make(root, "encoded", pairs, first_stage, CONFIG)
 
 
-def make(
-    root: Path,
-    key: str,
-    pairs: Artifact,
-    first_stage: Artifact,
-    config: LatentsConfig = CONFIG,
-    siblings: Siblings = lambda: iter(()),
-) -> Artifact:
-    """Run the stage, with actors that are objects of this process."""
-    writer = ArtifactWriter("latents", key, Storage(str(root)) / "latents" / key)
-    context = StageContext(
-        config=config,
-        seed=0,
-        writer=writer,
-        upstream={"pairs": pairs, "autoencoder": first_stage},
-        tracker=null_stage_tracker(),
-        progress=lambda done, total, **facts: None,
-        scratch=root,
-        siblings=siblings,
-    )
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(work, "pool_size", lambda *args, **options: PoolSize(workers=1, use_gpu=False, most=1))
-        patch.setattr(work, "map_on_actors", call_all)
-        details = work.run(context)
-    torch.set_num_threads(threads)
-    return finish(writer, details, FORMAT_VERSION)
-
-
-def call_all(items: list[dict[str, Any]], worker: Any, *, arguments: dict[str, Any], **_: Any) -> Iterator[Any]:
-    yield from map(worker(**arguments), items)
-
-
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The shards that went through the first stage during a test."""
@@ -103,24 +58,6 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def siblings(root: Path, latents: Artifact) -> Siblings:
     """What a new artifact sees beside itself: the encoded latents alone."""
     return lambda: (each for each in Ledger(Storage(str(root))).siblings("latents", "") if each[0] == latents.storage)
-
-
-def reordered(root: Path, pairs: Artifact, name: str) -> Artifact:
-    """Copy a pairs artifact with its shards in reverse, their samples under the keys of their new places."""
-    writer = ArtifactWriter("pairs", name, Storage(str(root)) / "pairs" / name)
-    for shard, record in enumerate(reversed(list(pairs.shards()))):
-        with (
-            pairs.storage.open(record.name) as file,
-            writer.storage.writer(f"{shard:06d}.tar") as path,
-            ShardWriter(path) as tar,
-        ):
-            for row, sample in enumerate(read_shard(file)):
-                tar.add(f"{shard:05d}{row:04d}", {k: v for k, v in sample.items() if not k.startswith("__")})
-        writer.commit(f"{shard:06d}.tar", rows=record.rows, sha256=tar.sha256, content=tar.content)
-        with pairs.storage.open(record.name.replace("tar", "parquet")) as table:
-            writer.storage.write_bytes(f"{shard:06d}.parquet", table.read())
-        writer.commit(f"{shard:06d}.parquet")
-    return finish(writer, {**pairs.details, "held_out": hold_out(writer)}, PAIRS_FORMAT)
 
 
 def test_the_latents_of_the_same_shards_are_linked(
@@ -171,7 +108,7 @@ def test_what_an_unfinished_artifact_has_committed_is_taken_over_too(
     record = pairs.shards()["000000.tar"]
     known_by = asdict(Encoding.of(first_stage, tokenizer, CONFIG).identify(record))
     encode = EncodeShard(pairs=pairs, first_stage=first_stage, writer=writer, config=CONFIG, device="cpu")
-    encode({"shard": record.name, "rows": record.rows, "sha256": record.sha256, "encoded": False, **known_by})
+    encode({"shard": record.name, "rows": record.rows, "sha256": record.sha256, **known_by})
     encoded.clear()
     make(root, "goes-on", pairs, first_stage, siblings=lambda: iter([(writer.storage, writer.recorded())]))
     assert encoded == ["000001.tar", "000002.tar"]
@@ -185,7 +122,8 @@ def test_latents_of_another_precision_and_damaged_ones_are_encoded_anew(
     make(root, "bf16", pairs, first_stage, CONFIG.model_copy(update={"precision": "bf16"}), siblings)
     assert encoded == everything
     encoded.clear()
-    # A damaged one is told by its size where it would be linked, and by its digest where it would be read.
+    # A damaged one is told by its size where it would be linked, and by its digest where it would be read. So is what
+    # lies beside it.
     moved = reordered(root, pairs, "moved-again")
     copy = Storage(str(root)) / "latents" / "damaged"
     for record in latents.files:
@@ -195,4 +133,13 @@ def test_latents_of_another_precision_and_damaged_ones_are_encoded_anew(
     copy.write_bytes("000000.tar", bytes(damaged))
     copy.write_bytes("000002.tar", b"short")
     make(root, "moved-again-taken", moved, first_stage, siblings=lambda: iter([(copy, latents.files)]))
+    assert encoded == ["000000.tar", "000002.tar"]
+    encoded.clear()
+    for shard in everything:
+        latents.storage.copy(shard, copy)
+    for name, place in (("index/000000.arrow", 500), ("stats/000002.json", 30)):
+        damaged = bytearray(latents.storage.read_bytes(name))
+        damaged[place] ^= 1
+        copy.write_bytes(name, bytes(damaged))
+    make(root, "beside", pairs, first_stage, siblings=lambda: iter([(copy, latents.files)]))
     assert encoded == ["000000.tar", "000002.tar"]

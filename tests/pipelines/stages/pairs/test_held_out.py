@@ -196,12 +196,13 @@ def test_every_stage_leaves_out_the_same_samples(pairs: Artifact, tmp_path: Path
     assert len(held) == 4
     latents = Latents(encoded_latents_artifact(tmp_path, pairs, first_stage_artifact(tmp_path)))
     assert latents.held_out == held_out_places(pairs)
-    assert {latents.reader.keys(shard)[row] for shard, row in latents.held_out} == held
+    assert {latents.reader.key(*place) for place in latents.held_out} == held
     training = {"steps": 1, "batch_size": 4, "learning_rate": 1e-3}
     config = AutoencoderConfig.model_validate({"model": "tiny-kl-f8", "training": training})
     learner = AutoencoderTask(config=config, seed=0, pairs=pairs).build(torch.device("cpu"))
     epoch = [learner.key(learner.order.sample(position)) for position in range(learner.order.samples_per_epoch)]
-    every = {key for shard in (0, 2) for key in learner.reader.keys(shard)}
+    rows = learner.reader.rows_per_shard
+    every = {learner.reader.key(shard, row) for shard in (0, 2) for row in range(rows[shard])}
     assert len(epoch) == len(set(epoch))
     assert every - set(epoch) == held
     assert not set(training_places(pairs, 256)) & set(held_out_places(pairs))
