@@ -53,8 +53,8 @@ class Learner(Protocol):
         """Return the sample's key, for messages to people."""
         ...
 
-    def fetch_ahead(self, position: int) -> None:
-        """Start to fetch the data from a position on; called when training is about to reach it."""
+    def fetch_ahead(self, shards: list[int]) -> None:
+        """Start to fetch shards that training is about to read, in the order of need; called before every batch."""
         ...
 
     def preview(self) -> np.ndarray | None:
