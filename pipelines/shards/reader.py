@@ -1,31 +1,24 @@
 """Random access to the samples of tar shards, local or remote.
 
 A shard's member offsets are indexed on first use; a sample is then one `pread` a file. Remote shards are fetched
-whole into a local cache folder of bounded size.
+whole into the cache of this node.
 """
 
 import os
-import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from pathlib import Path
 from typing import BinaryIO
 
 from pipelines.errors import UserError
-from pipelines.patience import give_up_at
+from pipelines.shards.node_cache import NodeCache, NotAsCommittedError
 from pipelines.shards.samples import Sample, shard_samples
 from pipelines.shards.tar_headers import FileBytes, Member, TarError
 from pipelines.store.file_table import FileRecord
 from pipelines.store.storage import Storage
 
-DEFAULT_CACHE_BYTES = 32 << 30
-FETCH_THREADS = 4
 MAX_INDEXES = 512
-# Fetches of one shard that is gone from the local disk each time it is to be opened.
-MOST_FETCHES = 5
 
 # Offset and size of a file in its shard.
 _Span = tuple[int, int]
@@ -38,8 +31,7 @@ class ShardReader:
         storage: the folder of the shards.
         shards: their records, in order; `rows` of a record is its number of samples.
         max_open: number of files kept open.
-        cache_bytes: bytes of fetched remote shards kept on the local disk; the shards being read are kept whatever
-            their size.
+        cache_bytes: size of the node's cache of remote shards; None takes LDM_CACHE_GIB, or 32 GiB.
     """
 
     def __init__(
@@ -48,19 +40,15 @@ class ShardReader:
         shards: Iterable[FileRecord],
         *,
         max_open: int = 64,
-        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        cache_bytes: int | None = None,
     ) -> None:
         self.storage, self.shards = storage, list(shards)
-        self._max_open, self._cache_bytes = max_open, cache_bytes
+        self._max_open = max_open
         self._lock = threading.Lock()
         self._index = lru_cache(maxsize=MAX_INDEXES)(self._scan)
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
-        self._fetched: OrderedDict[int, Future[Path]] = OrderedDict()
-        self._cache: tempfile.TemporaryDirectory[str] | None = None
-        self._end = threading.Event()
-        self._fetcher = ThreadPoolExecutor(
-            FETCH_THREADS, thread_name_prefix="fetch", initializer=give_up_at, initargs=(self._end,)
-        )
+        self._ahead: list[int] = []
+        self._cache = None if storage.is_local else NodeCache(storage, cache_bytes)
 
     @property
     def rows_per_shard(self) -> list[int]:
@@ -82,20 +70,26 @@ class ShardReader:
         file = self._file(shard)
         return {extension: file.read(*found[extension]) for extension in found if extension in wanted}
 
-    def fetch_ahead(self, shards: Iterable[int]) -> None:
-        """Start fetching remote shards in the background; a no-op if storage is local."""
-        if not self.storage.is_local:
-            for shard in shards:
-                self._fetch(shard)
+    def fetch_ahead(self, shards: list[int]) -> None:
+        """Start to fetch remote shards in the background, and let go of others; a no-op if storage is local.
+
+        Args:
+            shards: those that are needed now or soon, in the order of need; may be called with the same ones often.
+        """
+        if self._cache is None or shards == self._ahead:
+            return
+        self._ahead = list(shards)
+        with self._lock:
+            # The bytes of a shard that leaves the cache stay on the disk as long as it is open.
+            for shard in self._open.keys() - set(shards):
+                del self._open[shard]
+        self._cache.fetch_ahead([self.shards[shard] for shard in shards])
 
     def close(self) -> None:
-        self._end.set()
-        self._fetcher.shutdown(wait=True, cancel_futures=True)
         with self._lock:
             self._open.clear()
-            self._fetched.clear()
-        if self._cache:
-            self._cache.cleanup()
+        if self._cache is not None:
+            self._cache.close()
 
     def _scan(self, shard: int) -> list[Sample[_Span]]:
         record = self.shards[shard]
@@ -125,68 +119,16 @@ class ShardReader:
 
     def _open_anew(self, shard: int) -> BinaryIO:
         """Open a local file of the shard, fetched if storage is remote."""
-        if self.storage.is_local:
-            try:
-                return open(self.storage.path(self.shards[shard].name), "rb")
-            except FileNotFoundError:
-                raise self._damaged(self.shards[shard], "is missing") from None
-        for _ in range(MOST_FETCHES):
-            fetched = self._fetch(shard)
-            try:
-                return open(fetched.result(), "rb")
-            except FileNotFoundError:
-                # Evicted by another thread since it was fetched, or removed by whoever tidies up the disk.
-                self._forget(shard, fetched)
-        raise UserError(
-            f"{self._cache.name if self._cache else 'the cache'}: fetched shards are removed from it while they are "
-            "needed: keep whatever tidies up temporary files away, or set TMPDIR to another folder"
-        )
-
-    def _forget(self, shard: int, fetched: "Future[Path]") -> None:
-        with self._lock:
-            if self._fetched.get(shard) is fetched:
-                del self._fetched[shard]
-
-    def _fetch(self, shard: int) -> "Future[Path]":
-        with self._lock:
-            earlier = self._fetched.get(shard)
-            # A download that failed ahead of its use is tried again: the store may be back.
-            if earlier is not None and not (earlier.done() and earlier.exception()):
-                self._fetched.move_to_end(shard)
-                return earlier
-            # Two threads that want the same shard share one download through its future.
-            if self._cache is None:
-                self._cache = tempfile.TemporaryDirectory(prefix="ldm-shards-")
-            self._evict()
-            future = self._fetcher.submit(self._download, shard, Path(self._cache.name))
-            self._fetched[shard] = future
-            return future
-
-    def _download(self, shard: int, folder: Path) -> Path:
         record = self.shards[shard]
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{shard:06d}.tar"
-        # Before it is fetched: a shard that is missing or cut is not worth its way over the network.
-        self._check_size(record, self.storage.size(record.name))
-        # Under its name only when whole: a thread that was told of an earlier download, evicted since, may open it.
-        partial = path.with_suffix(".partial")
-        self.storage.download(record.name, partial)
-        return partial.replace(path)
-
-    def _evict(self) -> None:
-        """Forget the shards used longest ago until the rest fits; called with the lock held."""
-        kept = sum(self.shards[shard].bytes for shard in self._fetched)
-        for shard in list(self._fetched):
-            if kept <= self._cache_bytes:
-                return
-            if not self._fetched[shard].done():
-                continue
-            # Removing the file takes nothing from a thread that reads it: an open file outlives its name.
-            future = self._fetched.pop(shard)
-            self._open.pop(shard, None)
-            if future.exception() is None:
-                future.result().unlink(missing_ok=True)
-            kept -= self.shards[shard].bytes
+        if self._cache is not None:
+            try:
+                return self._cache.open(record)
+            except NotAsCommittedError as error:
+                raise self._damaged(record, str(error)) from None
+        try:
+            return open(self.storage.path(record.name), "rb")
+        except FileNotFoundError:
+            raise self._damaged(record, "is missing") from None
 
     def _check_size(self, record: FileRecord, size: int) -> None:
         if size < 0:

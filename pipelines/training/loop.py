@@ -87,6 +87,12 @@ class TrainingLoop:
 
     def run(self, checkpoints: Checkpoints) -> None:
         """Train to the last step; on rank 0, then have the task save its files from the averaged weights."""
+        try:
+            self._train(checkpoints)
+        finally:
+            self.learner.close()
+
+    def _train(self, checkpoints: Checkpoints) -> None:
         if (state := checkpoints.newest(self.rank.device)) is not None:
             self._restore(state)
         wrapped = wrap(self.network, self.config, self.rank.world_size)

@@ -71,6 +71,10 @@ class Learner(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Let go of the data; called on every rank at the end of training, whatever that is."""
+        ...
+
 
 class Task(Protocol):
     """A description of what to train, sent to the workers."""

@@ -87,6 +87,9 @@ class AutoencoderLearner:
     def save(self, writer: ArtifactWriter) -> dict[str, Any]:
         return commit_first_stage(writer, self.first_stage, self._reconstructions(), self.device)
 
+    def close(self) -> None:
+        self.reader.close()
+
     def _reconstructions(self) -> ReconstructionTest:
         if self._test is None:
             others = training_places(self.task.pairs, SHOWN)

@@ -154,6 +154,9 @@ class DiffusionLearner:
             }
         }
 
+    def close(self) -> None:
+        self.latents.reader.close()
+
     @cached_property
     def _model(self) -> LatentDiffusion:
         """The whole model around the network being trained, whose weights it shares."""

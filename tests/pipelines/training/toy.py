@@ -95,6 +95,9 @@ class ToyLearner:
         writer.commit_once("weights.pt", lambda path: torch.save(self.network.state_dict(), path))
         return {"toy": True}
 
+    def close(self) -> None:
+        pass
+
 
 @dataclass
 class Run:
