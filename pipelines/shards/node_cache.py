@@ -151,7 +151,8 @@ class NodeCache:
         assert under_way is not None
         if mine:
             try:
-                under_way.set_result(self._fetch(record, ahead=False))
+                self._fetch(record, ahead=False)
+                under_way.set_result(None)
             except BaseException as error:
                 under_way.set_exception(error)
         under_way.result()

@@ -27,8 +27,8 @@ def check_workers(workers: int, batch_size: int, most: int, samples: int | None 
         why = f"batch_size {batch_size}, at most {most}" + (f", {samples} samples" if samples is not None else "")
         allowed = ", ".join(map(str, divisors(partitions)))
         raise MisuseError(
-            f"the workers share {partitions} partitions of the samples ({why}): training.workers must be one of "
-            f"{allowed}, got {workers}; training.partitions and batch_size decide which"
+            f"training.workers must be one of {allowed}, to share {partitions} partitions of the samples equally "
+            f"({why}), got {workers}; another training.partitions or batch_size allows others"
         )
 
 

@@ -62,14 +62,8 @@ def test_activation_checkpointing_reaches_the_unet_and_changes_no_gradient() -> 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (
-            {"workers": 3},
-            r"share 4 partitions .*\(batch_size 4, at most 64\): training.workers must be one of 1, 2, 4, got 3",
-        ),
-        (
-            {"batch_size": 64, "partitions": 8, "workers": 16},
-            "must be one of 1, 2, 4, 8, got 16; training.partitions and",
-        ),
+        ({"workers": 3}, r"must be one of 1, 2, 4, to share 4 partitions .*\(batch_size 4, at most 64\), got 3;"),
+        ({"batch_size": 64, "partitions": 8, "workers": 16}, r"must be one of 1, 2, 4, 8, .* got 16;"),
     ],
 )
 def test_workers_that_cannot_share_the_samples_are_refused(values: dict[str, int], message: str) -> None:
