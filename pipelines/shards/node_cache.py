@@ -4,8 +4,8 @@ It lies in `ldm-cache-UID` below `$LDM_CACHE`, or below the folder for temporary
 
     lock                    held while somebody looks through the cache, or changes what is in it
     NAME.user               one for each user, held as long as it lives: the digests of the shards that it has in use
-    SHA256.tar              a whole shard, checked; its time is that of its last use
-    SHA256.BYTES.partial    a shard on its way, held by whoever fetches it
+    SHA256.file             a whole file, checked; its time is that of its last use
+    SHA256.BYTES.partial    a file on its way, held by whoever fetches it
 
 To hold a file is to have it locked (flock): the kernel lets go of it when its process dies, however it dies, so that
 what was killed neither blocks the others nor is counted. A shard is known by its digest, since one that was taken over
@@ -127,7 +127,7 @@ class NodeCache:
         self._leave()
 
     def _path(self, record: FileRecord) -> Path:
-        return self._folder / f"{record.sha256}.tar"
+        return self._folder / f"{record.sha256}.file"
 
     def _start(self, digest: str, future: Future[None]) -> None:
         self._fetches[digest] = future
@@ -208,7 +208,7 @@ class NodeCache:
         """Remove the shards used longest ago that nobody has in use, until the rest fits; tell whether it does."""
         with _alone(self._folder):
             in_use = _used_shards(self._folder)
-            shards = {path: path.stat() for path in self._folder.glob("*.tar")}
+            shards = {path: path.stat() for path in self._folder.glob("*.file")}
             kept = sum(status.st_size for status in shards.values())
             # Each counts as what it will be.
             kept += sum(int(path.suffixes[0][1:]) for path in _fetched(self._folder))

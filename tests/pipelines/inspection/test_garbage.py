@@ -235,7 +235,7 @@ def test_a_cache_of_shards_goes_when_nobody_uses_it(
     folder = cache_folder()
     assert places(find_garbage(local.root, WEEK_S)) == {}
     # As a process that is killed leaves it: what it held is free, and its files are there.
-    (folder / f"{'0' * 64}.tar").write_bytes(b"shard")
+    (folder / f"{'0' * 64}.file").write_bytes(b"shard")
     cache._user.close()
     found = find_garbage(local.root, WEEK_S)
     assert places(found) == {str(folder): "scratch"}

@@ -133,7 +133,7 @@ def test_processes_share_one_fetch_of_each_shard_and_the_last_one_tidies_up(
         assert process.answer() == "asked"
         assert process.answer() == ", ".join(f"shard {shard}" for shard in reversed(range(SHARDS)))
     assert server.take_figures().requests["GetObject"] == SHARDS
-    assert names(cache, ".tar") == {record.sha256 for record in records}
+    assert names(cache, ".file") == {record.sha256 for record in records}
     for process in processes:
         assert cache.exists()
         process.end()
@@ -154,7 +154,7 @@ def test_a_process_that_is_killed_while_it_fetches_keeps_nobody_waiting(
         process.ask("read 0")
     processes[0].kill()
     assert [process.answer() for process in processes[1:]] == ["shard 0"] * 3
-    assert names(cache, ".tar") == {records[0].sha256}
+    assert names(cache, ".file") == {records[0].sha256}
     assert names(cache, ".partial") == set()
 
 
@@ -173,7 +173,7 @@ def test_what_killed_processes_leave_goes_when_the_next_one_comes(
     for process in killed:
         process.kill()
     server.set_delay(0)
-    assert names(cache, ".tar") == {records[0].sha256, records[1].sha256}
+    assert names(cache, ".file") == {records[0].sha256, records[1].sha256}
     following = start()
     assert following.answer() == "ready"
     assert [path.suffix for path in cache.iterdir() if path.name != "lock"] == [".user"]
@@ -196,13 +196,13 @@ def test_what_somebody_has_in_use_stays_and_what_was_used_longest_ago_goes(
         reader.read(0, 0)
         for shard in range(1, SHARDS):
             other.read(shard, 0)
-            assert len(names(cache, ".tar")) <= 3
-            assert {records[0].sha256, records[shard].sha256} <= names(cache, ".tar")
-        assert names(cache, ".tar") == {records[shard].sha256 for shard in (0, 4, 5)}
+            assert len(names(cache, ".file")) <= 3
+            assert {records[0].sha256, records[shard].sha256} <= names(cache, ".file")
+        assert names(cache, ".file") == {records[shard].sha256 for shard in (0, 4, 5)}
         reader.fetch_ahead([5])
         with contextlib.closing(ShardReader(storage, records, cache_bytes=most)) as third:
             third.read(1, 0)
-        assert records[0].sha256 not in names(cache, ".tar"), "nobody needs it now, and it was used longest ago"
+        assert records[0].sha256 not in names(cache, ".file"), "nobody needs it now, and it was used longest ago"
 
 
 def test_what_is_needed_soon_is_not_fetched_beyond_the_bound_and_what_is_needed_now_is(
@@ -212,12 +212,12 @@ def test_what_is_needed_soon_is_not_fetched_beyond_the_bound_and_what_is_needed_
     with contextlib.closing(NodeCache(storage, 2 * records[0].bytes)) as shards:
         shards.fetch_ahead(records)
         wait_until(lambda: not shards._fetches)
-        assert names(cache, ".tar") <= {record.sha256 for record in records}
-        assert len(names(cache, ".tar")) <= 2
+        assert names(cache, ".file") <= {record.sha256 for record in records}
+        assert len(names(cache, ".file")) <= 2
         for record in records:
             with shards.open(record) as file:
                 assert len(file.read()) == record.bytes
-        assert len(names(cache, ".tar")) == SHARDS
+        assert len(names(cache, ".file")) == SHARDS
 
 
 def test_a_shard_with_other_bytes_than_were_committed_is_named_and_not_kept(
@@ -233,7 +233,7 @@ def test_a_shard_with_other_bytes_than_were_committed_is_named_and_not_kept(
         with pytest.raises(UserError, match=message):
             reader.read(1, 0)
         assert reader.read(0, 0)["txt"] == b"shard 0"
-        assert names(cache, ".tar") == {records[0].sha256}
+        assert names(cache, ".file") == {records[0].sha256}
         assert names(cache, ".partial") == set()
 
 
@@ -262,12 +262,12 @@ def test_on_a_full_disk_what_nobody_needs_makes_room(
     remote: tuple[Storage, list[FileRecord]], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage, records = remote
-    fill_disk(monkeypatch, lambda: len(names(cache, ".tar")) >= 3)
+    fill_disk(monkeypatch, lambda: len(names(cache, ".file")) >= 3)
     with contextlib.closing(ShardReader(storage, records)) as reader:
         reader.fetch_ahead([0])
         for shard in range(SHARDS):
             assert reader.read(shard, 0)["txt"] == f"shard {shard}".encode()
-        assert records[0].sha256 in names(cache, ".tar")
+        assert records[0].sha256 in names(cache, ".file")
 
 
 def test_a_cache_that_is_removed_while_it_is_used_is_filled_again(
@@ -320,7 +320,7 @@ def test_the_size_is_that_of_the_environment(
     with contextlib.closing(NodeCache(storage)) as shards:
         for record in records:
             shards.open(record).close()
-        assert names(cache, ".tar") == {records[-1].sha256}
+        assert names(cache, ".file") == {records[-1].sha256}
     monkeypatch.setenv("LDM_CACHE_GIB", "much")
     with pytest.raises(MisuseError, match="LDM_CACHE_GIB must be a number of GiB, got 'much': set it to one such as"):
         NodeCache(storage)
@@ -348,4 +348,4 @@ def test_a_cache_that_nobody_closed_is_left_by_the_garbage_collector_at_any_mome
         gc.collect()
     assert not node_cache.is_used(cache)
     with contextlib.closing(NodeCache(remote[0])):
-        assert names(cache, ".tar") == set()
+        assert names(cache, ".file") == set()

@@ -66,7 +66,7 @@ def test_fetched_shards_stay_within_their_bound_and_go_at_the_end(
     for shard in range(8):
         reader.fetch_ahead([shard])
         reader.read(shard, 0)
-        kept = sum(file.stat().st_size for file in tmp_path.rglob("*.tar"))
+        kept = sum(file.stat().st_size for file in tmp_path.rglob("*.file"))
         assert records[0].bytes <= kept <= 2 * records[0].bytes
     reader.close()
     assert list(tmp_path.iterdir()) == []
