@@ -19,7 +19,7 @@ import pytest
 from pipelines.errors import MisuseError, UserError
 from pipelines.shards import node_cache
 from pipelines.shards.format import write_shard
-from pipelines.shards.node_cache import NodeCache, cache_folder
+from pipelines.shards.node_cache import NodeCache
 from pipelines.shards.reader import ShardReader
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.file_table import FileRecord
@@ -27,13 +27,6 @@ from pipelines.store.storage import Storage
 from tests.s3 import BUCKET, FastS3, fast_s3
 
 SHARDS = 6
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give each test a cache of its own; return the folder that it is in while somebody uses it."""
-    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "disk"))
-    return cache_folder()
 
 
 @pytest.fixture(scope="module")
