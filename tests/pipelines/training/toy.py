@@ -96,7 +96,7 @@ class ToyLearner:
         return {"toy": True}
 
     def close(self) -> None:
-        pass
+        (self.task.log / f"closed.{os.getpid()}").touch()
 
 
 @dataclass
@@ -169,3 +169,6 @@ class Run:
 
     def workers_started(self) -> int:
         return len(list((self.folder / "log").glob("started.*")))
+
+    def workers_closed(self) -> int:
+        return len(list((self.folder / "log").glob("closed.*")))

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from pipelines.errors import MisuseError, UserError
+from pipelines.shards.node_cache import cache_folder
 from pipelines.stages.diffusion.artifact import load_model
 from pipelines.stages.diffusion.config import DiffusionConfig
 from pipelines.stages.diffusion.learner import DiffusionLearner, DiffusionTask
 from pipelines.stages.diffusion.stage import STAGE
 from pipelines.stages.diffusion.work import model_config
 from pipelines.store.ledger import Artifact
+from pipelines.store.storage import Storage
 from tests.tiny import TINY_TEXT, TINY_UNET
 from tests.tiny_artifacts import contents, first_stage_artifact, latents_artifact, run_stage
 
@@ -92,6 +94,24 @@ def test_a_batch_is_the_same_for_any_number_of_workers_and_after_any_restart(ups
         parts = [other.load(other.order.slice(step, rank, 4)) for rank in range(4)]
         for name, tensor in whole.items():
             assert torch.equal(torch.cat([part[name] for part in parts]), tensor), name
+
+
+def test_batches_of_a_remote_root_are_the_same_and_its_shards_go_at_the_end(
+    upstream: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "disk"))
+    latents, remote = upstream["latents"], Storage("memory://latents-of-another-node")
+    for name in latents.storage.files_below():
+        remote.write_bytes(name, latents.storage.read_bytes(name))
+    here, there = learner(upstream), learner({**upstream, "latents": replace(latents, storage=remote)})
+    for step in range(12):
+        there.fetch_ahead(there.order.shards_ahead(step, 0, 1))
+        batch = there.load(there.order.slice(step, 0, 1))
+        for name, tensor in here.load(here.order.slice(step, 0, 1)).items():
+            assert torch.equal(batch[name], tensor), name
+    assert len(list(cache_folder().iterdir())) > 2
+    there.close()
+    assert not cache_folder().exists()
 
 
 def test_held_out_samples_are_never_trained_on_and_previewed_first(tmp_path: Path) -> None:
