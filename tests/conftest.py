@@ -36,8 +36,12 @@ SHARED = REPOSITORY.parent / "shared"
 
 @pytest.fixture(scope="session", autouse=True)
 def home_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keep what runs leave in a person's home in a folder of this session, that of processes started by tests too."""
+    """Keep what runs leave in a person's home in a folder of this session, that of processes started by tests too.
+
+    Fetched shards as well.
+    """
     os.environ["LDM_HOME"] = str(tmp_path_factory.mktemp("home"))
+    os.environ["LDM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)

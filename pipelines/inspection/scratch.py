@@ -1,4 +1,4 @@
-"""Local folders of processes that were killed, in the folder for temporary files."""
+"""Local folders of processes that were killed: in the folder for temporary files, and the node's cache of shards."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from pipelines.shards.node_cache import cache_folder, is_used, remove_unused
 
 PREFIX = "ldm-"
 
@@ -27,12 +29,19 @@ def abandoned(before: float) -> Iterator[Abandoned]:
 
     A name does not tell whose it is. What was last written before `before` (in seconds since 1970), and before every
     Python process of this user that lives began, is nobody's. Where `/proc` does not tell when those began, nothing is
-    yielded.
+    yielded, except a cache of shards, which tells itself whether anybody uses it.
     """
+    cache = cache_folder()
+    with contextlib.suppress(FileNotFoundError, PermissionError):
+        facts = _facts(cache)
+        if facts is not None and not is_used(cache):
+            yield Abandoned(cache, *facts[:2])
     if (oldest := _oldest_process()) is None:
         return
     before = min(before, oldest)
     for path in sorted(Path(tempfile.gettempdir()).glob(f"{PREFIX}*")):
+        if path == cache:
+            continue
         with contextlib.suppress(FileNotFoundError, PermissionError):
             facts = _facts(path)
             if facts is not None and facts[2] < before:
@@ -41,7 +50,9 @@ def abandoned(before: float) -> Iterator[Abandoned]:
 
 def remove_abandoned(path: Path) -> None:
     """Remove what `abandoned` has found."""
-    if path.is_dir() and not path.is_symlink():
+    if path == cache_folder():
+        remove_unused(path)
+    elif path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

@@ -1,26 +1,43 @@
-"""The order in which training sees the samples: a pure function of (rows of the shards, excluded rows, seed, epoch).
+"""The order in which training sees the samples: a pure function of (rows of the shards, excluded rows, seed, step).
 
-In each epoch the shards are permuted, then the samples are shuffled within windows of consecutive shards: a shuffle of
-all samples would read one sample of a shard at a time, a shuffle of shards alone would keep neighbours together. The
-number of samples consumed, the cursor, is the whole state, so a run can resume with any number of workers. Nothing is
-read to skip ahead, and no more than two windows' permutations are held in memory.
+The samples, in the order of their shards, are cut into P partitions of equal size. Each partition is an endless stream
+of its own: in each epoch its pieces of shards are permuted, then the samples are shuffled within windows of consecutive
+pieces (a shuffle of all samples would read one sample of a shard at a time, a shuffle of shards alone would keep
+neighbours together). A global batch is the next `batch_size / P` samples of each partition, one after the other.
+
+A worker serves some of the partitions and reads their shards alone, so that every shard goes to one node; and any
+number of workers that divides P trains on the same global batches. The number of steps done is the whole state. Nothing
+is read to skip ahead, and one window's permutation a partition is held in memory.
+
+An epoch of a partition has N/P samples, which is a whole number in the mean only: where P does not divide N, the cuts
+move by less than one sample an epoch, in a circle. In epoch e partition p holds the kept samples c(p + e) - d(e) to
+c(p + 1 + e) - d(e) - 1, modulo N, with c(k) = floor(kN/P) and d(e) = e floor(N/P). So every sample is in exactly one
+partition of every epoch, the sizes differ by at most one, and after any number of steps no partition is more than one
+sample further than another: small sets are not seen unevenly.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.shards.partitions import check_workers, count_partitions
 from pipelines.shards.randomness import Purpose, generator
 
 # The number of a shard, and of a sample in it.
 Place = tuple[int, int]
 
+_Numbers = NDArray[np.int64]
+
 
 class SamplePosition(NamedTuple):
-    """One sample in the endless sequence: `position` counts from the first sample of epoch 0."""
+    """One sample in the endless sequence of all batches: `position` counts from the first sample of step 0.
+
+    `epoch` is that of its partition.
+    """
 
     position: int
     epoch: int
@@ -32,13 +49,52 @@ class SamplePosition(NamedTuple):
         return self.shard, self.row
 
 
+class _Epoch(NamedTuple):
+    """An epoch of a partition: `first` to `last` - 1 of its stream, and its pieces of shards as they are permuted.
+
+    firsts: first sample of each piece, among the kept ones
+    sizes: samples of each piece
+    starts: where in the epoch each window starts, and its end
+    """
+
+    number: int
+    first: int
+    last: int
+    firsts: _Numbers
+    sizes: _Numbers
+    starts: _Numbers
+
+
+class _Window(NamedTuple):
+    """The samples `first` to `last` - 1 of a partition's stream, as numbers of kept samples."""
+
+    epoch: int
+    first: int
+    last: int
+    samples: _Numbers
+
+
+class _Ahead(NamedTuple):
+    """What a worker needs from `step` on, unchanged until before `until`."""
+
+    rank: int
+    world: int
+    step: int
+    until: int
+    shards: list[int]
+
+
 class SampleOrder:
-    """An endless sequence of samples, epoch after epoch, each epoch a permutation of all rows but the excluded ones.
+    """An endless sequence of global batches, in each epoch of which every sample but the excluded ones is seen once.
 
     Args:
         rows_per_shard: number of samples in each shard; empty shards are allowed.
         seed: the run's seed.
-        window: number of consecutive shards whose samples are mixed with each other.
+        window: number of shards whose samples are mixed with each other at a time, over all partitions; each of them
+            mixes at least one.
+        batch_size: samples of a global batch.
+        partitions: the most partitions; there are as many as the largest divisor of the batch size that is neither
+            above it nor above the number of samples.
         excluded: the samples that are left out.
 
     Raises:
@@ -47,88 +103,190 @@ class SampleOrder:
 
     def __init__(
         self,
-        rows_per_shard: Sequence[int] | NDArray[np.int64],
+        rows_per_shard: Sequence[int] | _Numbers,
         seed: int,
         window: int,
         *,
+        batch_size: int,
+        partitions: int,
         excluded: Iterable[Place] = (),
     ) -> None:
         if window < 1:
             raise ValueError(f"window must be at least 1 shard, got {window}")
-        rows = np.array(rows_per_shard, dtype=np.int64)
-        self._kept_before = _kept_before(excluded)
-        for shard, kept_before in self._kept_before.items():
-            rows[shard] -= len(kept_before)
-        # Empty shards would make windows of unequal use; they hold nothing to order.
-        self._shards = np.flatnonzero(rows > 0)
-        self._rows = rows[self._shards]
-        self.samples_per_epoch = int(self._rows.sum())
+        # The first row of each shard, and the end of the last one, counted over all rows and over the kept ones.
+        self._starts = np.concatenate([[0], np.cumsum(np.asarray(rows_per_shard, np.int64))])
+        places = np.array(list(excluded), np.int64).reshape(-1, 2)
+        left_out = np.unique(self._starts[places[:, 0]] + places[:, 1])
+        self._kept_starts = self._starts - np.searchsorted(left_out, self._starts)
+        # How many rows are kept before each excluded one.
+        self._kept_before = left_out - np.arange(len(left_out))
+        self.samples_per_epoch = int(self._kept_starts[-1])
         if self.samples_per_epoch == 0:
             raise ValueError(f"there must be at least one sample, got none in {len(rows_per_shard)} shards")
-        self.seed, self.window = seed, window
-        # Two of each: the window in use and the next one, which is fetched ahead and may lie in the next epoch.
-        self._epoch_plan = lru_cache(maxsize=2)(self._plan_epoch)
-        self._window_order = lru_cache(maxsize=2)(self._shuffle_window)
+        self.seed, self.batch_size, self._most_partitions = seed, batch_size, partitions
+        self.partitions = count_partitions(batch_size, partitions, self.samples_per_epoch)
+        # Pieces in a window of one partition.
+        self._window = max(1, window // self.partitions)
+        # The window in use of each partition, and its last two epochs: the one in use and the one fetched ahead.
+        self._windows: dict[int, _Window] = {}
+        self._epochs: dict[tuple[int, int], _Epoch] = {}
+        self._ahead: _Ahead | None = None
 
-    def sample(self, position: int) -> SamplePosition:
-        """Return the sample at a position of the endless sequence."""
-        # Position -> epoch and offset in it -> window -> place in the window's permutation -> shard and row.
-        epoch, offset = divmod(position, self.samples_per_epoch)
-        shards, window_starts = self._epoch_plan(epoch)
-        window = int(np.searchsorted(window_starts, offset, side="right")) - 1
-        order, row_starts = self._window_order(epoch, window)
-        place = int(order[offset - window_starts[window]])
-        slot = int(np.searchsorted(row_starts, place, side="right")) - 1
-        shard = int(self._shards[shards[window * self.window + slot]])
-        row = place - int(row_starts[slot])
-        # Rows were counted without the excluded ones: those that lie before this one are added again.
-        if (kept_before := self._kept_before.get(shard)) is not None:
-            row += int(np.searchsorted(kept_before, row, side="right"))
-        return SamplePosition(position, epoch, shard, row)
-
-    def slice(self, cursor: int, global_batch: int, rank: int, world: int) -> list[SamplePosition]:
-        """Return the part of the global batch at `cursor` that belongs to one of `world` workers.
+    def slice(self, step: int, rank: int, world: int) -> list[SamplePosition]:
+        """Return the part of a step's global batch that belongs to one of `world` workers.
 
         The parts of all ranks, joined in order, are the same global batch whatever their number.
 
         Raises:
-            ValueError: the batch does not divide among the workers.
+            MisuseError: the partitions do not divide among the workers.
         """
-        if global_batch % world:
-            raise ValueError(f"the global batch of {global_batch} must be divisible by the {world} workers")
-        share = global_batch // world
-        first = cursor + rank * share
-        return [self.sample(position) for position in range(first, first + share)]
+        share = self.batch_size // self.partitions
+        found: list[_Numbers] = []
+        epochs: list[int] = []
+        served = self._served(rank, world)
+        for partition in served:
+            first = step * share
+            while first < (step + 1) * share:
+                window = self._window_at(partition, first)
+                samples = window.samples[first - window.first : (step + 1) * share - window.first]
+                found.append(samples)
+                epochs += [window.epoch] * len(samples)
+                first += len(samples)
+        shards, rows = self._places(np.concatenate(found))
+        position = step * self.batch_size + served.start * share
+        positions = range(position, position + len(shards))
+        return list(map(SamplePosition, positions, epochs, shards.tolist(), rows.tolist()))
 
-    def shards_ahead(self, position: int) -> list[int]:
-        """Return the shards to fetch ahead: those of the window at a position, then those of the next one."""
-        epoch, offset = divmod(position, self.samples_per_epoch)
-        shards, window_starts = self._epoch_plan(epoch)
-        window = int(np.searchsorted(window_starts, offset, side="right")) - 1
-        ahead = [*shards[window * self.window : (window + 2) * self.window]]
-        if window == len(window_starts) - 1:
-            ahead += [*self._epoch_plan(epoch + 1)[0][: self.window]]
-        return list(dict.fromkeys(int(self._shards[shard]) for shard in ahead))
+    def sample(self, position: int) -> SamplePosition:
+        """Return the sample at a position of the endless sequence."""
+        step, place = divmod(position, self.batch_size)
+        partition, offset = divmod(place, self.batch_size // self.partitions)
+        offset += step * (self.batch_size // self.partitions)
+        window = self._window_at(partition, offset)
+        shards, rows = self._places(window.samples[offset - window.first, None])
+        return SamplePosition(position, window.epoch, int(shards[0]), int(rows[0]))
 
-    def _plan_epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the permuted shards of an epoch, and the offset in the epoch at which each window starts."""
-        shards = generator(self.seed, Purpose.SHARD_ORDER, epoch).permutation(len(self._rows))
-        ends = np.cumsum(self._rows[shards])
-        starts = np.concatenate([[0], ends[self.window - 1 :: self.window]])
-        # If the last window is full, its end is listed too; it is the start of the next epoch, not of a window.
-        return shards, starts[starts < self.samples_per_epoch]
+    def shards_ahead(self, step: int, rank: int, world: int) -> list[int]:
+        """Return the shards that one of `world` workers needs from a step on, in the order of need.
 
-    def _shuffle_window(self, epoch: int, window: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the permutation of a window's samples, and the place at which each of its shards starts."""
-        shards, _ = self._epoch_plan(epoch)
-        rows = self._rows[shards[window * self.window : (window + 1) * self.window]]
-        order = generator(self.seed, Purpose.SAMPLE_ORDER, epoch, window).permutation(int(rows.sum()))
-        return order, np.concatenate([[0], np.cumsum(rows)[:-1]])
+        They are those of the windows that the step reads, and of the window after these in each partition.
+
+        Raises:
+            MisuseError: the partitions do not divide among the workers.
+        """
+        ahead = self._ahead
+        if ahead is None or (ahead.rank, ahead.world) != (rank, world) or not ahead.step <= step < ahead.until:
+            # Asked for at every step, while it changes only when a partition enters a window.
+            ahead = self._ahead = self._look_ahead(step, rank, world)
+        return ahead.shards
+
+    def _look_ahead(self, step: int, rank: int, world: int) -> _Ahead:
+        share = self.batch_size // self.partitions
+        needed: list[tuple[int, _Numbers]] = []
+        until = []
+        for partition in self._served(rank, world):
+            first, end, windows = step * share, (step + 1) * share, 0
+            while True:
+                epoch = self._epoch_at(partition, first)
+                index = int(np.searchsorted(epoch.starts, first - epoch.first, side="right")) - 1
+                pieces = epoch.firsts[index * self._window : (index + 1) * self._window]
+                needed.append((max(first // share, step), self._shards(pieces)))
+                last = epoch.first + int(epoch.starts[index + 1])
+                # Something changes with the first step that has left this window, or that reads the one after.
+                if windows == 0:
+                    until.append(-(-last // share))
+                windows += 1
+                if first >= end:
+                    break
+                first = last
+                if last >= end:
+                    until.append(last // share)
+        shards = [int(shard) for _, shards in sorted(needed, key=lambda each: each[0]) for shard in shards]
+        return _Ahead(rank, world, step, min(until), list(dict.fromkeys(shards)))
+
+    def _served(self, rank: int, world: int) -> range:
+        """Return the partitions that a worker serves."""
+        if self.partitions % world:
+            check_workers(world, self.batch_size, self._most_partitions, self.samples_per_epoch)
+        each = self.partitions // world
+        return range(rank * each, (rank + 1) * each)
+
+    def _places(self, samples: _Numbers) -> tuple[_Numbers, _Numbers]:
+        """Return shard and row of kept samples."""
+        # They were counted without the excluded ones: those that lie before each are added again.
+        places = samples + np.searchsorted(self._kept_before, samples, side="right")
+        shards = np.searchsorted(self._starts, places, side="right") - 1
+        return shards, places - self._starts[shards]
+
+    def _shards(self, samples: _Numbers) -> _Numbers:
+        """Return the shards of kept samples."""
+        return np.searchsorted(self._kept_starts, samples, side="right") - 1
+
+    def _window_at(self, partition: int, place: int) -> _Window:
+        """Return the window that holds a place of a partition's stream."""
+        window = self._windows.get(partition)
+        if window is None or not window.first <= place < window.last:
+            window = self._windows[partition] = self._shuffle(partition, place)
+        return window
+
+    def _shuffle(self, partition: int, place: int) -> _Window:
+        epoch = self._epoch_at(partition, place)
+        index = int(np.searchsorted(epoch.starts, place - epoch.first, side="right")) - 1
+        pieces = slice(index * self._window, (index + 1) * self._window)
+        samples = _ranges(epoch.firsts[pieces], epoch.sizes[pieces])
+        # One number for window and partition; of two words of the counter the epoch has the other.
+        inner = index * self.partitions + partition
+        order = generator(self.seed, Purpose.SAMPLE_ORDER, epoch.number, inner).permutation(len(samples))
+        start, end = epoch.starts[index : index + 2].tolist()
+        return _Window(epoch.number, epoch.first + start, epoch.first + end, samples[order])
+
+    def _epoch_at(self, partition: int, place: int) -> _Epoch:
+        """Return the epoch that holds a place of a partition's stream."""
+        # Each has N/P samples in the mean, so that the first guess is off by one at most.
+        number = place * self.partitions // self.samples_per_epoch
+        while self._epoch_start(partition, number + 1) <= place:
+            number += 1
+        while self._epoch_start(partition, number) > place:
+            number -= 1
+        epoch = self._epochs.get((partition, number % 2))
+        if epoch is None or epoch.number != number:
+            epoch = self._epochs[partition, number % 2] = self._permute(partition, number)
+        return epoch
+
+    def _permute(self, partition: int, number: int) -> _Epoch:
+        first, last = self._epoch_start(partition, number), self._epoch_start(partition, number + 1)
+        cut = self._cut(partition + number) - number * (self.samples_per_epoch // self.partitions)
+        begin = cut % self.samples_per_epoch
+        # In a circle: the last partition may go on with the first samples.
+        beyond = max(0, begin + last - first - self.samples_per_epoch)
+        pieces = [self._cut_at_shards(begin, begin + last - first - beyond), self._cut_at_shards(0, beyond)]
+        firsts, sizes = (np.concatenate(each) for each in zip(*pieces, strict=True))
+        order = generator(self.seed, Purpose.SHARD_ORDER, number, partition).permutation(len(firsts))
+        firsts, sizes = firsts[order], sizes[order]
+        ends = np.cumsum(sizes)
+        starts = np.concatenate([[0], ends[self._window - 1 :: self._window]])
+        # Unless the last window is full, its end is not among them.
+        return _Epoch(number, first, last, firsts, sizes, np.union1d(starts, ends[-1:]))
+
+    def _epoch_start(self, partition: int, number: int) -> int:
+        """Return how many samples of a partition's stream come before one of its epochs."""
+        return self._cut(partition + number) - self._cut(partition)
+
+    def _cut(self, place: int) -> int:
+        """Return floor(place N/P)."""
+        return place * self.samples_per_epoch // self.partitions
+
+    def _cut_at_shards(self, begin: int, end: int) -> tuple[_Numbers, _Numbers]:
+        """Return first sample and size of each shard's piece of a range of kept samples."""
+        if begin == end:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        shards = self._shards(np.array([begin, end - 1]))
+        # Empty shards start where the next one does.
+        edges = np.unique(self._kept_starts[shards[0] : shards[1] + 2].clip(begin, end))
+        return edges[:-1], np.diff(edges)
 
 
-def _kept_before(excluded: Iterable[Place]) -> dict[int, NDArray[np.int64]]:
-    """Return for each shard with excluded rows how many rows are kept before each of them, ascending."""
-    rows: dict[int, list[int]] = {}
-    for shard, row in sorted(set(excluded)):
-        rows.setdefault(shard, []).append(row)
-    return {shard: np.array(found, dtype=np.int64) - np.arange(len(found)) for shard, found in rows.items()}
+def _ranges(firsts: _Numbers, sizes: _Numbers) -> _Numbers:
+    """Return the numbers of several ranges, one after the other."""
+    before = np.cumsum(sizes) - sizes
+    return np.repeat(firsts - before, sizes) + np.arange(sizes.sum())

@@ -1,36 +1,30 @@
 """Random access to the samples of tar shards, local or remote.
 
 Where a shard's files lie is read from its index, or found by a scan of its headers if it was written without one; a
-sample is then one `pread` a file, held against the checksum that the index has. Remote shards are fetched whole into a
-local cache folder of bounded size.
+sample is then one `pread` a file, held against the checksum that the index has. Remote shards are fetched whole into
+the cache of this node, their indexes with them.
 """
 
 import hashlib
 import os
-import tempfile
 import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from itertools import chain
 from typing import BinaryIO
 
 from pipelines.errors import UserError
-from pipelines.patience import give_up_at
 from pipelines.shards.index import MOST_INDEX_BYTES, ShardIndex, index_name, scan_shard
+from pipelines.shards.node_cache import NodeCache, NotAsCommittedError
 from pipelines.shards.tar_headers import TarError
 from pipelines.store.failures import MissingFileError
 from pipelines.store.file_table import FileRecord, FileTable
 from pipelines.store.storage import Storage
 
-DEFAULT_CACHE_BYTES = 32 << 30
-FETCH_THREADS = 4
 # Those of a few shuffle windows. One takes some sixty bytes a sample, so that the second bound holds for large shards.
 MAX_INDEXES = 4096
 MAX_INDEXES_BYTES = 128 << 20
-# Fetches of one shard that is gone from the local disk each time it is to be opened.
-MOST_FETCHES = 5
 
 
 class ShardReader:
@@ -40,8 +34,7 @@ class ShardReader:
         storage: the folder of an artifact.
         files: its files: the shards, numbered in the order of their names, and their indexes if they have any.
         max_open: number of files kept open.
-        cache_bytes: bytes of fetched remote shards kept on the local disk; the shards being read are kept whatever
-            their size.
+        cache_bytes: size of the node's cache of remote shards; None takes LDM_CACHE_GIB, or 32 GiB.
 
     Attributes:
         rows_per_shard: samples in each shard, (shards,) int64.
@@ -53,24 +46,19 @@ class ShardReader:
         files: FileTable,
         *,
         max_open: int = 64,
-        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        cache_bytes: int | None = None,
     ) -> None:
         self.storage, self._files = storage, files
         # A record is made when it is needed: as an object it would take many times what it takes in the table.
         self._positions = files.positions()
         self.rows_per_shard = files.table.column("rows").to_numpy()[self._positions]
-        self._bytes = files.table.column("bytes").to_numpy()[self._positions]
-        self._max_open, self._cache_bytes = max_open, cache_bytes
+        self._max_open = max_open
         self._lock = threading.Lock()
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._indexes_bytes = 0
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
-        self._fetched: OrderedDict[int, Future[Path]] = OrderedDict()
-        self._cache: tempfile.TemporaryDirectory[str] | None = None
-        self._end = threading.Event()
-        self._fetcher = ThreadPoolExecutor(
-            FETCH_THREADS, thread_name_prefix="fetch", initializer=give_up_at, initargs=(self._end,)
-        )
+        self._ahead: list[int] = []
+        self._cache = None if storage.is_local else NodeCache(storage, cache_bytes)
 
     def key(self, shard: int, row: int) -> str:
         """Return the key of one sample."""
@@ -97,20 +85,29 @@ class ShardReader:
             files[extension] = data
         return files
 
-    def fetch_ahead(self, shards: Iterable[int]) -> None:
-        """Start fetching remote shards in the background; a no-op if storage is local."""
-        if not self.storage.is_local:
-            for shard in shards:
-                self._fetch(shard)
+    def fetch_ahead(self, shards: list[int]) -> None:
+        """Start to fetch remote shards in the background, and let go of others; a no-op if storage is local.
+
+        Args:
+            shards: those that are needed now or soon, in the order of need; may be called with the same ones often.
+        """
+        if self._cache is None or shards == self._ahead:
+            return
+        self._ahead = list(shards)
+        with self._lock:
+            # The bytes of a shard that leaves the cache stay on the disk as long as it is open.
+            for shard in self._open.keys() - set(shards):
+                del self._open[shard]
+        records = [self._record(shard) for shard in shards]
+        # Each with its index, so that whoever reads its first sample waits for neither.
+        wanted = chain.from_iterable((self._files.get(index_name(record.name)), record) for record in records)
+        self._cache.fetch_ahead([record for record in wanted if record is not None])
 
     def close(self) -> None:
-        self._end.set()
-        self._fetcher.shutdown(wait=True, cancel_futures=True)
         with self._lock:
             self._open.clear()
-            self._fetched.clear()
-        if self._cache:
-            self._cache.cleanup()
+        if self._cache is not None:
+            self._cache.close()
 
     def _record(self, shard: int) -> FileRecord:
         return self._files.at(int(self._positions[shard]))
@@ -140,14 +137,23 @@ class ShardReader:
         try:
             if written.bytes > MOST_INDEX_BYTES:
                 raise ValueError(f"it has {written.bytes} bytes, more than {MOST_INDEX_BYTES}")
-            data = self.storage.read_range(written.name, 0, written.bytes)
-            if (found := hashlib.sha256(data).hexdigest()) != written.sha256:
-                raise ValueError(f"it has the sha256 {found[:12]}… instead of {written.sha256[:12]}…")
-            return ShardIndex.decode(data, shard_bytes=record.bytes)
+            return ShardIndex.decode(self._read(written), shard_bytes=record.bytes)
         except MissingFileError:
             raise self._damaged(record, f"has lost its index: {written.name} is missing") from None
+        except NotAsCommittedError as error:
+            raise self._damaged(record, f"cannot be read by its index {written.name} (it {error})") from None
         except ValueError as error:
             raise self._damaged(record, f"cannot be read by its index {written.name} ({error})") from error
+
+    def _read(self, record: FileRecord) -> bytes:
+        """Return the bytes of a file of the artifact that is not a shard, if they are those that were committed."""
+        if self._cache is not None:
+            with self._cache.open(record) as file:
+                return file.read()
+        data = self.storage.read_range(record.name, 0, record.bytes)
+        if (found := hashlib.sha256(data).hexdigest()) != record.sha256:
+            raise ValueError(f"it has the sha256 {found[:12]}… instead of {record.sha256[:12]}…")
+        return data
 
     def _scan(self, shard: int, record: FileRecord) -> ShardIndex:
         """Find the samples of a shard that was written without an index."""
@@ -174,77 +180,21 @@ class ShardReader:
     def _open_anew(self, shard: int) -> BinaryIO:
         """Open a local file of the shard, fetched if storage is remote."""
         record = self._record(shard)
-        if self.storage.is_local:
+        if self._cache is not None:
             try:
-                file = open(self.storage.path(record.name), "rb")  # noqa: SIM115 - closed by the caller
-            except FileNotFoundError:
-                raise self._damaged(record, "is missing") from None
-            try:
-                self._check_size(record, os.fstat(file.fileno()).st_size)
-            except UserError:
-                file.close()
-                raise
-            return file
-        for _ in range(MOST_FETCHES):
-            fetched = self._fetch(shard)
-            try:
-                return open(fetched.result(), "rb")
-            except FileNotFoundError:
-                # Evicted by another thread since it was fetched, or removed by whoever tidies up the disk.
-                self._forget(shard, fetched)
-        raise UserError(
-            f"{self._cache.name if self._cache else 'the cache'}: fetched shards are removed from it while they are "
-            "needed: keep whatever tidies up temporary files away, or set TMPDIR to another folder"
-        )
-
-    def _forget(self, shard: int, fetched: "Future[Path]") -> None:
-        with self._lock:
-            if self._fetched.get(shard) is fetched:
-                del self._fetched[shard]
-
-    def _fetch(self, shard: int) -> "Future[Path]":
-        with self._lock:
-            earlier = self._fetched.get(shard)
-            # A download that failed ahead of its use is tried again: the store may be back.
-            if earlier is not None and not (earlier.done() and earlier.exception()):
-                self._fetched.move_to_end(shard)
-                return earlier
-            # Two threads that want the same shard share one download through its future.
-            if self._cache is None:
-                self._cache = tempfile.TemporaryDirectory(prefix="ldm-shards-")
-            self._evict()
-            future = self._fetcher.submit(self._download, shard, Path(self._cache.name))
-            self._fetched[shard] = future
-            return future
-
-    def _download(self, shard: int, folder: Path) -> Path:
-        record = self._record(shard)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{shard:06d}.tar"
-        # Before it is fetched: a shard that is missing or cut is not worth its way over the network.
-        self._check_size(record, self.storage.size(record.name))
-        if index_name(record.name) in self._files:
-            # With its shard, so that whoever reads the first sample of it waits for neither.
-            self._index(shard)
-        # Under its name only when whole: a thread that was told of an earlier download, evicted since, may open it.
-        partial = path.with_suffix(".partial")
-        self.storage.download(record.name, partial)
-        return partial.replace(path)
-
-    def _evict(self) -> None:
-        """Forget the shards used longest ago until the rest fits; called with the lock held."""
-        kept = sum(int(self._bytes[shard]) for shard in self._fetched)
-        for shard in list(self._fetched):
-            if kept <= self._cache_bytes:
-                return
-            if not self._fetched[shard].done():
-                continue
-            # Removing the file takes nothing from a thread that reads it: an open file outlives its name.
-            future = self._fetched.pop(shard)
-            self._open.pop(shard, None)
-            if future.exception() is None:
-                future.result().unlink(missing_ok=True)
-            kept -= int(self._bytes[shard])
+                return self._cache.open(record)
+            except NotAsCommittedError as error:
+                raise self._damaged(record, str(error)) from None
+        try:
+            file = open(self.storage.path(record.name), "rb")  # noqa: SIM115 - closed by the caller
+        except FileNotFoundError:
+            raise self._damaged(record, "is missing") from None
+        try:
+            self._check_size(record, os.fstat(file.fileno()).st_size)
+        except UserError:
+            file.close()
+            raise
+        return file
 
     def _check_size(self, record: FileRecord, size: int) -> None:
         if size < 0:

@@ -5,6 +5,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from pipelines.config import Config, runtime
+from pipelines.errors import MisuseError
+from pipelines.shards.partitions import check_workers
 
 
 class TrainingConfig(Config):
@@ -12,7 +14,9 @@ class TrainingConfig(Config):
 
     Args:
         steps: number of optimiser steps.
-        batch_size: global batch size (samples per step over all workers); must be divisible by `workers`.
+        batch_size: global batch size (samples per step over all workers).
+        partitions: the most partitions that the samples are cut into, each with its own stream and an equal part of
+            every batch. There are as many as the largest divisor of `batch_size` up to it; `workers` must divide that.
         learning_rate: peak learning rate of AdamW.
         warmup_steps: steps of linear warm-up to the peak.
         schedule: after the warm-up, keep the rate `constant` or let it fall by a half `cosine` to a tenth.
@@ -34,6 +38,7 @@ class TrainingConfig(Config):
 
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=1)
+    partitions: int = Field(64, ge=1)
     learning_rate: float = Field(gt=0)
     warmup_steps: int = Field(100, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
@@ -54,8 +59,8 @@ class TrainingConfig(Config):
 
     @model_validator(mode="after")
     def _equal_shares(self) -> "TrainingConfig":
-        if self.batch_size % self.workers:
-            raise ValueError(
-                f"batch_size must be divisible by workers, got {self.batch_size} for {self.workers} workers"
-            )
+        try:
+            check_workers(self.workers, self.batch_size, self.partitions)
+        except MisuseError as error:
+            raise ValueError(str(error)) from None
         return self

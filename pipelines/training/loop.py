@@ -87,6 +87,12 @@ class TrainingLoop:
 
     def run(self, checkpoints: Checkpoints) -> None:
         """Train to the last step; on rank 0, then have the task save its files from the averaged weights."""
+        try:
+            self._train(checkpoints)
+        finally:
+            self.learner.close()
+
+    def _train(self, checkpoints: Checkpoints) -> None:
         if (state := checkpoints.newest(self.rank.device)) is not None:
             self._restore(state)
         wrapped = wrap(self.network, self.config, self.rank.world_size)
@@ -121,10 +127,10 @@ class TrainingLoop:
         return self.step % every == 0 or self.step == self.config.steps
 
     def _load(self, step: int) -> _Batch:
-        # The whole state of the data is the step: the order is a function of the position in an endless sequence.
-        cursor = step * self.config.batch_size
-        self.learner.fetch_ahead(cursor)
-        samples = self.learner.order.slice(cursor, self.config.batch_size, self.rank.index, self.rank.world_size)
+        # The whole state of the data is the step: the order is an endless sequence of batches.
+        order, rank = self.learner.order, self.rank
+        self.learner.fetch_ahead(order.shards_ahead(step, rank.index, rank.world_size))
+        samples = order.slice(step, rank.index, rank.world_size)
         tensors = self.learner.load(samples)
         if self.rank.device.type == "cuda":
             tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}

@@ -53,8 +53,8 @@ class Learner(Protocol):
         """Return the sample's key, for messages to people."""
         ...
 
-    def fetch_ahead(self, position: int) -> None:
-        """Start to fetch the data from a position on; called when training is about to reach it."""
+    def fetch_ahead(self, shards: list[int]) -> None:
+        """Start to fetch shards that training is about to read, in the order of need; called before every batch."""
         ...
 
     def preview(self) -> np.ndarray | None:
@@ -69,6 +69,10 @@ class Learner(Protocol):
 
         Called on rank 0, with EMA weights.
         """
+        ...
+
+    def close(self) -> None:
+        """Let go of the data; called on every rank at the end of training, whatever that is."""
         ...
 
 

@@ -87,7 +87,7 @@ def train(task: Task, training: TrainingConfig | None, folder: Path) -> Losses:
 def _loss_of_average(loop: TrainingLoop, ema: EMA) -> float:
     learner = loop.learner
     with ema.swapped(), torch.no_grad():
-        batch = learner.load(learner.order.slice(0, loop.config.batch_size, 0, 1))
+        batch = learner.load(learner.order.slice(0, 0, 1))
         return float(f"{float(learner.losses(loop.network, batch).mean()):.6g}")
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pipelines.stages.autoencoder.reconstruction import ReconstructionTest
 
 STAGE_NAME = "autoencoder"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 FOLDER = "first_stage"
 RECONSTRUCTIONS = "reconstructions.png"
 

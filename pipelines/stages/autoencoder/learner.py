@@ -17,12 +17,12 @@ from pipelines.shards.randomness import Purpose, generator
 from pipelines.stages.autoencoder.artifact import commit_first_stage
 from pipelines.stages.autoencoder.config import AutoencoderConfig
 from pipelines.stages.autoencoder.reconstruction import SHOWN, ReconstructionLoss, ReconstructionTest, to_images
-from pipelines.stages.pairs.artifact import Pictures, open_pairs
+from pipelines.stages.pairs.artifact import Pictures, open_pairs, training_places
 from pipelines.stages.pairs.held_out import held_out_places
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.ledger import Artifact
 
-# Number of consecutive shards whose pictures are shuffled together.
+# Number of shards whose pictures are mixed with each other at a time.
 SHUFFLE_WINDOW = 16
 
 
@@ -48,7 +48,16 @@ class AutoencoderLearner:
         self.reader = open_pairs(task.pairs)
         self.pictures = Pictures(self.reader)
         self.held_out = held_out_places(task.pairs)
-        self.order = SampleOrder(self.reader.rows_per_shard, task.seed, SHUFFLE_WINDOW, excluded=self.held_out)
+        training = task.config.training
+        assert training is not None, "what is imported is not trained"
+        self.order = SampleOrder(
+            self.reader.rows_per_shard,
+            task.seed,
+            SHUFFLE_WINDOW,
+            batch_size=training.batch_size,
+            partitions=training.partitions,
+            excluded=self.held_out,
+        )
         self._test: ReconstructionTest | None = None
 
     def load(self, samples: Sequence[SamplePosition]) -> dict[str, Tensor]:
@@ -69,8 +78,8 @@ class AutoencoderLearner:
     def key(self, sample: SamplePosition) -> str:
         return self.reader.key(*sample.place)
 
-    def fetch_ahead(self, position: int) -> None:
-        self.reader.fetch_ahead(self.order.shards_ahead(position))
+    def fetch_ahead(self, shards: list[int]) -> None:
+        self.reader.fetch_ahead(shards)
 
     def preview(self) -> NDArray[np.uint8]:
         return self._reconstructions().grid(self.first_stage, self.device)
@@ -78,8 +87,11 @@ class AutoencoderLearner:
     def save(self, writer: ArtifactWriter) -> dict[str, Any]:
         return commit_first_stage(writer, self.first_stage, self._reconstructions(), self.device)
 
+    def close(self) -> None:
+        self.reader.close()
+
     def _reconstructions(self) -> ReconstructionTest:
         if self._test is None:
-            others = [self.order.sample(i).place for i in range(min(SHOWN, self.order.samples_per_epoch))]
+            others = training_places(self.task.pairs, SHOWN)
             self._test = ReconstructionTest(self.pictures, self.held_out, others)
         return self._test

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ldm_core.tokenizers.tokenizer import Tokenizer
 
 STAGE_NAME = "diffusion"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 FOLDER = "model"
 FILES = (WEIGHTS_FILE, CONFIG_FILE, VOCABULARY_FILE)
 

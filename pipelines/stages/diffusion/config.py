@@ -58,7 +58,8 @@ class DiffusionConfig(Config):
         min_snr_gamma: clamp of the min-SNR loss weights (Hang et al. 2023); None weighs all timesteps equally.
         vlb_weight: weight of the variational lower bound beside the simple loss.
         caption_dropout: share of samples whose caption is replaced by the empty one, for classifier-free guidance.
-        shuffle_window: number of consecutive shards whose samples are shuffled together.
+        shuffle_window: number of shards whose samples are mixed with each other at a time, over all partitions of the
+            training; each of them has at least one in use.
         training: optimisation.
         preview: how the preview grids during training are sampled.
         preview_prompts: number of captions that a preview shows.

@@ -69,6 +69,8 @@ class DiffusionLearner:
             self.latents.reader.rows_per_shard,
             task.seed,
             task.config.shuffle_window,
+            batch_size=task.config.training.batch_size,
+            partitions=task.config.training.partitions,
             excluded=self.latents.held_out,
         )
         self.objective = DiffusionObjective(
@@ -127,8 +129,8 @@ class DiffusionLearner:
     def key(self, sample: SamplePosition) -> str:
         return self.latents.reader.key(*sample.place)
 
-    def fetch_ahead(self, position: int) -> None:
-        self.latents.reader.fetch_ahead(self.order.shards_ahead(position))
+    def fetch_ahead(self, shards: list[int]) -> None:
+        self.latents.reader.fetch_ahead(shards)
 
     def preview(self) -> NDArray[np.uint8] | None:
         """Sample the fixed prompts with fixed seeds, and return a grid of the pictures with their captions."""
@@ -151,6 +153,9 @@ class DiffusionLearner:
                 name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items() if part
             }
         }
+
+    def close(self) -> None:
+        self.latents.reader.close()
 
     @cached_property
     def _model(self) -> LatentDiffusion:

@@ -18,6 +18,7 @@ from pipelines.inspection.catalogue import read_catalogue
 from pipelines.inspection.garbage import Findings, delete, find_garbage
 from pipelines.run.results import StageRow
 from pipelines.run.runs import RUNS, begin
+from pipelines.shards.node_cache import NodeCache, cache_folder
 from pipelines.store.ledger import LOCKS, SUPERSEDED, Ledger, artifact_key
 from pipelines.store.lock import exclusive
 from pipelines.store.storage import Storage
@@ -224,6 +225,22 @@ def test_scratch_folders_of_dead_processes_go(local: Ledger, temporary_folder: P
     assert places(found) == {str(temporary_folder / "ldm-old"): "scratch"}
     delete(local.root, found)
     assert sorted(path.name for path in temporary_folder.iterdir()) == ["ldm-new", "other-old"]
+
+
+def test_a_cache_of_shards_goes_when_nobody_uses_it(
+    local: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path))
+    cache = NodeCache(Storage("memory://cache"))
+    folder = cache_folder()
+    assert places(find_garbage(local.root, WEEK_S)) == {}
+    # As a process that is killed leaves it: what it held is free, and its files are there.
+    (folder / f"{'0' * 64}.file").write_bytes(b"shard")
+    cache._user.close()
+    found = find_garbage(local.root, WEEK_S)
+    assert places(found) == {str(folder): "scratch"}
+    delete(local.root, found)
+    assert not folder.exists()
 
 
 def test_uploads_that_were_never_completed_go_after_a_day(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import struct
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -165,7 +166,9 @@ def test_with_an_index_no_header_is_read(storage: Storage, monkeypatch: pytest.M
     reader.close()
 
 
-def test_a_flipped_byte_is_named_with_its_sample(storage: Storage) -> None:
+def test_a_flipped_byte_is_named_with_its_sample(tmp_path: Path) -> None:
+    # Of a remote shard the digest is checked when it arrives: test_node_cache.py.
+    storage = Storage(str(tmp_path))
     reader = ShardReader(storage, write(storage, (3, 3)))
     place = reader._index(1).spans(1)["latent.npy"].offset
     data = bytearray(storage.read_bytes("000001.tar"))
@@ -186,7 +189,9 @@ def test_two_shards_that_were_swapped_are_told_apart(storage: Storage) -> None:
     assert len(first) == len(second)
     storage.write_bytes("000000.tar", second)
     storage.write_bytes("000001.tar", first)
-    with pytest.raises(UserError, match=r"000000.tar is damaged, or another shard stands in its place: latent.npy of"):
+    with pytest.raises(
+        UserError, match=r"000000.tar (is damaged, or another shard stands in its place: latent.npy of|has the sha256)"
+    ):
         reader.read(0, 0, ["latent.npy"])
     reader.close()
 
@@ -203,12 +208,15 @@ def test_a_shard_that_is_cut_while_it_is_read_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda storage, name: storage.remove(name), "000001.tar has lost its index: index/000001.arrow is missing"),
+        (lambda storage, name: storage.remove(name), r"000001.tar .* index:? index/000001.arrow .*is missing"),
         (
             lambda storage, name: storage.write_bytes(name, storage.read_bytes("index/000000.arrow")),
             "000001.tar cannot be read by its index index/000001.arrow .it has the sha256 .*: `ldm verify",
         ),
-        (lambda storage, name: storage.write_bytes(name, b"short"), "it has the sha256 .* instead of"),
+        (
+            lambda storage, name: storage.write_bytes(name, b"short"),
+            "it has (the sha256 .* instead of|5 bytes, but .* were committed)",
+        ),
     ],
     ids=["missing", "another shard's", "cut"],
 )
@@ -222,11 +230,12 @@ def test_a_damaged_index_is_named(storage: Storage, damage: Callable[[Storage, s
     reader.close()
 
 
-def test_the_index_of_a_remote_shard_comes_with_it() -> None:
+def test_the_index_of_a_remote_shard_comes_with_it(cache: Path) -> None:
     storage = Storage("memory://index-ahead")
     reader = ShardReader(storage, write(storage, (3, 3)))
     reader.fetch_ahead([1])
-    reader._fetched[1].result()
+    while len(list(cache.glob("*.file"))) < 2:
+        time.sleep(0.01)
     storage.remove("index/000001.arrow")
     storage.remove("000001.tar")
     assert reader.read(1, 0) == sample(1, 0)[1]

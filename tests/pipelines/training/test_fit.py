@@ -47,6 +47,7 @@ def test_the_loss_falls_and_everything_is_reported(uninterrupted: toy.Run) -> No
         "weights.pt",
     ]
     assert not (uninterrupted.folder / "artifact/train").exists()
+    assert uninterrupted.workers_closed() == 2
 
 
 def test_every_step_sees_its_own_samples_once(uninterrupted: toy.Run) -> None:

@@ -59,6 +59,17 @@ def test_activation_checkpointing_reaches_the_unet_and_changes_no_gradient() -> 
         torch.testing.assert_close(plain, checkpointed)
 
 
-def test_a_batch_that_does_not_divide_among_the_workers_is_refused() -> None:
-    with pytest.raises(ValueError, match="batch_size must be divisible by workers, got 4 for 3 workers"):
-        config(workers=3)
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"workers": 3}, r"must be one of 1, 2, 4, to share 4 partitions .*\(batch_size 4, at most 64\), got 3;"),
+        ({"batch_size": 64, "partitions": 8, "workers": 16}, r"must be one of 1, 2, 4, 8, .* got 16;"),
+    ],
+)
+def test_workers_that_cannot_share_the_samples_are_refused(values: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**values)
+
+
+def test_as_many_workers_as_partitions_share_the_samples() -> None:
+    assert config(batch_size=96, workers=48).workers == 48

@@ -23,8 +23,10 @@ from pipelines.tracking import null_stage_tracker
 from pipelines.training.config import TrainingConfig
 from pipelines.training.fit import finished, fit
 
-ROWS = (7, 0, 13, 5)
+# As many samples as three batches have.
+ROWS = (7, 0, 12, 5)
 SEED = 3
+BATCH_SIZE = 8
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class ToyLearner:
     def __init__(self, task: ToyTask) -> None:
         self.task = task
         self.network: nn.Module = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.1), nn.Tanh(), nn.Linear(16, 2))
-        self.order = SampleOrder(ROWS, SEED, window=2)
+        self.order = SampleOrder(ROWS, SEED, window=2, batch_size=BATCH_SIZE, partitions=64)
         (task.log / f"started.{os.getpid()}").touch()
 
     def load(self, samples: Sequence[SamplePosition]) -> dict[str, Tensor]:
@@ -67,7 +69,7 @@ class ToyLearner:
         return {"x": torch.from_numpy(x), "y": torch.from_numpy(x @ matrix), "seen": seen}
 
     def losses(self, network: Any, batch: dict[str, Tensor]) -> Tensor:
-        step = int(batch["seen"][0, 0]) // 8
+        step = int(batch["seen"][0, 0]) // BATCH_SIZE
         marker = self.task.log / "died"
         rank = torch.distributed.get_rank()
         if step == self.task.die_at and rank == 1 and not marker.exists():
@@ -90,7 +92,7 @@ class ToyLearner:
     def key(self, sample: SamplePosition) -> str:
         return f"key-{sample.position}"
 
-    def fetch_ahead(self, position: int) -> None:
+    def fetch_ahead(self, shards: list[int]) -> None:
         pass
 
     def preview(self) -> NDArray[np.uint8]:
@@ -100,6 +102,9 @@ class ToyLearner:
     def save(self, writer: ArtifactWriter) -> dict[str, Any]:
         writer.commit_once("weights.pt", lambda path: torch.save(self.network.state_dict(), path))
         return {"toy": True}
+
+    def close(self) -> None:
+        (self.task.log / f"closed.{os.getpid()}").touch()
 
 
 @dataclass
@@ -121,7 +126,7 @@ class Run:
         log.mkdir(parents=True, exist_ok=True)
         config = TrainingConfig(
             steps=steps,
-            batch_size=8,
+            batch_size=BATCH_SIZE,
             learning_rate=0.02,
             warmup_steps=2,
             ema_decay=0.9,
@@ -172,3 +177,6 @@ class Run:
 
     def workers_started(self) -> int:
         return len(list((self.folder / "log").glob("started.*")))
+
+    def workers_closed(self) -> int:
+        return len(list((self.folder / "log").glob("closed.*")))

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from pipelines.errors import MisuseError, UserError
+from pipelines.shards.node_cache import cache_folder
 from pipelines.stages.diffusion.artifact import load_model
 from pipelines.stages.diffusion.config import DiffusionConfig
 from pipelines.stages.diffusion.learner import DiffusionLearner, DiffusionTask
 from pipelines.stages.diffusion.stage import STAGE
 from pipelines.stages.diffusion.work import model_config
 from pipelines.store.ledger import Artifact
+from pipelines.store.storage import Storage
 from tests.tiny import TINY_TEXT, TINY_UNET
 from tests.tiny_artifacts import contents, first_stage_artifact, latents_artifact, run_stage
 
@@ -86,12 +88,30 @@ def test_a_model_is_trained_and_samples_pictures(
 
 def test_a_batch_is_the_same_for_any_number_of_workers_and_after_any_restart(upstream: dict[str, Artifact]) -> None:
     one, other = learner(upstream), learner(upstream)
-    other.load(other.order.slice(400, 8, 0, 1))
-    for cursor in (0, 16, 120):
-        whole = one.load(one.order.slice(cursor, 8, 0, 1))
-        parts = [other.load(other.order.slice(cursor, 8, rank, 4)) for rank in range(4)]
+    other.load(other.order.slice(100, 0, 1))
+    for step in (0, 4, 30):
+        whole = one.load(one.order.slice(step, 0, 1))
+        parts = [other.load(other.order.slice(step, rank, 4)) for rank in range(4)]
         for name, tensor in whole.items():
             assert torch.equal(torch.cat([part[name] for part in parts]), tensor), name
+
+
+def test_batches_of_a_remote_root_are_the_same_and_its_shards_go_at_the_end(
+    upstream: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "disk"))
+    latents, remote = upstream["latents"], Storage("memory://latents-of-another-node")
+    for name in latents.storage.files_below():
+        remote.write_bytes(name, latents.storage.read_bytes(name))
+    here, there = learner(upstream), learner({**upstream, "latents": replace(latents, storage=remote)})
+    for step in range(12):
+        there.fetch_ahead(there.order.shards_ahead(step, 0, 1))
+        batch = there.load(there.order.slice(step, 0, 1))
+        for name, tensor in here.load(here.order.slice(step, 0, 1)).items():
+            assert torch.equal(batch[name], tensor), name
+    assert len(list(cache_folder().iterdir())) > 2
+    there.close()
+    assert not cache_folder().exists()
 
 
 def test_held_out_samples_are_never_trained_on_and_previewed_first(tmp_path: Path) -> None:
@@ -100,7 +120,7 @@ def test_held_out_samples_are_never_trained_on_and_previewed_first(tmp_path: Pat
     trainer = learner({"autoencoder": autoencoder, "latents": latents})
     held_out = trainer.latents.held_out
     assert len(held_out) == 2
-    epoch = {trainer.order.sample(position).place for position in range(trainer.order.samples_per_epoch)}
+    epoch = {trainer.order.sample(position).place for position in range(2 * trainer.order.samples_per_epoch)}
     every = {(shard, row) for shard, rows in ((0, 90), (2, 60)) for row in range(rows)}
     assert every - epoch == set(held_out)
     facts = [json.loads(trainer.latents.reader.read(*place, ("json",))["json"]) for place in held_out]
@@ -113,7 +133,7 @@ def test_each_epoch_draws_anew(upstream: dict[str, Artifact]) -> None:
     trainer = learner(upstream)
     epoch = trainer.order.samples_per_epoch
     place = trainer.order.sample(5)[2:]
-    again = next(p for p in range(epoch, 2 * epoch) if trainer.order.sample(p)[2:] == place)
+    again = next(p for p in range(epoch, 3 * epoch) if trainer.order.sample(p)[2:] == place)
     first, second = (trainer.load([trainer.order.sample(position)]) for position in (5, again))
     assert torch.equal(first["moments"], second["moments"])
     for name in ("noise", "posterior_noise"):

@@ -200,6 +200,7 @@ def test_every_stage_leaves_out_the_same_samples(pairs: Artifact, tmp_path: Path
     training = {"steps": 1, "batch_size": 4, "learning_rate": 1e-3}
     config = AutoencoderConfig.model_validate({"model": "tiny-kl-f8", "training": training})
     learner = AutoencoderTask(config=config, seed=0, pairs=pairs).build(torch.device("cpu"))
+    # The samples divide among the partitions: an epoch of each ends with the same batch.
     epoch = [learner.key(learner.order.sample(position)) for position in range(learner.order.samples_per_epoch)]
     rows = learner.reader.rows_per_shard
     every = {learner.reader.key(shard, row) for shard in (0, 2) for row in range(rows[shard])}
