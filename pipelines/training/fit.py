@@ -16,6 +16,7 @@ import ray.train.torch
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
+from ray.util.placement_group import PlacementGroup, PlacementGroupID, placement_group_table, remove_placement_group
 
 from pipelines.compute.host_memory import keep_freed_memory
 from pipelines.compute.resources import TELL_EVERY_S, alive, use_gpus
@@ -85,6 +86,7 @@ def fit(task: Task, config: TrainingConfig, context: StageContext) -> dict[str, 
             reason = str(error)
         except ray.exceptions.RayActorError as error:
             # Ray Train replaces workers; its controller, which may live on any node, is replaced by nobody else.
+            _release_workers()
             deaths += 1
             reason = "Ray Train's controller died"
             if deaths > config.max_failures:
@@ -134,6 +136,15 @@ def _attempt(
     details = finished(context.writer)
     assert details is not None, "rank 0 writes the details before it returns"
     return details
+
+
+def _release_workers() -> None:
+    """Give back what the workers of a dead controller reserved: Ray's own way to notice its death needs a dashboard."""
+    job = ray.get_runtime_context().get_job_id()
+    for number, group in placement_group_table().items():
+        # It ends with the number of the job, of which this training is all that reserves anything.
+        if number.endswith(job) and group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(number))))
 
 
 def _pause(seconds: float, context: StageContext) -> None:

@@ -77,6 +77,7 @@ def test_a_killed_controller_is_replaced_and_the_weights_come_out_the_same(
     assert details["steps"] == 48
     assert lines == ["training stopped (Ray Train's controller died): it goes on from the newest checkpoint"]
     assert_same_training(run, uninterrupted)
+    wait_until(lambda: ray.available_resources().get("CPU") == 4)
 
 
 @pytest.mark.timeout(400)
