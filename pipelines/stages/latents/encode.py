@@ -2,7 +2,8 @@
 
 images: (B, 3, H, W) in [-1, 1]
 moments: (B, 2, C, h, w) mean and log-variance, (B, 1, C, h, w) for VQ; fp16 as stored
-tokens: (captions, max_length) uint16
+
+What is cached of the condition beside them is for its kind to say (`pipelines.conditions`).
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from numpy.typing import NDArray
 
 from ldm_core.images import to_unit_range
 from pipelines.compute.actor_pool import prepare_torch
+from pipelines.conditions.kind import Pair
+from pipelines.conditions.kinds import kind_of
 from pipelines.errors import UserError
-from pipelines.shards.format import ShardWriter, decode_npy, encode_npy, read_shard
+from pipelines.shards.format import ShardWriter, decode_json, decode_npy, encode_npy, read_shard
 from pipelines.stages.autoencoder.artifact import load_first_stage
 from pipelines.stages.latents.config import LatentsConfig
 from pipelines.stages.latents.statistics import LatentSums, statistics_name, total
-from pipelines.stages.latents.vocabulary import load_vocabulary
-from pipelines.stages.pairs.artifact import damaged_pairs, decode_image, image_of, sample_captions, whole_shard
+from pipelines.stages.pairs.artifact import damaged_pairs, decode_image, image_of, whole_shard
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.file_table import FileRecord
 from pipelines.store.ledger import Artifact
@@ -42,14 +44,13 @@ class _Pair:
 
     key: str
     image: NDArray[np.uint8]
-    captions: list[str]
     json: bytes
 
 
 class EncodeShard:
-    """Holds the frozen first stage and the tokenizer; encodes one shard per call.
+    """Holds the frozen first stage and what encodes conditions; encodes one shard per call.
 
-    The bytes of a latents shard depend only on the pairs shard, the first stage, the tokenizer and the config: batches
+    The bytes of a latents shard depend only on the pairs shard, the first stage, the condition and the config: batches
     are cut at fixed places within the shard, whichever actor encodes it.
 
     Args:
@@ -72,7 +73,7 @@ class EncodeShard:
         prepare_torch(device)
         self.pairs, self.writer, self.config, self.device = pairs, writer, config, device
         self.first_stage: Any = load_first_stage(first_stage, device)
-        self.tokenizer = load_vocabulary(writer.storage, config.tokenizer)
+        self.condition = kind_of(config.condition).encoder(writer.storage)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         """Encode and commit one shard, then commit the sums over it.
@@ -130,13 +131,9 @@ class EncodeShard:
     def _encoded_samples(self, shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
         for batch in self._decoded_batches(shard):
             moments = self._encode(batch)
-            tokens = self.tokenizer.encode([caption for pair in batch for caption in pair.captions])
-            ends = np.cumsum([len(pair.captions) for pair in batch])
-            for pair, latent, ids in zip(batch, moments, np.split(tokens, ends[:-1]), strict=True):
-                yield (
-                    pair.key,
-                    {"latent.npy": encode_npy(latent), "tokens.npy": encode_npy(ids), "json": pair.json},
-                )
+            conditions = self.condition.encode([Pair(pair.key, decode_json(pair.json)) for pair in batch])
+            for pair, latent, condition in zip(batch, moments, conditions, strict=True):
+                yield pair.key, {"latent.npy": encode_npy(latent), **condition, "json": pair.json}
 
     def _decoded_batches(self, shard: Path) -> Iterator[list[_Pair]]:
         """Yield the shard's samples in batches, in order; threads decode the next ones while one is encoded."""
@@ -178,4 +175,4 @@ class EncodeShard:
 
 
 def _decode(sample: dict[str, Any]) -> _Pair:
-    return _Pair(sample["__key__"], decode_image(image_of(sample)), sample_captions(sample), sample["json"])
+    return _Pair(sample["__key__"], decode_image(image_of(sample)), sample["json"])

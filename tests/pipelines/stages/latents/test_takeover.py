@@ -11,23 +11,24 @@ import pytest
 import torch
 
 from pipelines.compute.actor_pool import PoolSize
+from pipelines.conditions.kinds import kind_of
 from pipelines.shards.format import ShardWriter, read_shard
 from pipelines.stage import StageContext
 from pipelines.stages.latents import work
 from pipelines.stages.latents.artifact import FORMAT_VERSION
-from pipelines.stages.latents.config import LatentsConfig, TokenizerConfig
+from pipelines.stages.latents.config import LatentsConfig
 from pipelines.stages.latents.encode import EncodeShard
+from pipelines.stages.latents.rows import PairsRows
 from pipelines.stages.latents.takeover import Encoding
-from pipelines.stages.latents.vocabulary import commit_vocabulary
 from pipelines.stages.pairs.artifact import PAIRS_FORMAT
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.file_table import FileTable
 from pipelines.store.ledger import Artifact, Ledger
 from pipelines.store.storage import Storage
 from pipelines.tracking import null_stage_tracker
-from tests.tiny_artifacts import contents, finish, first_stage_artifact, hold_out, pairs_artifact
+from tests.tiny_artifacts import contents, finish, first_stage_artifact, hold_out, latents_config, pairs_artifact
 
-CONFIG = LatentsConfig(tokenizer=TokenizerConfig(size=64, max_length=8), batch_size=2, workers=1)
+CONFIG = latents_config(batch_size=2, workers=1)
 Siblings = Callable[[], Iterator[tuple[Storage, FileTable]]]
 
 
@@ -148,7 +149,9 @@ def test_samples_that_stand_elsewhere_get_the_bytes_that_encoding_them_gives(
 def test_another_vocabulary_makes_other_tokens_of_the_same_latents(
     root: Path, pairs: Artifact, first_stage: Artifact, siblings: Siblings, encoded: list[str]
 ) -> None:
-    config = CONFIG.model_copy(update={"tokenizer": TokenizerConfig(size=64, max_length=5)})
+    config = latents_config(
+        condition={"kind": "text", "tokenizer": {"size": 64, "max_length": 5}}, batch_size=2, workers=1
+    )
     taken = make(root, "shorter", pairs, first_stage, config, siblings)
     assert not encoded
     assert contents(taken) == contents(make(root, "shorter-encoded", pairs, first_stage, config))
@@ -167,9 +170,9 @@ def test_what_an_unfinished_artifact_has_committed_is_taken_over_too(
     root: Path, pairs: Artifact, first_stage: Artifact, encoded: list[str]
 ) -> None:
     writer = ArtifactWriter("latents", "unfinished", Storage(str(root)) / "latents" / "unfinished")
-    tokenizer = commit_vocabulary(CONFIG.tokenizer, pairs, writer)
+    kind_of(CONFIG.condition).prepare(PairsRows(pairs), writer)
     record = pairs.shards()["000000.tar"]
-    known_by = asdict(Encoding.of(first_stage, tokenizer, CONFIG).identify(record))
+    known_by = asdict(Encoding.of(first_stage, CONFIG, writer.storage).identify(record))
     encode = EncodeShard(pairs=pairs, first_stage=first_stage, writer=writer, config=CONFIG, device="cpu")
     encode({"shard": record.name, "rows": record.rows, "sha256": record.sha256, "encoded": False, **known_by})
     encoded.clear()

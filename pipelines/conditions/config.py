@@ -1,0 +1,198 @@
+"""A recipe's `condition`: what the model is conditioned on. Imported without torch."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag
+
+from ldm_core.configs.parameter_count import text_transformer_parameters
+from ldm_core.configs.text import TextTransformerConfig
+from pipelines.config import Config, runtime
+
+Sections = Mapping[str, Any]
+
+
+class ConditionBase(Config):
+    """What a plan asks of every kind.
+
+    Attributes:
+        kind: the kind's name, in every key.
+        cached: the settings that decide what latents cache. The others are left out of their key, so that latents stay
+            cached when they change.
+        needs_captions: whether a picture without a caption is no sample.
+        local_inputs: dotted settings that may name files of the submitting machine.
+    """
+
+    cached: ClassVar[tuple[str, ...]] = ()
+    needs_captions: ClassVar[bool] = False
+    local_inputs: ClassVar[tuple[str, ...]] = ()
+
+    kind: str
+
+    def cached_identity(self) -> dict[str, Any]:
+        """Return what enters the key of the latents, as `identity` does for the key of the model."""
+        return {name: value for name, value in self.identity().items() if name in ("kind", *self.cached)}
+
+    def inputs(self) -> dict[str, str]:
+        """Return digests of the files that decide what is cached."""
+        return {}
+
+    def check_pairs(self, sections: Sections) -> None:
+        """Raise ValueError if the recipe's pairs do not carry what this kind needs."""
+        if self.needs_captions and sections["pairs"].captions != "required":
+            raise ValueError(
+                f"condition {self.kind} needs a caption with every picture: set pairs.captions to required, "
+                f"got {sections['pairs'].captions}"
+            )
+
+    def check_model(self, sections: Sections) -> None:
+        """Raise ValueError if the UNet does not take what this kind gives."""
+
+    def check_guidance(self, guidance_scale: float, field: str) -> None:
+        """Raise ValueError if sampling cannot be guided as a field says."""
+
+    def bytes_a_sample(self) -> int:
+        """Return about how many bytes are cached of a sample."""
+        return 0
+
+    def parameters(self) -> int:
+        """Return how many weights this kind adds to the model."""
+        return 0
+
+
+class NoCondition(ConditionBase):
+    """An unconditional model: pictures need no captions, and nothing is cached but latents."""
+
+    kind: Literal["none"]
+
+    def check_model(self, sections: Sections) -> None:
+        if (width := sections["diffusion"].unet.context_dim) is not None:
+            raise ValueError(f"diffusion.unet.context_dim must be null for condition none, got {width}")
+
+
+class TokenizerConfig(Config):
+    """The tokenizer of the jointly trained text transformer.
+
+    Args:
+        vocabulary: a WordPiece `vocab.txt` (bert-base-uncased's, for the paper's models); None builds one from the
+            captions. The file's sha256 is part of the key, its path is not.
+        size: number of entries of a vocabulary built from the captions. Of data sets with up to a million distinct
+            words all are counted; with more than twice as many, those that are rare so far are forgotten.
+        max_length: tokens per caption, [CLS] and [SEP] included; longer captions are cut, shorter ones padded.
+    """
+
+    vocabulary: str | None = runtime(None)
+    size: int = Field(4096, ge=64, le=65_536)
+    max_length: int = Field(77, ge=3)
+
+
+class TransformerConfig(Config):
+    """Size of the jointly trained text transformer; its vocabulary and caption length are the tokenizer's."""
+
+    width: int = Field(1280, ge=8)
+    layers: int = Field(32, ge=1)
+    heads: int = Field(8, ge=1)
+    head_dim: int = Field(64, ge=8)
+    embedding_std: float = Field(0.02, gt=0)
+
+    def build(self, *, vocabulary_size: int, max_length: int) -> TextTransformerConfig:
+        """Return the text transformer's configuration for a tokenizer."""
+        return TextTransformerConfig(vocabulary_size=vocabulary_size, max_length=max_length, **self.model_dump())
+
+
+class TextCondition(ConditionBase):
+    """Captions, through a text transformer that is trained together with the UNet (paper, Sec. 4.3.1).
+
+    Args:
+        tokenizer: captions to token ids, which latents cache.
+        transformer: size of the text transformer.
+        dropout: share of samples whose caption is replaced by the empty one, for classifier-free guidance.
+    """
+
+    cached = ("tokenizer",)
+    needs_captions = True
+    local_inputs = ("tokenizer.vocabulary",)
+
+    kind: Literal["text"]
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    transformer: TransformerConfig = TransformerConfig()
+    dropout: float = Field(0.1, ge=0, le=1)
+
+    def inputs(self) -> dict[str, str]:
+        # Imported on call: a recipe is read without the store's libraries.
+        from pipelines.conditions.vocabulary import vocabulary_digest
+
+        return vocabulary_digest(self.tokenizer)
+
+    def check_model(self, sections: Sections) -> None:
+        if (width := sections["diffusion"].unet.context_dim) != self.transformer.width:
+            raise ValueError(
+                f"diffusion.unet.context_dim must be condition.transformer.width, {self.transformer.width}, got {width}"
+            )
+
+    def bytes_a_sample(self) -> int:
+        return 2 * self.tokenizer.max_length
+
+    def parameters(self) -> int:
+        tokenizer = self.tokenizer
+        return text_transformer_parameters(
+            self.transformer.build(vocabulary_size=tokenizer.size, max_length=tokenizer.max_length)
+        )
+
+
+class ClassCondition(ConditionBase):
+    """A class label for every picture, one learned embedding each, as wide as the UNet's context (paper, Table 15).
+
+    Args:
+        column: the column of the source that names the class: text or whole numbers.
+        classes: names of the classes, in the order of their embeddings; None takes those that the pairs have, sorted.
+        dropout: share of samples whose class is replaced by "no class", for classifier-free guidance; 0 trains a model
+            without that class, which cannot be guided.
+    """
+
+    cached = ("column", "classes")
+
+    kind: Literal["class"]
+    column: str = "label"
+    classes: tuple[str, ...] | None = Field(None, min_length=1)
+    dropout: float = Field(0.1, ge=0, le=1)
+
+    def check_model(self, sections: Sections) -> None:
+        if sections["diffusion"].unet.context_dim is None:
+            raise ValueError("diffusion.unet.context_dim must be the width of a class's embedding, got null: set it")
+
+    def check_guidance(self, guidance_scale: float, field: str) -> None:
+        if guidance_scale != 1 and not self.dropout:
+            raise ValueError(f"{field} must be 1 for a model trained with condition.dropout=0, got {guidance_scale}")
+
+    def bytes_a_sample(self) -> int:
+        return 4
+
+
+def _by_name(value: Any) -> Any:
+    """Expand `class` to `{kind: class}`; a mapping without a kind is of text, as all recipes of version 0.1 are."""
+    if isinstance(value, str):
+        value = {"kind": value}
+    if isinstance(value, dict):
+        value = {"kind": "text", **value}
+        if value["kind"] not in CONFIGS:
+            raise ValueError(f"kind must be one of {', '.join(CONFIGS)}, got {value['kind']!r}")
+    return value
+
+
+def _tag(value: Any) -> str | None:
+    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+    return kind if isinstance(kind, str) else None
+
+
+# Not discriminated by the field itself, which a validator of all fields looks at first.
+Condition = Annotated[
+    Annotated[NoCondition, Tag("none")]
+    | Annotated[TextCondition, Tag("text")]
+    | Annotated[ClassCondition, Tag("class")],
+    Discriminator(
+        _tag, custom_error_type="condition", custom_error_message="must be a kind of condition, or `kind` and settings"
+    ),
+    BeforeValidator(_by_name),
+]
+CONFIGS: Mapping[str, type[ConditionBase]] = {"none": NoCondition, "text": TextCondition, "class": ClassCondition}
