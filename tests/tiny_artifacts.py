@@ -143,6 +143,7 @@ def latents_artifact(
         "encoder_sha256": encoder_sha256,
         "vocabulary_size": tokenizer.vocabulary_size,
         "max_length": max_length,
+        "pad_id": tokenizer.pad_id,
         "condition": {"kind": "text"},
         "latent_shape": [4, 4, 4],
         "scale_factor": 0.5,

@@ -97,7 +97,7 @@ def with_absolute_paths(recipe: Recipe, address: str) -> Recipe:
             *parents, name = field.split(".")
             place = values.get(section, {})
             for parent in parents:
-                place = place.get(parent) or {}
+                place = (dict(enumerate(place)).get(int(parent)) if parent.isdigit() else place.get(parent)) or {}
             if place.get(name) and "://" not in place[name]:
                 place[name] = str(Path(place[name]).expanduser().absolute())
     return parse_recipe(values)

@@ -38,7 +38,7 @@ SHOWN = 8
 class ClassLabels:
     """The kind `class`."""
 
-    files: ClassVar[tuple[str, ...]] = (CLASS,)
+    files: tuple[str, ...] = (CLASS,)
     from_facts: ClassVar[bool] = True
 
     def __init__(self, config: ClassCondition) -> None:
@@ -73,7 +73,10 @@ class ClassLabels:
             )
         return list(self.config.classes)
 
-    def encoder(self, storage: Storage) -> ClassNumbers:
+    def digest(self, storage: Storage) -> str:
+        return digest_json([self.config.column, storage.read_json(CLASSES_FILE)])
+
+    def encoder(self, storage: Storage, device: str) -> ClassNumbers:
         return ClassNumbers(self.config.column, storage.read_json(CLASSES_FILE))
 
     def details(self, storage: Storage) -> dict[str, Any]:
@@ -85,6 +88,9 @@ class ClassLabels:
             raise ValueError("diffusion.unet.context_dim must be the width of a class's embedding, got null: set it")
         guided = self.config.dropout > 0
         return ClassConfig(classes=len(names) + guided, width=unet.context_dim, unconditional_class=guided, names=names)
+
+    def frozen(self, latents: Artifact, device: torch.device) -> None:
+        return None
 
     def examples(self, latents: Artifact) -> ClassExamples:
         return ClassExamples(latents.details["classes"], self.config.dropout)
@@ -115,7 +121,6 @@ class ClassNumbers:
     def __init__(self, column: str, names: Sequence[str]) -> None:
         self.column = column
         self.numbers = {name: number for number, name in enumerate(names)}
-        self.digest = digest_json([column, list(names)])
 
     def encode(self, pairs: Sequence[Pair]) -> list[dict[str, bytes]]:
         return [{CLASS: encode_npy(np.array(self._number(pair), np.int32))} for pair in pairs]

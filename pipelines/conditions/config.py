@@ -1,13 +1,17 @@
 """A recipe's `condition`: what the model is conditioned on. Imported without torch."""
 
+import json
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from ldm_core.configs.parameter_count import text_transformer_parameters
 from ldm_core.configs.text import TextTransformerConfig
 from pipelines.config import Config, runtime
+from pipelines.errors import UserError
 
 Sections = Mapping[str, Any]
 
@@ -87,17 +91,28 @@ class TokenizerConfig(Config):
 
 
 class TransformerConfig(Config):
-    """Size of the jointly trained text transformer; its vocabulary and caption length are the tokenizer's."""
+    """The jointly trained text transformer; its vocabulary and caption length are the tokenizer's.
+
+    Args:
+        width, layers, heads, head_dim, embedding_std: its shape, see `ldm_core.configs.text`.
+        mask_padding: whether the UNet attends to the words of a caption alone; published models attend to padding too.
+    """
 
     width: int = Field(1280, ge=8)
     layers: int = Field(32, ge=1)
     heads: int = Field(8, ge=1)
     head_dim: int = Field(64, ge=8)
     embedding_std: float = Field(0.02, gt=0)
+    mask_padding: bool = False
 
-    def build(self, *, vocabulary_size: int, max_length: int) -> TextTransformerConfig:
+    def build(self, *, vocabulary_size: int, max_length: int, pad_id: int = 0) -> TextTransformerConfig:
         """Return the text transformer's configuration for a tokenizer."""
-        return TextTransformerConfig(vocabulary_size=vocabulary_size, max_length=max_length, **self.model_dump())
+        return TextTransformerConfig(
+            vocabulary_size=vocabulary_size,
+            max_length=max_length,
+            pad_id=pad_id if self.mask_padding else None,
+            **self.model_dump(exclude={"mask_padding"}),
+        )
 
 
 class TextCondition(ConditionBase):
@@ -138,6 +153,92 @@ class TextCondition(ConditionBase):
         return text_transformer_parameters(
             self.transformer.build(vocabulary_size=tokenizer.size, max_length=tokenizer.max_length)
         )
+
+
+class TextEncoderConfig(Config):
+    """A pretrained text encoder. Its files' sha256 are part of the key, their path is not.
+
+    Args:
+        path: a folder of the transformers library (weights, config.json, tokenizer); or, of OpenCLIP, the weights file.
+            On every node.
+        open_clip: open_clip's name of the architecture, such as ViT-H-14.
+        unused_layers: number of last layers of an OpenCLIP to skip; Stable Diffusion 2 skips one.
+        max_length: tokens per caption; longer captions are cut. None is the encoder's longest; a CLIP has no other.
+    """
+
+    path: str = runtime(min_length=1)
+    open_clip: str | None = None
+    unused_layers: int = Field(0, ge=0)
+    max_length: int | None = Field(None, ge=2)
+
+    @model_validator(mode="after")
+    def _of_open_clip(self) -> "TextEncoderConfig":
+        if "://" in self.path:
+            raise ValueError(f"path must be a folder or file on every node, got {self.path}: copy it there")
+        if self.unused_layers and self.open_clip is None:
+            raise ValueError("unused_layers is of an OpenCLIP: name its architecture in open_clip")
+        return self
+
+    def files(self) -> list[Path]:
+        """Return the files that decide what the encoder computes. Raises UserError if they are not there."""
+        path = Path(self.path).expanduser()
+        found = [path] if self.open_clip else [file for file in sorted(path.glob("*")) if _ENCODER_FILES(file.name)]
+        if not found or not all(file.is_file() for file in found):
+            wanted = "the weights file of an OpenCLIP" if self.open_clip else "the folder of a text encoder"
+            raise UserError(f"no {path}: condition.encoders must name {wanted}")
+        return found
+
+
+_ENCODER_FILES = re.compile(r".*\.(json|txt|safetensors|bin)").fullmatch
+
+
+class FrozenTextCondition(ConditionBase):
+    """Captions, through one or two pretrained text encoders that are never trained (Stable Diffusion, Imagen).
+
+    Args:
+        encoders: the encoders. What they give is cached for each; models here take one.
+        dropout: share of samples whose caption is replaced by the empty one, for classifier-free guidance.
+    """
+
+    cached = ("encoders",)
+    needs_captions = True
+    local_inputs = ("encoders.0.path", "encoders.1.path")
+
+    kind: Literal["frozen_text"]
+    encoders: tuple[TextEncoderConfig, ...] = Field(min_length=1, max_length=2)
+    dropout: float = Field(0.1, ge=0, le=1)
+
+    def inputs(self) -> dict[str, str]:
+        # As above.
+        from pipelines.store.storage import sha256_file
+
+        return {
+            f"text_encoder/{number}/{file.name if not encoder.open_clip else 'weights'}": sha256_file(file)
+            for number, encoder in enumerate(self.encoders)
+            for file in encoder.files()
+        }
+
+    def check_model(self, sections: Sections) -> None:
+        if len(self.encoders) > 1:
+            raise ValueError("condition.encoders: two are cached, but no model here takes both yet: name one")
+        width, found = _width(self.encoders[0]), sections["diffusion"].unet.context_dim
+        if width is not None and found != width:
+            raise ValueError(f"diffusion.unet.context_dim must be the text encoder's width, {width}, got {found}")
+
+    def bytes_a_sample(self) -> int:
+        # Of a caption of twenty tokens.
+        return sum(2 * 20 * (_width(encoder) or 1024) for encoder in self.encoders)
+
+
+def _width(config: TextEncoderConfig) -> int | None:
+    """Return the width of what an encoder gives; None if its files do not say."""
+    path = Path(config.path).expanduser() / "config.json"
+    if config.open_clip is not None or not path.is_file():
+        return None
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = settings.get("text_config", settings)
+    width = settings.get("hidden_size") or settings.get("d_model")
+    return width if isinstance(width, int) else None
 
 
 class ClassCondition(ConditionBase):
@@ -189,10 +290,16 @@ def _tag(value: Any) -> str | None:
 Condition = Annotated[
     Annotated[NoCondition, Tag("none")]
     | Annotated[TextCondition, Tag("text")]
+    | Annotated[FrozenTextCondition, Tag("frozen_text")]
     | Annotated[ClassCondition, Tag("class")],
     Discriminator(
         _tag, custom_error_type="condition", custom_error_message="must be a kind of condition, or `kind` and settings"
     ),
     BeforeValidator(_by_name),
 ]
-CONFIGS: Mapping[str, type[ConditionBase]] = {"none": NoCondition, "text": TextCondition, "class": ClassCondition}
+CONFIGS: Mapping[str, type[ConditionBase]] = {
+    "none": NoCondition,
+    "text": TextCondition,
+    "frozen_text": FrozenTextCondition,
+    "class": ClassCondition,
+}

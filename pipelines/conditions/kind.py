@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ldm_core.conditioning import Conditioner
 from ldm_core.configs.conditioning import ConditionerConfig
 from ldm_core.configs.model import LatentDiffusionConfig
 from ldm_core.configs.unet import UNetConfig
@@ -55,13 +57,7 @@ class Rows(Protocol):
 
 
 class Encoder(Protocol):
-    """Encodes the conditions of samples, as they are cached.
-
-    Attributes:
-        digest: all that decides the bytes of `encode` besides the pairs.
-    """
-
-    digest: str
+    """Encodes the conditions of samples, as they are cached."""
 
     def encode(self, pairs: Sequence[Pair]) -> list[dict[str, bytes]]:
         """Return the files of each sample by extension.
@@ -124,13 +120,16 @@ class Kind(Protocol):
     """One kind of condition.
 
     Attributes:
-        files: extensions of the files that are cached of each sample.
         from_facts: whether `Encoder.encode` is quick and needs neither a picture nor a network, so that latents that
             are taken over from another artifact are written again beside new files; otherwise these are kept.
     """
 
-    files: ClassVar[tuple[str, ...]]
     from_facts: ClassVar[bool]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The extensions of the files that are cached of each sample."""
+        ...
 
     def __init__(self, config: Any) -> None:
         """Make it from its configuration in `conditions.config`."""
@@ -143,7 +142,11 @@ class Kind(Protocol):
         """
         ...
 
-    def encoder(self, storage: Storage) -> Encoder:
+    def digest(self, storage: Storage) -> str:
+        """Return the digest of all that decides what is cached besides the pairs, after `prepare`."""
+        ...
+
+    def encoder(self, storage: Storage, device: str) -> Encoder:
         """Return what encodes the conditions of samples, after `prepare`, from the artifact of latents."""
         ...
 
@@ -153,6 +156,14 @@ class Kind(Protocol):
 
     def conditioner(self, latents: Artifact, unet: UNetConfig) -> ConditionerConfig | None:
         """Return the configuration of the model's conditioner; None for an unconditional model."""
+        ...
+
+    def frozen(self, latents: Artifact, device: torch.device) -> Conditioner | None:
+        """Return the model's conditioner if it is never trained, with its weights; None if training has it.
+
+        Raises:
+            UserError: it is not the one that the latents were made with.
+        """
         ...
 
     def examples(self, latents: Artifact) -> Examples:

@@ -8,11 +8,17 @@ from ldm_core.configs.conditioning import conditioner_kind
 from ldm_core.configs.model import LatentDiffusionConfig, takes_captions
 from pipelines.conditions.class_labels import ClassLabels
 from pipelines.conditions.config import Condition
+from pipelines.conditions.frozen_text import FrozenText
 from pipelines.conditions.kind import Kind
 from pipelines.conditions.none import Unconditional
 from pipelines.conditions.text import Text
 
-KINDS: Mapping[str, type[Kind]] = {"none": Unconditional, "text": Text, "class": ClassLabels}
+KINDS: Mapping[str, type[Kind]] = {
+    "none": Unconditional,
+    "text": Text,
+    "frozen_text": FrozenText,
+    "class": ClassLabels,
+}
 
 
 def kind_of(condition: Condition) -> Kind:

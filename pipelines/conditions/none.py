@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -23,9 +24,8 @@ from pipelines.store.storage import Storage
 class Unconditional:
     """The kind `none`; also its own encoder and examples, since there is nothing to know."""
 
-    files: ClassVar[tuple[str, ...]] = ()
+    files: tuple[str, ...] = ()
     from_facts: ClassVar[bool] = True
-    digest = "none"
 
     def __init__(self, config: NoCondition) -> None:
         self.config = config
@@ -33,7 +33,10 @@ class Unconditional:
     def prepare(self, rows: Rows, writer: ArtifactWriter) -> None:
         return None
 
-    def encoder(self, storage: Storage) -> Unconditional:
+    def digest(self, storage: Storage) -> str:
+        return ""
+
+    def encoder(self, storage: Storage, device: str) -> Unconditional:
         return self
 
     def encode(self, pairs: Sequence[Pair]) -> list[dict[str, bytes]]:
@@ -43,6 +46,9 @@ class Unconditional:
         return {}
 
     def conditioner(self, latents: Artifact, unet: UNetConfig) -> None:
+        return None
+
+    def frozen(self, latents: Artifact, device: torch.device) -> None:
         return None
 
     def examples(self, latents: Artifact) -> Unconditional:

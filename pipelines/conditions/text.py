@@ -36,7 +36,7 @@ TOKENS = "tokens.npy"
 class Text:
     """The kind `text`."""
 
-    files: ClassVar[tuple[str, ...]] = (TOKENS,)
+    files: tuple[str, ...] = (TOKENS,)
     from_facts: ClassVar[bool] = True
 
     def __init__(self, config: TextCondition) -> None:
@@ -45,7 +45,11 @@ class Text:
     def prepare(self, rows: Rows, writer: ArtifactWriter) -> None:
         commit_vocabulary(self.config.tokenizer, rows, writer)
 
-    def encoder(self, storage: Storage) -> CaptionTokens:
+    def digest(self, storage: Storage) -> str:
+        tokenizer = load_vocabulary(storage, self.config.tokenizer)
+        return digest_json([tokenizer.digest, tokenizer.max_length])
+
+    def encoder(self, storage: Storage, device: str) -> CaptionTokens:
         return CaptionTokens(load_vocabulary(storage, self.config.tokenizer))
 
     def details(self, storage: Storage) -> dict[str, Any]:
@@ -54,12 +58,18 @@ class Text:
             "tokenizer_sha256": tokenizer.digest,
             "vocabulary_size": tokenizer.vocabulary_size,
             "max_length": tokenizer.max_length,
+            "pad_id": tokenizer.pad_id,
             "empty_tokens": tokenizer.encode([""])[0].tolist(),
         }
 
     def conditioner(self, latents: Artifact, unet: UNetConfig) -> TextTransformerConfig:
         facts = latents.details
-        return self.config.transformer.build(vocabulary_size=facts["vocabulary_size"], max_length=facts["max_length"])
+        return self.config.transformer.build(
+            vocabulary_size=facts["vocabulary_size"], max_length=facts["max_length"], pad_id=facts["pad_id"]
+        )
+
+    def frozen(self, latents: Artifact, device: torch.device) -> None:
+        return None
 
     def examples(self, latents: Artifact) -> CaptionExamples:
         return CaptionExamples(torch.tensor(latents.details["empty_tokens"]), self.config.dropout)
@@ -74,19 +84,14 @@ class Text:
         )
 
     def preview_prompts(self, latents: Artifact, samples: Iterable[Mapping[str, Any]], count: int) -> list[str]:
-        distinct: dict[str, None] = {}
-        for facts in samples:
-            distinct.setdefault(self.prompt_of(facts))
-            if len(distinct) == count:
-                break
-        return list(distinct)
+        return distinct_captions(samples, count)
 
     def prompt_of(self, facts: Mapping[str, Any]) -> str:
-        return str(facts["captions"][0])
+        return first_caption(facts)
 
     @staticmethod
     def prompts_in(folder: Path, model: LatentDiffusionConfig) -> CaptionPrompts:
-        return CaptionPrompts(checkpoint.load_tokenizer(folder))
+        return CaptionPrompts.in_folder(folder)
 
 
 class CaptionTokens:
@@ -94,7 +99,6 @@ class CaptionTokens:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.digest = digest_json([tokenizer.digest, tokenizer.max_length])
 
     def encode(self, pairs: Sequence[Pair]) -> list[dict[str, bytes]]:
         captions = [captions_of(pair) for pair in pairs]
@@ -137,6 +141,11 @@ class CaptionPrompts:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
 
+    @classmethod
+    def in_folder(cls, folder: Path) -> CaptionPrompts:
+        """Read the tokenizer of a model folder; raises as `checkpoint.load_tokenizer` does."""
+        return cls(checkpoint.load_tokenizer(folder))
+
     def inputs(self, prompts: Sequence[str]) -> Tensor:
         return torch.from_numpy(self.tokenizer.encode(list(prompts)).astype(np.int64))
 
@@ -149,3 +158,18 @@ def captions_of(pair: Pair) -> list[str]:
     if not pair.facts["captions"]:
         raise UserError(f"sample {pair.key} has no caption, which the condition needs: set pairs.captions to required")
     return [str(caption) for caption in pair.facts["captions"]]
+
+
+def first_caption(facts: Mapping[str, Any]) -> str:
+    """Return the caption that stands for a sample."""
+    return str(facts["captions"][0])
+
+
+def distinct_captions(samples: Iterable[Mapping[str, Any]], count: int) -> list[str]:
+    """Return the first captions of samples, each once, until there are `count`."""
+    distinct: dict[str, None] = {}
+    for facts in samples:
+        distinct.setdefault(first_caption(facts))
+        if len(distinct) == count:
+            break
+    return list(distinct)

@@ -231,8 +231,8 @@ def _section(model: Any, name: str) -> Any:
 
 
 def _plain_type(annotation: Any) -> Any:
-    """Return the configuration class inside `Annotated[X, …]` or `X | None`."""
-    if typing.get_origin(annotation) is Annotated:
+    """Return the configuration class inside `Annotated[X, …]`, `tuple[X, ...]` or `X | None`."""
+    if typing.get_origin(annotation) in (Annotated, tuple):
         return _plain_type(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return _plain_type(next(arg for arg in typing.get_args(annotation) if arg is not type(None)))

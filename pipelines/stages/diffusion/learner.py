@@ -63,9 +63,9 @@ class DiffusionLearner:
         self.task, self.device = task, device
         self.diffusion_network = task.model.build_network()
         self.network: nn.Module = self.diffusion_network
-        kind = kind_of(task.config.condition)
-        self.condition = kind.examples(task.latents)
-        self.latents = Latents(task.latents, kind.files, self.condition.decode)
+        self.kind = kind_of(task.config.condition)
+        self.condition = self.kind.examples(task.latents)
+        self.latents = Latents(task.latents, self.kind.files, self.condition.decode)
         self.order = SampleOrder(
             self.latents.reader.rows_per_shard,
             task.seed,
@@ -157,11 +157,12 @@ class DiffusionLearner:
     def _model(self) -> LatentDiffusion:
         """The whole model around the network being trained, whose weights it shares."""
         model = self.task.model.build(device="meta")
-        model.unet, model.conditioner = self.diffusion_network.unet, self.diffusion_network.conditioner
-        # Loaded only here, on rank 0: training itself needs no first stage.
+        # Loaded only here, on rank 0: training itself needs neither a first stage nor a frozen encoder.
+        frozen = self.kind.frozen(self.task.latents, self.device)
+        model.unet, model.conditioner = self.diffusion_network.unet, frozen or self.diffusion_network.conditioner
         model.first_stage = load_first_stage(self.task.autoencoder, self.device)
         return model
 
     @cached_property
     def _prompts(self) -> Prompts:
-        return kind_of(self.task.config.condition).prompts(self.task.latents, self.task.model)
+        return self.kind.prompts(self.task.latents, self.task.model)

@@ -73,7 +73,7 @@ class EncodeShard:
         prepare_torch(device)
         self.pairs, self.writer, self.config, self.device = pairs, writer, config, device
         self.first_stage: Any = load_first_stage(first_stage, device)
-        self.condition = kind_of(config.condition).encoder(writer.storage)
+        self.condition = kind_of(config.condition).encoder(writer.storage, device)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         """Encode and commit one shard, then commit the sums over it.

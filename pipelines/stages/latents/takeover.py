@@ -63,7 +63,7 @@ class Encoding:
             "config": settings,
         }
         kind = kind_of(config.condition)
-        condition = digest_json([config.condition.kind, kind.encoder(storage).digest])
+        condition = digest_json([config.condition.kind, kind.digest(storage)])
         return cls(digest_json(pictures), condition, kind.from_facts)
 
     def identify(self, pairs_shard: FileRecord) -> Identity:
@@ -135,7 +135,8 @@ def _take_group(
     pairs: Artifact, writer: ArtifactWriter, condition: Condition, place: Storage, number: int
 ) -> list[dict[str, object]]:
     """Take over the shards of one plan; return the records of the files committed."""
-    take = _Take(pairs, writer, kind_of(condition), kind_of(condition).encoder(writer.storage))
+    kind = kind_of(condition)
+    take = _Take(pairs, writer, kind, kind.encoder(writer.storage, "cpu") if kind.from_facts else None)
     steps = map(_Step.from_json, place.read_json(_plan_name(number)))
     return [record.model_dump() for step in steps for record in take(step)]
 
@@ -190,12 +191,12 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Take:
-    """Commits shards and their sums from other artifacts."""
+    """Commits shards and their sums from other artifacts; without an encoder, their conditions as they are."""
 
     pairs: Artifact
     writer: ArtifactWriter
     kind: Kind
-    encoder: Encoder
+    encoder: Encoder | None
 
     def __call__(self, step: _Step) -> list[FileRecord]:
         """Commit one shard, and return the records; none if what was found is damaged or gone by now."""
@@ -234,7 +235,7 @@ class _Take:
             with whole_shard(self.pairs, step.shard, step.pairs_sha256) as pairs_shard, ShardWriter(path) as shard:
                 # As many in both: the digest of the samples is the same.
                 for pair, latent in zip(read_shard(pairs_shard), latents, strict=True):
-                    if self.kind.from_facts:
+                    if self.encoder is not None:
                         condition = self.encoder.encode([Pair(pair["__key__"], decode_json(pair["json"]))])[0]
                     else:
                         condition = {name: latent[name] for name in self.kind.files}

