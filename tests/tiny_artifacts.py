@@ -158,7 +158,9 @@ def latents_config(**changes: Any) -> LatentsConfig:
     return LatentsConfig.model_validate({"condition": condition, **changes})
 
 
-def encoded_latents_artifact(root: Path, pairs: Artifact, first_stage: Artifact, *, name: str = "latents") -> Artifact:
+def encoded_latents_artifact(
+    root: Path, pairs: Artifact, first_stage: Artifact, *, name: str = "latents", **changes: Any
+) -> Artifact:
     """Make latents of the pairs, encoded as the stage encodes them, but in this process instead of Ray's."""
     import torch
 
@@ -167,7 +169,7 @@ def encoded_latents_artifact(root: Path, pairs: Artifact, first_stage: Artifact,
     from pipelines.stages.latents.rows import PairsRows
 
     writer = ArtifactWriter("latents", name, Storage(str(root)) / "latents" / name)
-    config = latents_config(batch_size=2)
+    config = latents_config(**{"batch_size": 2, **changes})
     kind_of(config.condition).prepare(PairsRows(pairs), writer)
     threads = torch.get_num_threads()
     encode = EncodeShard(pairs=pairs, first_stage=first_stage, writer=writer, config=config, device="cpu")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm_core.conditioning import drop
+from ldm_core.conditioning.interface import Encode
 from ldm_core.configs.conditioning import ClassConfig
 from ldm_core.configs.model import LatentDiffusionConfig
 from ldm_core.configs.unet import UNetConfig
@@ -76,7 +76,7 @@ class ClassLabels:
     def digest(self, storage: Storage) -> str:
         return digest_json([self.config.column, storage.read_json(CLASSES_FILE)])
 
-    def encoder(self, storage: Storage, device: str) -> ClassNumbers:
+    def encoder(self, storage: Storage, device: str, encode_images: Encode | None) -> ClassNumbers:
         return ClassNumbers(self.config.column, storage.read_json(CLASSES_FILE))
 
     def details(self, storage: Storage) -> dict[str, Any]:
@@ -96,7 +96,8 @@ class ClassLabels:
         return ClassExamples(latents.details["classes"], self.config.dropout)
 
     def prompts(self, latents: Artifact, model: LatentDiffusionConfig) -> ClassPrompts:
-        return ClassPrompts(model)
+        assert isinstance(model.conditioner, ClassConfig)
+        return ClassPrompts(model.conditioner)
 
     def preview_prompts(self, latents: Artifact, samples: Iterable[Mapping[str, Any]], count: int) -> list[str]:
         names: list[str] = latents.storage.read_json(CLASSES_FILE)
@@ -104,10 +105,6 @@ class ClassLabels:
 
     def prompt_of(self, facts: Mapping[str, Any]) -> str:
         return name_of(facts.get(self.config.column)) or ""
-
-    @staticmethod
-    def prompts_in(folder: Path, model: LatentDiffusionConfig) -> ClassPrompts:
-        return ClassPrompts(model)
 
 
 class ClassNumbers:
@@ -161,9 +158,8 @@ class ClassPrompts:
     tokenizer = None
     guided = True
 
-    def __init__(self, model: LatentDiffusionConfig) -> None:
-        assert isinstance(model.conditioner, ClassConfig)
-        self.config = model.conditioner
+    def __init__(self, config: ClassConfig) -> None:
+        self.config = config
         self.numbers = {name: number for number, name in enumerate(self.config.names)}
 
     def inputs(self, prompts: Sequence[str]) -> Tensor:

@@ -1,5 +1,6 @@
 """A recipe's `condition`: what the model is conditioned on. Imported without torch."""
 
+import difflib
 import json
 import re
 from collections.abc import Mapping
@@ -270,15 +271,104 @@ class ClassCondition(ConditionBase):
         return 4
 
 
+class CacheOnlyCondition(ConditionBase):
+    """A condition that latents are cached for, in their final form, and that no model is trained on yet."""
+
+    def check_model(self, sections: Sections) -> None:
+        raise ValueError(
+            f"condition {self.kind}: its latents are cached, but nothing is trained on them: add --to latents"
+        )
+
+
+class LayoutCondition(CacheOnlyCondition):
+    """Labelled boxes (paper, Sec. 4.3.1).
+
+    Args:
+        column: the column of the source with a list of `{"bbox": [x, y, width, height], "category": NAME}`, in pixels
+            of the source's picture; `label` will do for `category`.
+        classes: names of the classes, in the order of their numbers.
+    """
+
+    cached = ("column", "classes")
+
+    kind: Literal["layout"]
+    column: str = "boxes"
+    classes: tuple[str, ...] = Field(min_length=1)
+
+    def check_pairs(self, sections: Sections) -> None:
+        if sections["pairs"].resize == "border":
+            raise ValueError("condition layout: pairs.resize must not be border, which moves boxes: take another")
+
+    def bytes_a_sample(self) -> int:
+        return 20 * 8
+
+
+class SemanticMapCondition(CacheOnlyCondition):
+    """A class for every pixel, from `KEY.map.png` of the pairs (paper, Sec. 4.3.2).
+
+    Args:
+        classes: number of classes, 0 to classes - 1.
+    """
+
+    cached = ("classes",)
+
+    kind: Literal["semantic_map"]
+    classes: int = Field(ge=1, le=256)
+
+    def bytes_a_sample(self) -> int:
+        return 4_000
+
+
+class LowResolutionCondition(CacheOnlyCondition):
+    """The picture itself at the latent's size (paper, Sec. 4.4).
+
+    Args:
+        factor: how many times smaller it is, the first stage's downsampling factor.
+    """
+
+    cached = ("factor",)
+
+    kind: Literal["low_resolution"]
+    factor: int = Field(4, ge=2)
+
+    def check_pairs(self, sections: Sections) -> None:
+        wanted = sections["autoencoder"].model.downsampling_factor
+        if self.factor != wanted:
+            raise ValueError(
+                f"condition.factor must be the first stage's downsampling factor, {wanted}, got {self.factor}"
+            )
+
+    def bytes_a_sample(self) -> int:
+        return 3 * 64 * 64
+
+
+class MaskedImageCondition(CacheOnlyCondition):
+    """The picture without what is under a mask (paper, Sec. 4.5).
+
+    Args:
+        masks: how many masks are drawn for each picture.
+    """
+
+    cached = ("masks",)
+
+    kind: Literal["masked_image"]
+    masks: int = Field(4, ge=1, le=64)
+
+    def bytes_a_sample(self) -> int:
+        return self.masks * 2 * 4 * 32 * 32
+
+
 def _by_name(value: Any) -> Any:
     """Expand `class` to `{kind: class}`; a mapping without a kind is of text, as all recipes of version 0.1 are."""
-    if isinstance(value, str):
-        value = {"kind": value}
-    if isinstance(value, dict):
-        value = {"kind": "text", **value}
-        if value["kind"] not in CONFIGS:
-            raise ValueError(f"kind must be one of {', '.join(CONFIGS)}, got {value['kind']!r}")
-    return value
+    named = {"kind": value} if isinstance(value, str) else value
+    if not isinstance(named, dict):
+        return value
+    named = {"kind": "text", **named}
+    if named["kind"] not in CONFIGS:
+        near = difflib.get_close_matches(str(named["kind"]), CONFIGS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(CONFIGS)}"
+        raise ValueError(f"no kind of condition {named['kind']!r}; {hint}")
+    return named
 
 
 def _tag(value: Any) -> str | None:
@@ -291,7 +381,11 @@ Condition = Annotated[
     Annotated[NoCondition, Tag("none")]
     | Annotated[TextCondition, Tag("text")]
     | Annotated[FrozenTextCondition, Tag("frozen_text")]
-    | Annotated[ClassCondition, Tag("class")],
+    | Annotated[ClassCondition, Tag("class")]
+    | Annotated[LayoutCondition, Tag("layout")]
+    | Annotated[SemanticMapCondition, Tag("semantic_map")]
+    | Annotated[LowResolutionCondition, Tag("low_resolution")]
+    | Annotated[MaskedImageCondition, Tag("masked_image")],
     Discriminator(
         _tag, custom_error_type="condition", custom_error_message="must be a kind of condition, or `kind` and settings"
     ),
@@ -302,4 +396,8 @@ CONFIGS: Mapping[str, type[ConditionBase]] = {
     "text": TextCondition,
     "frozen_text": FrozenTextCondition,
     "class": ClassCondition,
+    "layout": LayoutCondition,
+    "semantic_map": SemanticMapCondition,
+    "low_resolution": LowResolutionCondition,
+    "masked_image": MaskedImageCondition,
 }

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm_core.conditioning import Conditioner, Conditioning, drop
+from ldm_core.conditioning.interface import Encode
 from ldm_core.configs.conditioning import CONDITIONER_KINDS, ConditionerConfig, conditioner_kind
 from ldm_core.configs.model import LatentDiffusionConfig
 from ldm_core.configs.text import FrozenTextConfig
@@ -65,7 +66,7 @@ class FrozenText:
     def digest(self, storage: Storage) -> str:
         return digest_json([storage.read_json(_about(number)) for number in range(len(self.config.encoders))])
 
-    def encoder(self, storage: Storage, device: str) -> Encoder:
+    def encoder(self, storage: Storage, device: str, encode_images: Encode | None) -> Encoder:
         return CaptionStates([(_opened(encoder), device) for encoder in self.config.encoders])
 
     def details(self, storage: Storage) -> dict[str, Any]:
@@ -109,10 +110,6 @@ class FrozenText:
 
     def prompt_of(self, facts: Mapping[str, Any]) -> str:
         return first_caption(facts)
-
-    @staticmethod
-    def prompts_in(folder: Path, model: LatentDiffusionConfig) -> CaptionPrompts:
-        return CaptionPrompts.in_folder(folder)
 
 
 def _prefix(number: int) -> str:

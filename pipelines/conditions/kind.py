@@ -9,8 +9,7 @@ Shapes: B is the batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm_core.conditioning import Conditioner
+from ldm_core.conditioning.interface import Encode
 from ldm_core.configs.conditioning import ConditionerConfig
 from ldm_core.configs.model import LatentDiffusionConfig
 from ldm_core.configs.unet import UNetConfig
@@ -38,10 +38,14 @@ class Pair:
     Attributes:
         key: its key.
         facts: its json: `captions`, and the columns of the source.
+        image: the stored picture, (H, W, 3) uint8; None where latents are taken over from facts alone.
+        files: its files by extension, encoded.
     """
 
     key: str
     facts: Mapping[str, Any]
+    image: NDArray[np.uint8] | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 class Rows(Protocol):
@@ -146,8 +150,15 @@ class Kind(Protocol):
         """Return the digest of all that decides what is cached besides the pairs, after `prepare`."""
         ...
 
-    def encoder(self, storage: Storage, device: str) -> Encoder:
-        """Return what encodes the conditions of samples, after `prepare`, from the artifact of latents."""
+    def encoder(self, storage: Storage, device: str, encode_images: Encode | None) -> Encoder:
+        """Return what encodes the conditions of samples, after `prepare`.
+
+        Args:
+            storage: the folder of the artifact of latents.
+            device: where networks run.
+            encode_images: maps images (B, 3, H, W) to unscaled latents; None where there is no first stage; no kind
+                whose files are made `from_facts` needs it.
+        """
         ...
 
     def details(self, storage: Storage) -> dict[str, Any]:
@@ -180,13 +191,4 @@ class Kind(Protocol):
 
     def prompt_of(self, facts: Mapping[str, Any]) -> str:
         """Return the prompt that asks for a sample of pairs, from its json."""
-        ...
-
-    @staticmethod
-    def prompts_in(folder: Path, model: LatentDiffusionConfig) -> Prompts:
-        """Return what makes a finished model's input from prompts, from the files beside its weights.
-
-        Raises:
-            ValueError, FileNotFoundError: a file is damaged, missing, or does not belong to the model.
-        """
         ...

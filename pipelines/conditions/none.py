@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ldm_core.conditioning.interface import Encode
 from ldm_core.configs.model import LatentDiffusionConfig
 from ldm_core.configs.unet import UNetConfig
 from pipelines.conditions.config import NoCondition
@@ -36,7 +36,7 @@ class Unconditional:
     def digest(self, storage: Storage) -> str:
         return ""
 
-    def encoder(self, storage: Storage, device: str) -> Unconditional:
+    def encoder(self, storage: Storage, device: str, encode_images: Encode | None) -> Unconditional:
         return self
 
     def encode(self, pairs: Sequence[Pair]) -> list[dict[str, bytes]]:
@@ -74,10 +74,6 @@ class Unconditional:
 
     def prompt_of(self, facts: Mapping[str, Any]) -> str:
         return ""
-
-    @staticmethod
-    def prompts_in(folder: Path, model: LatentDiffusionConfig) -> NoPrompts:
-        return NoPrompts()
 
 
 class NoPrompts:

@@ -6,7 +6,6 @@ Latents cache `KEY.tokens.npy`, (captions, L) uint16 token ids of all captions, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ldm_core import checkpoint
 from ldm_core.conditioning import drop
+from ldm_core.conditioning.interface import Encode
 from ldm_core.configs.model import LatentDiffusionConfig
 from ldm_core.configs.text import TextTransformerConfig
 from ldm_core.configs.unet import UNetConfig
@@ -49,7 +48,7 @@ class Text:
         tokenizer = load_vocabulary(storage, self.config.tokenizer)
         return digest_json([tokenizer.digest, tokenizer.max_length])
 
-    def encoder(self, storage: Storage, device: str) -> CaptionTokens:
+    def encoder(self, storage: Storage, device: str, encode_images: Encode | None) -> CaptionTokens:
         return CaptionTokens(load_vocabulary(storage, self.config.tokenizer))
 
     def details(self, storage: Storage) -> dict[str, Any]:
@@ -88,10 +87,6 @@ class Text:
 
     def prompt_of(self, facts: Mapping[str, Any]) -> str:
         return first_caption(facts)
-
-    @staticmethod
-    def prompts_in(folder: Path, model: LatentDiffusionConfig) -> CaptionPrompts:
-        return CaptionPrompts.in_folder(folder)
 
 
 class CaptionTokens:
@@ -140,11 +135,6 @@ class CaptionPrompts:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-
-    @classmethod
-    def in_folder(cls, folder: Path) -> CaptionPrompts:
-        """Read the tokenizer of a model folder; raises as `checkpoint.load_tokenizer` does."""
-        return cls(checkpoint.load_tokenizer(folder))
 
     def inputs(self, prompts: Sequence[str]) -> Tensor:
         return torch.from_numpy(self.tokenizer.encode(list(prompts)).astype(np.int64))

@@ -15,7 +15,7 @@ from ldm_core import checkpoint
 from ldm_core.latent_diffusion import LatentDiffusion
 from ldm_core.model_files import MODEL_FILES
 from pipelines.conditions.kind import Prompts
-from pipelines.conditions.kinds import kind_of_model
+from pipelines.conditions.kinds import prompts_in
 from pipelines.errors import UserError
 from pipelines.store.storage import Storage
 
@@ -29,7 +29,7 @@ def load_folder(folder: Storage, device: Any) -> tuple[LatentDiffusion, Prompts]
     try:
         with local_folder(folder) as local:
             model = checkpoint.load(local, device=torch.device(device))
-            return model, kind_of_model(model.config).prompts_in(local, model.config)
+            return model, prompts_in(local, model.config)
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         raise UserError(f"cannot load the model in {folder.url}: {' '.join(str(error).split())[:400]}") from error
 

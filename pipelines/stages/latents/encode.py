@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ldm_core.images import to_unit_range
 from pipelines.compute.actor_pool import prepare_torch
@@ -44,7 +45,7 @@ class _Pair:
 
     key: str
     image: NDArray[np.uint8]
-    json: bytes
+    files: dict[str, bytes]
 
 
 class EncodeShard:
@@ -73,7 +74,7 @@ class EncodeShard:
         prepare_torch(device)
         self.pairs, self.writer, self.config, self.device = pairs, writer, config, device
         self.first_stage: Any = load_first_stage(first_stage, device)
-        self.condition = kind_of(config.condition).encoder(writer.storage, device)
+        self.condition = kind_of(config.condition).encoder(writer.storage, device, self._encode_mode)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         """Encode and commit one shard, then commit the sums over it.
@@ -131,9 +132,11 @@ class EncodeShard:
     def _encoded_samples(self, shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
         for batch in self._decoded_batches(shard):
             moments = self._encode(batch)
-            conditions = self.condition.encode([Pair(pair.key, decode_json(pair.json)) for pair in batch])
+            conditions = self.condition.encode(
+                [Pair(pair.key, decode_json(pair.files["json"]), pair.image, pair.files) for pair in batch]
+            )
             for pair, latent, condition in zip(batch, moments, conditions, strict=True):
-                yield pair.key, {"latent.npy": encode_npy(latent), **condition, "json": pair.json}
+                yield pair.key, {"latent.npy": encode_npy(latent), **condition, "json": pair.files["json"]}
 
     def _decoded_batches(self, shard: Path) -> Iterator[list[_Pair]]:
         """Yield the shard's samples in batches, in order; threads decode the next ones while one is encoded."""
@@ -146,6 +149,10 @@ class EncodeShard:
                     yield [pair.result() for pair in waiting.popleft()]
             for futures in waiting:
                 yield [pair.result() for pair in futures]
+
+    def _encode_mode(self, images: Tensor) -> Tensor:
+        latent: Tensor = self.first_stage.encode(images).mode()
+        return latent
 
     def _encode(self, batch: list[_Pair]) -> NDArray[np.float16]:
         """Return the (B, 2 or 1, C, h, w) fp16 moments of the batch's pictures."""
@@ -175,4 +182,8 @@ class EncodeShard:
 
 
 def _decode(sample: dict[str, Any]) -> _Pair:
-    return _Pair(sample["__key__"], decode_image(image_of(sample)), sample["json"])
+    return _Pair(
+        sample["__key__"],
+        decode_image(image_of(sample)),
+        {name: data for name, data in sample.items() if name != "__key__"},
+    )

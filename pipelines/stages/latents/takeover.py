@@ -136,7 +136,7 @@ def _take_group(
 ) -> list[dict[str, object]]:
     """Take over the shards of one plan; return the records of the files committed."""
     kind = kind_of(condition)
-    take = _Take(pairs, writer, kind, kind.encoder(writer.storage, "cpu") if kind.from_facts else None)
+    take = _Take(pairs, writer, kind, kind.encoder(writer.storage, "cpu", None) if kind.from_facts else None)
     steps = map(_Step.from_json, place.read_json(_plan_name(number)))
     return [record.model_dump() for step in steps for record in take(step)]
 

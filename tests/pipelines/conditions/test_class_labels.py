@@ -58,7 +58,7 @@ def test_classes_are_those_of_the_pairs_in_order(shards: list[list[Any]], names:
 def test_given_classes_keep_their_order_and_may_be_more_than_there_are(tmp_path: Path) -> None:
     kind, storage = prepared(tmp_path, ["hat"], classes=("shirt", "hat"))
     assert storage.read_json("classes.json") == ["shirt", "hat"]
-    files = kind.encoder(storage).encode([Pair("k", {"label": "hat"})])
+    files = kind.encoder(storage, "cpu", None).encode([Pair("k", {"label": "hat"})])
     label = kind.examples(_Latents(storage)).decode(files[0])[0]  # type: ignore[arg-type]
     assert (label.shape, label.dtype, int(label)) == ((), np.int32, 1)
 
@@ -117,7 +117,7 @@ def test_a_model_knows_its_classes_by_name(tmp_path: Path) -> None:
     whole = model(classes=3, unconditional_class=True, names=("dress", "hat"))
     again = LatentDiffusionConfig.from_dict(whole.to_dict())
     assert again == whole
-    prompts = ClassPrompts(again)
+    prompts = ClassPrompts(again.conditioner)
     assert prompts.inputs(["hat", " dress ", ""]).tolist() == [1, 0, 2]
     assert prompts.unconditional() is not None
     with pytest.raises(UserError, match="names of classes, and 'hats' is none; did you mean 'hat'"):
@@ -125,7 +125,7 @@ def test_a_model_knows_its_classes_by_name(tmp_path: Path) -> None:
 
 
 def test_a_model_without_names_is_asked_by_number_and_one_without_a_null_class_cannot_be_asked_for_nothing() -> None:
-    prompts = ClassPrompts(model(classes=5))
+    prompts = ClassPrompts(ClassConfig(classes=5, width=8))
     assert prompts.inputs(["4"]).tolist() == [4]
     assert prompts.unconditional() is None
     for wrong in ("5", "-1", "hat", ""):

@@ -19,7 +19,7 @@ CLASSES = ("condition=class", "pairs.captions=optional")
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("condition=clas",), "condition: kind must be one of none, text, class"),
+        (("condition=clas",), "condition: no kind of condition 'clas'; did you mean 'class'?"),
         (("condition=5",), "condition: must be a kind of condition, or `kind` and settings, got 5"),
         (("condition.tokenizer.siz=64",), "unknown key 'condition.tokenizer.siz'; did you mean 'size'?"),
         (("condition.kind=class", "condition.colum=x"), "unknown key 'condition.colum'; did you mean 'column'?"),

@@ -56,7 +56,7 @@ def minilm(tmp_path_factory: pytest.TempPathFactory) -> tuple[FrozenText, Any]:
 
 
 def cached(kind: FrozenText, latents: Any) -> list[dict[str, bytes]]:
-    return kind.encoder(latents.storage, "cpu").encode(PAIRS)
+    return kind.encoder(latents.storage, "cpu", None).encode(PAIRS)
 
 
 def live(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -121,7 +121,7 @@ def test_an_unconditional_model_takes_over_the_latents_and_is_evaluated_without_
         assert other["latent.npy"] == one["latent.npy"]
     assert unconditional.artifacts["evaluate"].details["training_captions"] == [""] * 3
     assert set(unconditional.artifacts["diffusion"].details["parameters"]) == {"unet", "first_stage"}
-    assert unconditional.artifacts["export"].details["layouts"] == ["ldm", "diffusers"]
+    assert "ldm" in unconditional.artifacts["export"].details["layouts"]
 
 
 def test_guidance_leaves_an_unconditional_model_as_it_is_and_a_prompt_is_refused(unconditional: RunResult) -> None:
