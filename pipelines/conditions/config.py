@@ -226,6 +226,10 @@ class FrozenTextCondition(ConditionBase):
         if width is not None and found != width:
             raise ValueError(f"diffusion.unet.context_dim must be the text encoder's width, {width}, got {found}")
 
+    def parameters(self) -> int:
+        files = [file for encoder in self.encoders if not encoder.open_clip for file in encoder.files()]
+        return sum(file.stat().st_size // 4 for file in files if file.suffix in (".safetensors", ".bin"))
+
     def bytes_a_sample(self) -> int:
         # Of a caption of twenty tokens.
         return sum(2 * 20 * (_width(encoder) or 1024) for encoder in self.encoders)

@@ -157,6 +157,7 @@ class OpenedEncoder:
                 f"condition.encoders: max_length of a CLIP must be its own, {shape.max_length}, "
                 f"got {found.tokenizer.max_length}: leave it out"
             )
+        self.masked = isinstance(shape, FrozenTextConfig) and shape.mask_padding
         found.conditioner.config = shape
         self.conditioner: Conditioner = found.conditioner
         self.about: dict[str, Any] = {
@@ -172,6 +173,9 @@ class OpenedEncoder:
         states: list[NDArray[np.float16]] = []
         for start in range(0, len(captions), BATCH):
             tokens = self.tokenizer.encode(captions[start : start + BATCH]).astype(np.int64)
+            if self.masked:
+                # What is not stored need not be computed.
+                tokens = tokens[:, : max(int((tokens != self.tokenizer.pad_id).sum(1).max()), 1)]
             given = self.conditioner(torch.from_numpy(tokens).to(device))
             assert given.context is not None
             context = given.context.half().cpu().numpy()
