@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -23,15 +23,19 @@ class CacheOnly:
     Args:
         config: its configuration, all that decides what is cached.
         files: extensions of the files that are cached of each sample.
+        from_facts: whether the encoder needs neither pictures nor a network.
         open_encoder: makes what encodes them, on a device, from a function that encodes images.
     """
 
-    from_facts: ClassVar[bool] = False
-
     def __init__(
-        self, config: ConditionBase, files: tuple[str, ...], open_encoder: Callable[[str, Encode | None], Encoder]
+        self,
+        config: ConditionBase,
+        files: tuple[str, ...],
+        open_encoder: Callable[[str, Encode | None], Encoder],
+        *,
+        from_facts: bool = False,
     ) -> None:
-        self.config, self.files, self.open_encoder = config, files, open_encoder
+        self.config, self.files, self.open_encoder, self.from_facts = config, files, open_encoder, from_facts
 
     def prepare(self, rows: Rows, writer: ArtifactWriter) -> None:
         return None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ class ClassLabels:
     """The kind `class`."""
 
     files: tuple[str, ...] = (CLASS,)
-    from_facts: ClassVar[bool] = True
+    from_facts = True
 
     def __init__(self, config: ClassCondition) -> None:
         self.config = config

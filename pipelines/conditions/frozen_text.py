@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ BATCH = 64
 class FrozenText:
     """The kind `frozen_text`."""
 
-    from_facts: ClassVar[bool] = False
+    from_facts = False
 
     def __init__(self, config: FrozenTextCondition) -> None:
         self.config = config

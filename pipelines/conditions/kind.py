@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -121,22 +121,21 @@ class Prompts(Protocol):
 
 
 class Kind(Protocol):
-    """One kind of condition.
+    """One kind of condition."""
 
-    Attributes:
-        from_facts: whether `Encoder.encode` is quick and needs neither a picture nor a network, so that latents that
-            are taken over from another artifact are written again beside new files; otherwise these are kept.
-    """
+    @property
+    def from_facts(self) -> bool:
+        """Whether `Encoder.encode` is quick and needs neither a picture nor a network.
 
-    from_facts: ClassVar[bool]
+        Latents that are taken over from another artifact are then written again beside new files; otherwise the files
+        are taken over too.
+        """
+        ...
 
     @property
     def files(self) -> tuple[str, ...]:
         """The extensions of the files that are cached of each sample."""
         ...
-
-    def __init__(self, config: Any) -> None:
-        """Make it from its configuration in `conditions.config`."""
 
     def prepare(self, rows: Rows, writer: ArtifactWriter) -> None:
         """Commit what is cached once for all samples, such as the vocabulary.

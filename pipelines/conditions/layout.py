@@ -25,7 +25,7 @@ BOXES = "boxes.npy"
 
 def layout(config: LayoutCondition) -> CacheOnly:
     """Return the kind `layout`."""
-    return CacheOnly(config, (BOXES,), lambda device, encode_images: Boxes(config))
+    return CacheOnly(config, (BOXES,), lambda device, encode_images: Boxes(config), from_facts=True)
 
 
 class Boxes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ class Unconditional:
     """The kind `none`; also its own encoder and examples, since there is nothing to know."""
 
     files: tuple[str, ...] = ()
-    from_facts: ClassVar[bool] = True
+    from_facts = True
 
     def __init__(self, config: NoCondition) -> None:
         self.config = config

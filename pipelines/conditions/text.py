@@ -6,7 +6,7 @@ Latents cache `KEY.tokens.npy`, (captions, L) uint16 token ids of all captions, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ class Text:
     """The kind `text`."""
 
     files: tuple[str, ...] = (TOKENS,)
-    from_facts: ClassVar[bool] = True
+    from_facts = True
 
     def __init__(self, config: TextCondition) -> None:
         self.config = config

@@ -19,6 +19,7 @@ def section(artifact: Artifact) -> Section:
         ("Scale factor 1/std", f"{details['scale_factor']:.5f}" if "scale_factor" in details else None),
         ("Size of one", format_bytes(bytes_per_sample)),
         ("Condition", details.get("condition", {}).get("kind")),
+        ("Text encoder", ", ".join(digest[:16] for digest in details.get("text_encoders", []))),
         ("Classes", format_count(details.get("classes"))),
         ("Vocabulary", format_count(details.get("vocabulary_size"))),
         ("Longest caption", f"{details['max_length']} tokens" if "max_length" in details else None),

