@@ -16,6 +16,7 @@ from ldm_core import guidance, objective, samplers
 from ldm_core.conditioning import Conditioner, Conditioning
 from ldm_core.conditioning.build import build_conditioner
 from ldm_core.configs.model import LatentDiffusionConfig
+from ldm_core.configs.text import ClipTextConfig, FrozenTextConfig
 from ldm_core.networks.autoencoder import build_first_stage
 from ldm_core.networks.unet import PreparedContext, UNet
 from ldm_core.schedule import NoiseSchedule
@@ -28,8 +29,12 @@ def build_model(config: LatentDiffusionConfig, device: torch.device | str | None
 
 
 def build_network(config: LatentDiffusionConfig, device: torch.device | str | None = None) -> "DiffusionNetwork":
-    """Build the part that the diffusion stage trains (UNet and conditioner), with random weights."""
-    conditioner = config.conditioner
+    """Build the part that the diffusion stage trains, with random weights: the UNet, and a conditioner that is trained.
+
+    A frozen text encoder is no part of it: the network takes the `Conditioning` that it gave.
+    """
+    frozen = isinstance(config.conditioner, ClipTextConfig | FrozenTextConfig)
+    conditioner = None if frozen else config.conditioner
     with torch.device(device or torch.get_default_device()):
         return DiffusionNetwork(UNet(config.unet), build_conditioner(conditioner) if conditioner else None)
 
@@ -45,11 +50,13 @@ class DiffusionNetwork(nn.Module):
     def forward(self, z_t: Tensor, t: Tensor, inputs: Any = None) -> Tensor:
         """Return the UNet's raw prediction at z_t (B, C, h, w), t (B,), conditioned on the conditioner's inputs.
 
+        Inputs may be a `Conditioning`, which is taken as it is.
+
         Raises:
             ValueError: inputs are given to an unconditional network or missing from a conditional one.
         """
         conditioning = _condition(self.conditioner, inputs)
-        return self.unet(z_t, t, context=conditioning.context, concat=conditioning.concat)
+        return self.unet(z_t, t, context=conditioning.context, mask=conditioning.mask, concat=conditioning.concat)
 
 
 class LatentDiffusion(nn.Module):
@@ -96,7 +103,12 @@ class LatentDiffusion(nn.Module):
 
         It returns the predicted noise; for a network that predicts v or x0, noise and clean latent, see
         `objective.Prediction`.
+
+        Raises:
+            ValueError: the UNet does not attend to padding, which a context alone does not tell.
         """
+        if getattr(self.config.conditioner, "mask_padding", False):
+            raise ValueError("this model does not attend to padding, which needs a mask: use guided_denoiser")
 
         def denoise(
             x: Tensor, t: Tensor, *, context: Tensor | None = None, concat: Tensor | None = None
@@ -190,14 +202,14 @@ class LatentDiffusion(nn.Module):
         """
         guidance.check_settings(guidance_scale, interval, rescale)
         conditioning = _condition(self.conditioner, _to(inputs, self._device))
-        predict: samplers.Denoise = _BoundUNet(self.unet, conditioning.context, conditioning.concat)
+        predict: samplers.Denoise = _BoundUNet(self.unet, conditioning)
         if guidance_scale != 1.0:
             if conditioning.context is None:
                 raise ValueError(
                     f"only a model with a context can be guided: keep guidance_scale 1, got {guidance_scale}"
                 )
-            null = self._null_context(unconditional, inputs, guidance_scale)
-            halves = _guidance_halves(self.unet, null, conditioning.context, conditioning.concat)
+            null = self._null_condition(unconditional, inputs, guidance_scale)
+            halves = _guidance_halves(self.unet, null, conditioning)
             predict = guidance.guide(predict, halves, guidance_scale, interval=interval, rescale=rescale)
 
         def denoise(x: Tensor, t: Tensor) -> Tensor | objective.Prediction:
@@ -220,8 +232,8 @@ class LatentDiffusion(nn.Module):
             raise ValueError(f"size must be positive multiples of {factor}, in latent pixels, got {(height, width)}")
         return self.config.first_stage.embed_dim, height, width
 
-    def _null_context(self, unconditional: Any, inputs: Any, guidance_scale: float) -> Tensor:
-        """Return the null context of classifier-free guidance, (1, L, D) or (B, L, D)."""
+    def _null_condition(self, unconditional: Any, inputs: Any, guidance_scale: float) -> Conditioning:
+        """Return the null condition of classifier-free guidance, with a context (1, L, D) or (B, L, D)."""
         assert self.conditioner is not None
         null = self.conditioner.unconditional() if unconditional is None else unconditional
         if null is None:
@@ -231,9 +243,7 @@ class LatentDiffusion(nn.Module):
             )
         if isinstance(null, Tensor) and null.ndim < inputs.ndim:
             null = null[None]
-        context = self.conditioner(_to(null, self._device)).context
-        assert context is not None
-        return context
+        return self.conditioner(_to(null, self._device))
 
 
 @contextlib.contextmanager
@@ -253,15 +263,13 @@ class _BoundUNet:
 
     Args:
         unet: the network.
-        context: (k * B, L, D), k contexts per latent; None for a UNet without cross-attention.
-        concat: (B, C_concat, h, w), or None.
+        conditioning: its context is (k * B, L, D), k contexts per latent; None for a UNet without cross-attention.
         contexts_per_latent: k.
     """
 
-    def __init__(
-        self, unet: UNet, context: Tensor | None, concat: Tensor | None, *, contexts_per_latent: int = 1
-    ) -> None:
-        self.unet, self.context, self.concat, self.contexts_per_latent = unet, context, concat, contexts_per_latent
+    def __init__(self, unet: UNet, conditioning: Conditioning, *, contexts_per_latent: int = 1) -> None:
+        self.unet, self.contexts_per_latent = unet, contexts_per_latent
+        self.context, self.mask, self.concat = conditioning.context, conditioning.mask, conditioning.concat
         self._prepared: PreparedContext | None = None
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
@@ -270,26 +278,34 @@ class _BoundUNet:
             bound = len(self.context) // self.contexts_per_latent
             raise ValueError(f"the denoiser is bound to {bound} inputs, got {len(x)} latents: bind it anew")
         if self.context is not None and self._prepared is None:
-            self._prepared = self.unet.prepare_context(self.context)
+            self._prepared = self.unet.prepare_context(self.context, self.mask)
         output: Tensor = self.unet(x, t, context=self._prepared, concat=self.concat)
         return output
 
 
 def _guidance_halves(
-    unet: UNet, null: Tensor, context: Tensor, concat: Tensor | None
+    unet: UNet, null: Conditioning, conditioned: Conditioning
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Predict without and with the condition in one pass, in which both share what comes before the first context."""
-    if null.shape[1:] != context.shape[1:] or len(null) not in (1, len(context)):
+    without_it, context = null.context, conditioned.context
+    assert without_it is not None
+    assert context is not None
+    if without_it.shape[1:] != context.shape[1:] or len(without_it) not in (1, len(context)):
         raise ValueError(
             "the unconditional input must be one, or one an input, and as long as these, "
-            f"got contexts {tuple(null.shape)} and {tuple(context.shape)}: tokenize both alike"
+            f"got contexts {tuple(without_it.shape)} and {tuple(context.shape)}: tokenize both alike"
         )
-    together = torch.cat([null.expand_as(context), context])
-    both = _BoundUNet(unet, together, concat, contexts_per_latent=2)
+    mask = None
+    if null.mask is not None and conditioned.mask is not None:
+        mask = torch.cat([null.mask.expand_as(conditioned.mask), conditioned.mask])
+    together = Conditioning(
+        context=torch.cat([without_it.expand_as(context), context]), mask=mask, concat=conditioned.concat
+    )
+    both = _BoundUNet(unet, together, contexts_per_latent=2)
 
     def halves(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        without, conditioned = both(x, t).chunk(2)
-        return without, conditioned
+        without, with_it = both(x, t).chunk(2)
+        return without, with_it
 
     return halves
 
@@ -304,6 +320,8 @@ def _check_sampler(sampler: samplers.FewStepSampler, eta: float) -> None:
 
 def _condition(conditioner: Conditioner | None, inputs: Any) -> Conditioning:
     """Return the conditioning of a batch of inputs; an unconditional model has none."""
+    if isinstance(inputs, Conditioning):
+        return inputs
     if (conditioner is None) != (inputs is None):
         raise ValueError(
             "a conditional model needs its conditioner's inputs, such as token ids (B, L), and an unconditional one "

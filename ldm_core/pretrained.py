@@ -5,7 +5,8 @@ Weights come from a folder or file on disk or, given a network, from the hub by 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,8 @@ def _wrapped(settings: Mapping[str, Any], folder: Path, max_length: int | None) 
     with torch.device("meta"):
         conditioner = FrozenTextConditioner(config)
     try:
-        loaded, report = auto.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        with _without_progress_bars():
+            loaded, report = auto.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"the weights in {folder} must be those of its config.json: {_first_line(error)}") from error
     # Text encoders are often published without the pooler, and we take the hidden states before it.
@@ -147,6 +149,20 @@ def _wrapped(settings: Mapping[str, Any], folder: Path, max_length: int | None) 
     conditioner.encoder = loaded.float()
     conditioner.freeze()
     return conditioner
+
+
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Keep the transformers library from drawing on a terminal that is somebody else's."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _folder(source: str | Path) -> Path:

@@ -50,8 +50,8 @@ def open_pairs(
             `torch.distributed` job its own share, and each `DataLoader` worker its part of that.
 
     Returns:
-        Samples with `__key__`, `__url__` (the shard), `image` ((H, W, 3) uint8 RGB), `captions` (list of str, at
-        least one) and `metadata` (what else is known: `width`, `height`, `url`, similarity scores, …).
+        Samples with `__key__`, `__url__` (the shard), `image` ((H, W, 3) uint8 RGB), `captions` (list of str, empty
+        only with `pairs.captions: optional`) and `metadata` (what else is known: `width`, `height`, `url`, scores, …).
 
     Raises:
         UserError: there is no such artifact; or, while it is read, a shard or a sample of it is damaged.
@@ -77,7 +77,8 @@ def open_latents(
     Returns:
         Samples with `__key__` and `__url__`; of a KL first stage the posterior's `mean` and `logvar`, of a VQ one
         `latent`, which is not quantized yet, each (C, h, w) float16 and not scaled (the manifest's `scale_factor` is
-        1/std); `tokens`, (captions, L) uint16 ids; `captions` and `metadata` as for `open_pairs`.
+        1/std); what is cached of the condition, such as `tokens`, (captions, L) uint16 ids, or `class`, an int32;
+        `captions` and `metadata` as for `open_pairs`.
 
     Raises:
         UserError: there is no such artifact; or, while it is read, a shard or a sample of it is damaged.
@@ -157,11 +158,12 @@ def _decode_pair(sample: Sample) -> Sample:
 
 
 def _decode_latents(sample: Sample) -> Sample:
-    moments = decode_npy(sample["latent.npy"])
+    arrays = {name.removesuffix(".npy"): decode_npy(data) for name, data in sample.items() if name.endswith(".npy")}
+    moments = arrays.pop("latent")
     names = ("mean", "logvar") if len(moments) == 2 else ("latent",)
     return {
         **dict(zip(names, moments, strict=True)),
-        "tokens": decode_npy(sample["tokens.npy"]),
+        **arrays,
         **_decode_facts(sample),
     }
 

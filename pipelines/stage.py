@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 ConfigT = TypeVar("ConfigT", bound=Config)
-# The sections of a recipe by stage name.
+# The sections of a recipe by stage name, and its `condition`.
 Sections = Mapping[str, Any]
 
 
@@ -42,7 +42,7 @@ class StageContext(Generic[ConfigT]):
     """Everything a stage is given.
 
     Attributes:
-        config: the stage's own section of the recipe.
+        config: the stage's own section of the recipe, and what it shares with others.
         seed: the recipe's seed.
         writer: the artifact to make. Files are written to `writer.storage`, then committed.
         upstream: finished artifacts by stage name.
@@ -127,6 +127,7 @@ class Stage(Generic[ConfigT]):
         upstream: names of the artifacts it reads.
         run: does the work; skips what is committed, returns the manifest's `details`.
         section: its part of the report.
+        configure: makes its config of the recipe's sections; None takes its own section.
         inputs: digests of what it reads besides artifacts (sources by content, weights and tokenizer files by sha256),
             from its config. Runs for every `plan`.
         check: raises ValueError if its section of the recipe does not fit those of the stages it reads.
@@ -154,6 +155,7 @@ class Stage(Generic[ConfigT]):
     upstream: tuple[str, ...] = ()
     run: Callable[[StageContext[ConfigT]], dict[str, Any]]
     section: Callable[[Artifact], Section]
+    configure: Callable[[Sections], ConfigT] | None = None
     inputs: Callable[[ConfigT], dict[str, str]] = _no_inputs
     check: Callable[[Sections], None] = _nothing_to_check
     estimate: Callable[[Sections, Mapping[str, Estimate]], Estimate] = _unknown

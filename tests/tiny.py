@@ -56,10 +56,10 @@ def tiny_recipe(source: Path | str, **changes: Any) -> dict[str, Any]:
             "model": {"preset": "tiny-kl-f8", "channel_mult": [1, 1, 2, 2]},
             "training": training,
         },
-        "latents": {"tokenizer": {"size": 256, "max_length": 16}, "batch_size": 8, "workers": 1},
+        "condition": {"kind": "text", "tokenizer": {"size": 256, "max_length": 16}, "transformer": {**TINY_TEXT}},
+        "latents": {"batch_size": 8, "workers": 1},
         "diffusion": {
             "unet": {**TINY_UNET},
-            "text": {**TINY_TEXT},
             "training": training,
             "preview": {"num_steps": 2},
             "preview_prompts": 2,

@@ -18,6 +18,7 @@ from pipelines.stage import Stage, StageContext
 from pipelines.stages.autoencoder.artifact import FORMAT_VERSION as AUTOENCODER_FORMAT
 from pipelines.stages.diffusion.artifact import FORMAT_VERSION as DIFFUSION_FORMAT
 from pipelines.stages.latents.artifact import FORMAT_VERSION as LATENTS_FORMAT
+from pipelines.stages.latents.config import LatentsConfig
 from pipelines.stages.pairs.artifact import PAIRS_FORMAT
 from pipelines.stages.pairs.held_out import (
     HeldOutSample,
@@ -91,6 +92,10 @@ def pair_sample(random: np.random.Generator, key: str, side: int) -> tuple[str, 
     return key, {"png": buffer.getvalue(), "txt": captions[0].encode(), "json": facts}
 
 
+def first_caption(facts: Mapping[str, Any]) -> str:
+    return str(facts["captions"][0])
+
+
 def first_stage_artifact(root: Path, *, preset: str = "tiny-kl-f8", name: str = "autoencoder") -> Artifact:
     """Make a first stage with random weights."""
     import torch
@@ -142,6 +147,8 @@ def latents_artifact(
         "encoder_sha256": encoder_sha256,
         "vocabulary_size": tokenizer.vocabulary_size,
         "max_length": max_length,
+        "pad_id": tokenizer.pad_id,
+        "condition": {"kind": "text"},
         "latent_shape": [4, 4, 4],
         "scale_factor": 0.5,
         "empty_tokens": tokenizer.encode([""])[0].tolist(),
@@ -149,17 +156,25 @@ def latents_artifact(
     return finish(writer, details, LATENTS_FORMAT)
 
 
-def encoded_latents_artifact(root: Path, pairs: Artifact, first_stage: Artifact, *, name: str = "latents") -> Artifact:
+def latents_config(**changes: Any) -> LatentsConfig:
+    """Return the latents' configuration for captions of a few words."""
+    condition = {"kind": "text", "tokenizer": {"size": 64, "max_length": 8}}
+    return LatentsConfig.model_validate({"condition": condition, **changes})
+
+
+def encoded_latents_artifact(
+    root: Path, pairs: Artifact, first_stage: Artifact, *, name: str = "latents", **changes: Any
+) -> Artifact:
     """Make latents of the pairs, encoded as the stage encodes them, but in this process instead of Ray's."""
     import torch
 
-    from pipelines.stages.latents.config import LatentsConfig, TokenizerConfig
+    from pipelines.conditions.kinds import kind_of
     from pipelines.stages.latents.encode import EncodeShard
-    from pipelines.stages.latents.vocabulary import commit_vocabulary
+    from pipelines.stages.latents.rows import PairsRows
 
     writer = ArtifactWriter("latents", name, Storage(str(root)) / "latents" / name)
-    config = LatentsConfig(tokenizer=TokenizerConfig(size=64, max_length=8), batch_size=2)
-    commit_vocabulary(config.tokenizer, pairs, writer)
+    config = latents_config(**{"batch_size": 2, **changes})
+    kind_of(config.condition).prepare(PairsRows(pairs), writer)
     threads = torch.get_num_threads()
     encode = EncodeShard(pairs=pairs, first_stage=first_stage, writer=writer, config=config, device="cpu")
     for record in pairs.shards():
@@ -194,7 +209,7 @@ def diffusion_artifact(root: Path, *, max_length: int = 77, name: str = "diffusi
     checkpoint.save(model, writer.storage.path("model"), tokenizer=tokenizer)
     for file in ("model.safetensors", "config.json", "vocab.txt"):
         writer.commit(f"model/{file}")
-    return finish(writer, {"steps": 0}, DIFFUSION_FORMAT)
+    return finish(writer, {"steps": 0, "condition": {"kind": "text"}}, DIFFUSION_FORMAT)
 
 
 def run_stage(

@@ -14,7 +14,7 @@ from pipelines.stages.diffusion.config import SamplingConfig
 
 @click.command()
 @click.argument("checkpoint")
-@click.argument("prompts", nargs=-1, required=True)
+@click.argument("prompts", nargs=-1)
 @click.option("--out", default="samples", show_default=True, help="Folder for the pictures.")
 @click.option("--images", default=1, show_default=True, type=click.IntRange(1), help="Pictures for each prompt.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the first picture; the following ones count up.")
@@ -26,7 +26,13 @@ from pipelines.stages.diffusion.config import SamplingConfig
     show_default=True,
     help="The last two need 10 to 20 steps.",
 )
-@click.option("--guidance", default=5.0, show_default=True, type=click.FloatRange(0), help="Guidance scale.")
+@click.option(
+    "--guidance",
+    default=5.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="Guidance scale; of no effect without a condition.",
+)
 @click.option("--eta", default=0.0, show_default=True, type=click.FloatRange(0), help="DDIM's eta.")
 @click.option("--device", help="Torch device; by default the first GPU, or the CPU if there is none.")
 @json_option
@@ -45,11 +51,13 @@ def sample(
 ) -> None:
     """Sample pictures for prompts from a checkpoint.
 
-    CHECKPOINT is the root of a run (its newest diffusion model), an artifact, or a model folder.
+    CHECKPOINT is the root of a run (its newest diffusion model), an artifact, or a model folder. PROMPTS are captions,
+    or names of classes for a class-conditional model; an unconditional model takes none.
 
     \b
     Example:
       ldm sample runs/demo "a large red circle on the left" --images 4 --seed 7
+      ldm sample runs/clothing dress hat --images 8
     """
     # Import torch, which takes seconds that `ldm sample --help` should not cost.
     from pipelines.stages.diffusion.find_model import open_model
@@ -62,11 +70,13 @@ def sample(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out} cannot be a folder: {error.strerror}") from error
-    model, tokenizer, place = open_model(checkpoint, device)
-    captions = [prompt for prompt in prompts for _ in range(images)]
+    model, reader, place = open_model(checkpoint, device)
+    if not prompts and reader.guided:
+        raise MisuseError(f"the model in {place} needs PROMPTS: what it is asked to show")
+    captions = [prompt for prompt in prompts or ("",) for _ in range(images)]
     seeds = [seed + i for i in range(len(captions))]
     sampling = SamplingConfig(sampler=sampler, num_steps=steps, guidance_scale=guidance, eta=eta)
-    pictures = sample_prompts(model, tokenizer, captions, seeds, sampling)
+    pictures = sample_prompts(model, reader, captions, seeds, sampling)
     files = [str(folder / f"{i:03d}.png") for i in range(len(captions))]
     for path, picture in zip(files, pictures):
         Image.fromarray(picture).save(path)

@@ -89,12 +89,15 @@ def with_absolute_paths(recipe: Recipe, address: str) -> Recipe:
             "share, or a URL: --root s3://…"
         )
     values = recipe.resolved()
-    for stage in stages_of(recipe):
-        for field in stage.local_inputs:
+    for section, fields in {
+        "condition": recipe.condition.local_inputs,
+        **{stage.name: stage.local_inputs for stage in stages_of(recipe)},
+    }.items():
+        for field in fields:
             *parents, name = field.split(".")
-            place = values[stage.name]
+            place = values.get(section, {})
             for parent in parents:
-                place = place[parent] or {}
+                place = (dict(enumerate(place)).get(int(parent)) if parent.isdigit() else place.get(parent)) or {}
             if place.get(name) and "://" not in place[name]:
                 place[name] = str(Path(place[name]).expanduser().absolute())
     return parse_recipe(values)

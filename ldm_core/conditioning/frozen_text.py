@@ -58,7 +58,7 @@ class FrozenTextConditioner(_Frozen):
 
     @torch.no_grad()
     def forward(self, tokens: Tensor) -> Conditioning:
-        """Ids (B, L) of any integer type -> context (B, L, D).
+        """Ids (B, L) of any integer type -> context (B, L, D), with the mask (B, L) of real tokens if it is configured.
 
         Raises:
             ValueError: tokens are not integers of that shape, or more than `max_length` a caption.
@@ -68,7 +68,8 @@ class FrozenTextConditioner(_Frozen):
         attended = torch.ones_like(tokens) if config.pad_id is None else (tokens != config.pad_id).long()
         # In a caption that is all padding, the softmax would run over nothing.
         attended[:, 0] = 1
-        return Conditioning(context=self.encoder(input_ids=tokens, attention_mask=attended).last_hidden_state)
+        context = self.encoder(input_ids=tokens, attention_mask=attended).last_hidden_state
+        return Conditioning(context=context, mask=attended.bool() if config.mask_padding else None)
 
 
 def _build_encoder(config: FrozenTextConfig) -> nn.Module:

@@ -1,6 +1,7 @@
 """The interface of conditioners, and dropping the condition of some samples during training.
 
-Shapes: context: (B, L, D) for cross-attention; concat: (B, Cc, h, w) extra channels beside the latent's.
+Shapes: context: (B, L, D) for cross-attention; mask: (B, L), true where the context is attended to; concat:
+(B, Cc, h, w) extra channels beside the latent's.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ class Conditioning:
 
     Args:
         context: (B, L, D) for cross-attention, or None.
+        mask: (B, L) bool, which places of the context are attended to, at least one a sample; None for all.
         concat: (B, Cc, h, w) channels to concatenate with the latent's, or None.
     """
 
     context: Tensor | None = None
+    mask: Tensor | None = None
     concat: Tensor | None = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ldm_core.conditioning.interface import Conditioner, Conditioning
@@ -18,5 +19,13 @@ class TextConditioner(Conditioner):
         self.transformer = TextTransformer(config)
 
     def forward(self, tokens: Tensor) -> Conditioning:
-        """Ids (B, L) of any integer type -> context (B, L, D). Raises ValueError as the transformer does."""
-        return Conditioning(context=self.transformer(tokens))
+        """Ids (B, L) of any integer type -> context (B, L, D), with the mask (B, L) of real tokens if `pad_id` is set.
+
+        Raises ValueError as the transformer does.
+        """
+        context = self.transformer(tokens)
+        if self.config.pad_id is None:
+            return Conditioning(context=context)
+        # A softmax needs something to run over, even in a caption that is all padding.
+        mask = (tokens != self.config.pad_id) | (torch.arange(tokens.shape[1], device=tokens.device) == 0)
+        return Conditioning(context=context, mask=mask)

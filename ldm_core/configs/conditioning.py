@@ -22,19 +22,26 @@ class ClassConfig:
         classes: number of labels, 0 ... classes - 1.
         width: D of the context.
         unconditional_class: whether the last label means "no class", as classifier-free guidance needs.
+        names: what people call the labels, "no class" aside, in order; empty if unknown.
 
     Raises:
-        ValueError: a number is not positive.
+        ValueError: a number is not positive, or there are more or fewer names than labels.
     """
 
     classes: int
     width: int
     unconditional_class: bool = False
+    names: tuple[str, ...] = ()
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "classes", "width")
+        if self.names and len(self.names) != self.classes - self.unconditional_class:
+            raise ValueError(
+                f"ClassConfig.names must be one a label, {self.classes - self.unconditional_class}, "
+                f"got {len(self.names)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,8 @@ class TextTransformerConfig:
         head_dim: channels of a head; heads * head_dim need not equal the width.
         embedding_std: standard deviation of the initial embeddings; with 1 a small model learns what words mean in
             fewer steps.
+        pad_id: id of the padding token, which the UNet then does not attend to; None if it does, as published. The
+            transformer itself attends to all.
 
     Raises:
         ValueError: a field is not positive.
@@ -34,8 +36,14 @@ class TextTransformerConfig:
     heads: int = 8
     head_dim: int = 64
     embedding_std: float = 0.02
+    pad_id: int | None = None
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    @property
+    def mask_padding(self) -> bool:
+        """Whether the UNet does not attend to padding."""
+        return self.pad_id is not None
 
     def __post_init__(self) -> None:
         for name in ("vocabulary_size", "max_length", "width", "layers", "heads", "head_dim", "embedding_std"):
@@ -92,20 +100,24 @@ class FrozenTextConfig:
         architecture: the content of its config.json, with `model_type`.
         width: D of the context, the encoder's hidden size.
         max_length: longest token sequence, L.
-        pad_id: id of the padding token, which is not attended to; None if the encoder attends to padding.
+        pad_id: id of the padding token, which the encoder does not attend to; None if it attends to padding.
+        mask_padding: whether the UNet does not attend to padding either; published models do.
 
     Raises:
-        ValueError: no `model_type`, or a number is not positive.
+        ValueError: no `model_type`, a number is not positive, or padding is masked that is not known.
     """
 
     architecture: Mapping[str, Any] = field(hash=False)
     width: int
     max_length: int
     pad_id: int | None = 0
+    mask_padding: bool = False
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
+        if self.mask_padding and self.pad_id is None:
+            raise ValueError("FrozenTextConfig.mask_padding needs pad_id, the id of the padding token, got None")
         if "model_type" not in self.architecture:
             raise ValueError("FrozenTextConfig.architecture must be the encoder's config.json, it has no 'model_type'")
         check_at_least(self, 1, "width", "max_length")

@@ -19,18 +19,23 @@ LARGEST_EXPLICIT_SCORES = 2**26
 
 
 class KeysValues(NamedTuple):
-    """Keys and values of one attention layer, (B, heads, L, d) each; a context's serve a whole sampling run."""
+    """Keys and values of one attention layer, (B, heads, L, d) each; a context's serve a whole sampling run.
+
+    `mask` is (B, 1, 1, L) bool, true where they are attended to; None for everywhere.
+    """
 
     keys: Tensor
     values: Tensor
+    mask: Tensor | None = None
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return softmax(Q K^T / sqrt(d)) V, computed by this device's fastest kernel.
 
     Args:
         query: (B, heads, N, d).
         key, value: (B, heads, L, d).
+        mask: (B, 1, 1, L) bool, true where a key takes part in the softmax, at least once a sample; None for all keys.
 
     Returns:
         (B, heads, N, d) in the dtype of the arguments.
@@ -39,8 +44,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and scores_numel <= LARGEST_EXPLICIT_SCORES:
         # torch's fused kernel for CPUs is up to eight times slower in bf16, above all in the backward pass.
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
         return scores.softmax(-1) @ value
-    return F.scaled_dot_product_attention(query, key, value)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
 class Attention(nn.Module):
@@ -66,16 +73,18 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | KeysValues | None = None) -> Tensor:
         """(B, N, D), (B, L, D_context) or its `keys_values` -> (B, N, D); attends to x itself without a context."""
+        mask = None
         if context is None:
             query, key, value = self._self_projections(x)
         else:
             query = self._split_heads(self.query(x))
-            key, value = context if isinstance(context, KeysValues) else self.keys_values(context)
-        return self.output(attend(query, key, value).transpose(1, 2).flatten(2))
+            key, value, mask = context if isinstance(context, KeysValues) else self.keys_values(context)
+        return self.output(attend(query, key, value, mask).transpose(1, 2).flatten(2))
 
-    def keys_values(self, context: Tensor) -> KeysValues:
-        """Compute keys and values of a context (B, L, D_context)."""
-        return KeysValues(self._split_heads(self.key(context)), self._split_heads(self.value(context)))
+    def keys_values(self, context: Tensor, mask: Tensor | None = None) -> KeysValues:
+        """Compute keys and values of a context (B, L, D_context), of which a mask (B, L) says what is attended to."""
+        shown = None if mask is None else mask[:, None, None]
+        return KeysValues(self._split_heads(self.key(context)), self._split_heads(self.value(context)), shown)
 
     def _self_projections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Compute queries, keys and values of x in one matrix product, which is faster than three."""
@@ -158,10 +167,10 @@ class SpatialTransformer(nn.Module):
             h = layer(h, context if isinstance(context, Tensor) else context[i])
         return repeat_to_batch(x, h.shape[0]) + self.project_out(h.transpose(1, 2).unflatten(2, size))
 
-    def keys_values(self, context: Tensor) -> tuple[KeysValues, ...]:
+    def keys_values(self, context: Tensor, mask: Tensor | None = None) -> tuple[KeysValues, ...]:
         """Compute keys and values of a context (B, L, D_context) for every layer; `forward` takes them in its place."""
         layers = cast("Iterable[CrossAttentionLayer]", self.layers)
-        return tuple(layer.cross_attention.keys_values(context) for layer in layers)
+        return tuple(layer.cross_attention.keys_values(context, mask) for layer in layers)
 
 
 class SelfAttentionBlock(nn.Module):

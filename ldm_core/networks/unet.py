@@ -162,11 +162,12 @@ class UNet(nn.Module):
             depth=self.config.transformer_depth,
         )
 
-    def prepare_context(self, context: Tensor) -> PreparedContext:
+    def prepare_context(self, context: Tensor, mask: Tensor | None = None) -> PreparedContext:
         """Compute the keys and values that every step of a sampling run would compute again from the same context.
 
         Args:
             context: (B, L, D) with D = `config.context_dim`.
+            mask: (B, L) bool, which places of it are attended to, at least one a sample; None for all.
 
         Returns:
             A replacement for `context` in `forward`.
@@ -179,11 +180,16 @@ class UNet(nn.Module):
                 f"context must be (B, L, D) with D = context_dim ({self.config.context_dim}), "
                 f"got {tuple(context.shape)}"
             )
+        if mask is not None and (mask.shape != context.shape[:2] or mask.dtype != torch.bool):
+            raise ValueError(
+                f"the mask of a context must be bool of shape {tuple(context.shape[:2])}, "
+                f"got {mask.dtype} of shape {tuple(mask.shape)}"
+            )
 
         def keys_values(blocks: nn.ModuleList) -> tuple[tuple[KeysValues, ...], ...]:
             attentions = [block.attention for block in blocks]
             return tuple(
-                each.keys_values(context) if isinstance(each, SpatialTransformer) else () for each in attentions
+                each.keys_values(context, mask) if isinstance(each, SpatialTransformer) else () for each in attentions
             )
 
         return PreparedContext(
@@ -199,6 +205,7 @@ class UNet(nn.Module):
         t: Tensor,
         *,
         context: Tensor | PreparedContext | None = None,
+        mask: Tensor | None = None,
         concat: Tensor | None = None,
     ) -> Tensor:
         """Run the network once.
@@ -211,6 +218,8 @@ class UNet(nn.Module):
             t: (B,) timesteps in [0, T).
             context: (k * B, L, D) with D = `config.context_dim`, or the result of `prepare_context`; None if
                 `config.context_dim` is None.
+            mask: (k * B, L) bool, which places of a context are attended to, at least one a sample; None for all, or if
+                `prepare_context` was given it.
             concat: (B, C_concat, h, w) with C + C_concat = `config.in_channels`.
 
         Returns:
@@ -221,6 +230,10 @@ class UNet(nn.Module):
         """
         self._check_latent(z, t, concat)
         self._check_context(z.shape[0], context)
+        if mask is not None:
+            if not isinstance(context, Tensor):
+                raise ValueError("a mask goes with the context that it is of: give it to prepare_context")
+            context = self.prepare_context(context, mask)
         h = self.conv_in((z if concat is None else torch.cat([z, concat], dim=1)).to(self.conv_in.weight.dtype))
         embedding = self.time_embedding(t)
         prepared = context if isinstance(context, PreparedContext) else None

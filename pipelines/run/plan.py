@@ -68,7 +68,7 @@ class PlannedStage:
 
     Attributes:
         stage: the stage.
-        config: its section of the recipe.
+        config: its section of the recipe, and what it shares with others.
         key: the key of the current artifact of this config, which is the latest generation.
         identity: what the key is a hash of.
         state: what a run will do, or has done.
@@ -89,8 +89,8 @@ class PlannedStage:
 
 
 def sections_of(recipe: Recipe) -> Sections:
-    """Return the recipe's sections by stage name; stages that the recipe leaves out are missing."""
-    sections: dict[str, Config] = {}
+    """Return the recipe's condition and its sections by stage name; stages that the recipe leaves out are missing."""
+    sections: dict[str, Config] = {"condition": recipe.condition}
     for stage in STAGES:
         section = getattr(recipe, stage.name)
         if section is not None and all(name in sections for name in stage.upstream):
@@ -114,8 +114,8 @@ def check(recipe: Recipe, selection: Selection) -> None:
     for name in selection.named:
         if name not in sections:
             raise MisuseError(
-                f"recipe {recipe.name} has no stage {name}: its stages are {', '.join(sections)}; add the missing "
-                "sections to the recipe"
+                f"recipe {recipe.name} has no stage {name}: its stages are "
+                f"{', '.join(stage.name for stage in stages_of(recipe))}; add the missing sections to the recipe"
             )
     for stage in stages_of(recipe):
         if stage.name in selection.names:
@@ -157,7 +157,8 @@ def plan_stage(
         keys: references of the stages before it.
         selection: which stages are to run.
     """
-    config: Config = getattr(recipe, stage.name)
+    sections = sections_of(recipe)
+    config: Config = stage.configure(sections) if stage.configure else sections[stage.name]
     with kept_with(Storage(recipe.root)):
         identity = stage.identity(config, recipe.seed, {name: keys[name] for name in stage.upstream})
     key, identity = ledger.resolve(stage.name, identity)

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,14 +12,15 @@ import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
 from pipelines.compute.config import ClusterConfig
+from pipelines.conditions.config import CONFIGS, Condition, TextCondition
 from pipelines.config import SECRET, Config, merge, runtime
 from pipelines.errors import MisuseError, UserError
 from pipelines.secrets import refusal
 from pipelines.stages.autoencoder.config import AutoencoderConfig
-from pipelines.stages.diffusion.config import DiffusionConfig
+from pipelines.stages.diffusion.config import DiffusionSettings
 from pipelines.stages.evaluate.config import EvaluateConfig
 from pipelines.stages.export.config import ExportConfig
-from pipelines.stages.latents.config import LatentsConfig
+from pipelines.stages.latents.config import LatentsSettings
 from pipelines.stages.pairs.config import PairsConfig
 from pipelines.tracking.config import TrackingConfig
 
@@ -32,6 +34,8 @@ class Recipe(Config):
         name: the run's name in MLflow and in the report.
         root: where artifacts go; a local folder or any fsspec URL.
         seed: the seed of everything random.
+        condition: what the model is conditioned on: its name, or `kind` and settings. Recipes of version 0.1 say it as
+            `latents.tokenizer`, `diffusion.text` and `diffusion.caption_dropout`, which still means the same.
         pairs, autoencoder, latents, diffusion, evaluate, export: the stages.
         tracking: MLflow.
         cluster: the Ray cluster to use, or to start.
@@ -40,10 +44,11 @@ class Recipe(Config):
     name: str
     root: str = runtime("runs/ldm")
     seed: int = 0
+    condition: Condition = TextCondition(kind="text")
     pairs: PairsConfig
     autoencoder: AutoencoderConfig | None = None
-    latents: LatentsConfig = LatentsConfig()
-    diffusion: DiffusionConfig | None = None
+    latents: LatentsSettings = LatentsSettings()
+    diffusion: DiffusionSettings | None = None
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
     tracking: TrackingConfig = runtime(TrackingConfig())
@@ -66,7 +71,7 @@ class Recipe(Config):
 
     def resolved(self) -> dict[str, Any]:
         """Return the recipe with every default written out, as JSON values, without the stages that it leaves out."""
-        left_out = {"autoencoder", "latents"} if self.autoencoder is None else set()
+        left_out = {"condition", "autoencoder", "latents"} if self.autoencoder is None else set()
         left_out |= {"diffusion", "evaluate", "export"} if self.diffusion is None else set()
         return {name: value for name, value in self.model_dump(mode="json").items() if name not in left_out}
 
@@ -95,17 +100,64 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
         raise MisuseError(f"recipe {path} is not valid YAML: {reason}") from error
     if not isinstance(values, dict):
         raise MisuseError(f"recipe {path} must be a mapping of sections, but holds {type(values).__name__}")
+    values = _with_condition(values, str(path))
     for override in overrides:
-        values = merge(values, _parse_override(override))
+        changes = _with_condition(_parse_override(override), "--set")
+        values = merge(_without_another_kind(values, changes), changes)
     return parse_recipe(values, origin=str(path))
 
 
 def parse_recipe(values: dict[str, Any], *, origin: str = "recipe") -> Recipe:
     """Validate a recipe that is already in memory; raise MisuseError as `load_recipe` does."""
     try:
-        return Recipe.model_validate(values)
+        return Recipe.model_validate(_with_condition(values, origin))
     except ValidationError as error:
         raise MisuseError(f"{origin}: {_describe(error)}") from error
+
+
+# Where recipes of version 0.1 had what is the condition's now.
+_MOVED = (
+    ("latents", "tokenizer", "tokenizer"),
+    ("diffusion", "text", "transformer"),
+    ("diffusion", "caption_dropout", "dropout"),
+)
+
+
+def _with_condition(values: dict[str, Any], origin: str) -> dict[str, Any]:
+    """Move the settings of a text condition from where they were in version 0.1 to `condition`, over what is there."""
+    moved: dict[str, Any] = {}
+    for section, old, new in _MOVED:
+        if isinstance(values.get(section), dict) and old in values[section]:
+            moved[new] = values[section][old]
+            values = {**values, section: {name: value for name, value in values[section].items() if name != old}}
+            kind = _kind(values)
+            if kind != "text":
+                raise MisuseError(
+                    f"{origin}: {section}.{old} is of condition text, but the recipe's condition is {kind}: leave "
+                    "it out"
+                )
+    if not moved:
+        return values
+    condition = values.get("condition")
+    return {**values, "condition": merge(condition if isinstance(condition, dict) else {}, moved)}
+
+
+def _kind(values: Mapping[str, Any]) -> Any:
+    condition = values.get("condition", "text")
+    return condition.get("kind", "text") if isinstance(condition, dict) else condition
+
+
+def _without_another_kind(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Take out the settings of a condition in whose place an override puts another kind."""
+    if "condition" in changes and isinstance(changes["condition"], dict | str):
+        wanted = _kind({"condition": {"kind": _kind(values)} | _as_mapping(changes["condition"])})
+        if wanted != _kind(values) or isinstance(values.get("condition"), str):
+            return {**values, "condition": {"kind": wanted}}
+    return values
+
+
+def _as_mapping(condition: Any) -> dict[str, Any]:
+    return condition if isinstance(condition, dict) else {"kind": condition}
 
 
 def _inside(inner: str, outer: str) -> bool:
@@ -131,7 +183,7 @@ def _describe(error: ValidationError) -> str:
     """Return the first problem on one line: where, which value, what to do. Unknown keys first: they cause others."""
     problems = sorted(error.errors(), key=lambda problem: problem["type"] not in _UNKNOWN)
     first = problems[0]
-    where = ".".join(str(part) for part in first["loc"])
+    where = ".".join(_written(first["loc"]))
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if first["type"] == SECRET:
         # Without the value.
@@ -148,11 +200,19 @@ def _describe(error: ValidationError) -> str:
     return f"{where}: {message}{shown}{more}" if where else f"{message}{more}"
 
 
+def _written(location: tuple[int | str, ...]) -> list[str]:
+    """Return a place as a recipe has it: pydantic also names the kind of a condition."""
+    parts = [str(part) for part in location]
+    return parts[:1] + parts[2:] if parts[:1] == ["condition"] and parts[1:2] and parts[1] in CONFIGS else parts
+
+
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 
 
 def _known_names(model: Any, location: tuple[int | str, ...]) -> list[str]:
     """Return the names allowed at a place in a recipe by walking its types."""
+    if location[:1] == ("condition",):
+        model, location = CONFIGS[str(location[1])], location[2:]
     for part in location:
         model = _section(model, str(part)) or model
     if isinstance(model, type) and issubclass(model, BaseModel):
@@ -171,8 +231,8 @@ def _section(model: Any, name: str) -> Any:
 
 
 def _plain_type(annotation: Any) -> Any:
-    """Return the configuration class inside `Annotated[X, …]` or `X | None`."""
-    if typing.get_origin(annotation) is Annotated:
+    """Return the configuration class inside `Annotated[X, …]`, `tuple[X, ...]` or `X | None`."""
+    if typing.get_origin(annotation) in (Annotated, tuple):
         return _plain_type(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return _plain_type(next(arg for arg in typing.get_args(annotation) if arg is not type(None)))

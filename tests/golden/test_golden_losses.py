@@ -103,7 +103,8 @@ def first_stage(folder: Path, **changes: Any) -> Losses:
 def diffusion(folder: Path, **changes: Any) -> Losses:
     autoencoder = first_stage_artifact(folder)
     latents = latents_artifact(folder, autoencoder.details["encoder_sha256"])
-    values = {"unet": {**TINY_UNET, "dropout": 0.1}, "text": TINY_TEXT, "training": TRAINING, "caption_dropout": 0.5}
+    condition = {"kind": "text", "transformer": TINY_TEXT, "dropout": 0.5}
+    values = {"unet": {**TINY_UNET, "dropout": 0.1}, "condition": condition, "training": TRAINING}
     config = DiffusionConfig.model_validate({**values, **changes})
     model = model_config(config, latents, autoencoder)
     task = DiffusionTask(

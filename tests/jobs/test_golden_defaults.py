@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from pydantic import Field
 
+from pipelines.conditions.config import CONFIGS
 from pipelines.config import REQUIRED, Config, defaults_of, runtime
 from pipelines.run.plan import STAGES
 from pipelines.run.recipe import Recipe
@@ -30,9 +31,20 @@ def stage_defaults() -> dict[str, Any]:
     found = {}
     for stage in STAGES:
         (section,) = configs_in(Recipe.model_fields[stage.name].annotation)
-        found[stage.name] = {"format_version": stage.format_version, "defaults": dict(defaults(section))}
+        known = dict(defaults(section))
+        if stage.configure:
+            known |= dict(condition_defaults(cached_only=stage.name == "latents"))
+        found[stage.name] = {"format_version": stage.format_version, "defaults": known}
     values: dict[str, Any] = json.loads(json.dumps(found))
     return values
+
+
+def condition_defaults(*, cached_only: bool) -> Iterator[tuple[str, Any]]:
+    """Yield (`condition.text.dropout`, its default) for every setting of every kind of condition."""
+    for kind, config in CONFIGS.items():
+        for name, default in defaults(config):
+            if not cached_only or name.partition(".")[0] in ("kind", *config.cached):
+                yield f"condition.{kind}.{name}", default
 
 
 def defaults(config: type, place: str = "") -> Iterator[tuple[str, Any]]:
@@ -104,7 +116,9 @@ def test_every_section_and_what_is_in_it_is_watched() -> None:
     assert {"quality", "columns.url", "filters.min", "scoring.batch_size"} <= watched["pairs"]
     assert not {"source", "scoring.clip", "download"} & watched["pairs"], "runtime fields enter no key"
     assert {"model.z_channels", "training.betas"} <= watched["autoencoder"]
-    assert {"unet.dropout", "schedule.timesteps", "text.width"} <= watched["diffusion"]
+    assert {"unet.dropout", "schedule.timesteps", "condition.text.transformer.width"} <= watched["diffusion"]
+    assert "condition.text.tokenizer.size" in watched["latents"]
+    assert "condition.text.transformer.width" not in watched["latents"], "latents stay cached when it changes"
 
 
 def rewrite() -> None:

@@ -23,7 +23,6 @@ TINY = (
     "autoencoder.training.batch_size=4",
     "diffusion.unet.latent_size=4",
     "diffusion.unet.model_channels=32",
-    "diffusion.text.layers=1",
     "diffusion.training.steps=6",
     "diffusion.training.batch_size=4",
     "diffusion.training.sample_every_steps=6",
@@ -48,6 +47,7 @@ def test_the_small_recipe_runs_on_real_pictures(
         f"pairs.source={shared_data}/{folder}/metadata.jsonl",
         "pairs.columns.image=file",
         f"pairs.columns.text={text}",
+        "condition.transformer.layers=1",
         *TINY,
     )
     result = run(load_recipe(recipe_path("small"), overrides), Selection(last=last))
@@ -58,4 +58,28 @@ def test_the_small_recipe_runs_on_real_pictures(
     assert result.artifacts["latents"].details["samples"] == pairs["samples"]
     if last == "export":
         assert result.artifacts["export"].details["layouts"] == ["ldm", "diffusers"]
+    assert all(report.ok for report in verify_path(str(tmp_path)))
+
+
+@pytest.mark.e2e
+@pytest.mark.shared
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_small_recipe_learns_classes_of_real_photographs_without_captions(
+    shared_data: Path, tmp_path: Path
+) -> None:
+    overrides = (
+        f"root={tmp_path}",
+        f"pairs.source={shared_data}/clothing_cc0/metadata.jsonl",
+        "pairs.columns.image=file",
+        "pairs.captions=optional",
+        "condition=class",
+        *TINY,
+    )
+    result = run(load_recipe(recipe_path("small"), overrides))
+    artifacts = result.artifacts
+    assert artifacts["pairs"].details["samples"] >= 100
+    names = artifacts["latents"].storage.read_json("classes.json")
+    assert "dress" in names
+    assert set(artifacts["evaluate"].details["training_captions"]) <= set(names)
+    assert artifacts["export"].details["layouts"] == ["ldm"]
     assert all(report.ok for report in verify_path(str(tmp_path)))

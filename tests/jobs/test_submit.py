@@ -87,7 +87,7 @@ def test_every_local_file_that_a_recipe_names_is_found_from_another_folder(
     monkeypatch.chdir(tmp_path)
     recipe = parse_recipe(
         tiny_recipe("pictures/metadata.jsonl", root="s3://bucket/run")
-        | {"latents": {"tokenizer": {"vocabulary": "vocab.txt"}}, "evaluate": {"prompts_file": "prompts.txt"}}
+        | {"condition": {"tokenizer": {"vocabulary": "vocab.txt"}}, "evaluate": {"prompts_file": "prompts.txt"}}
     )
     scoring = Scoring(clip="models/clip", aesthetic_head="~/head.pth")
     pairs = recipe.pairs.model_copy(update={"scoring": scoring})
@@ -96,7 +96,7 @@ def test_every_local_file_that_a_recipe_names_is_found_from_another_folder(
     assert moved.pairs.scoring == Scoring(
         clip=str(tmp_path / "models/clip"), aesthetic_head=str(Path("~/head.pth").expanduser())
     )
-    assert moved.latents.tokenizer.vocabulary == str(tmp_path / "vocab.txt")
+    assert moved.condition.tokenizer.vocabulary == str(tmp_path / "vocab.txt")
     assert moved.evaluate.prompts_file == str(tmp_path / "prompts.txt")
     in_a_bucket = recipe.model_copy(update={"pairs": pairs.model_copy(update={"source": "s3://bucket/pairs.parquet"})})
     assert with_absolute_paths(in_a_bucket, "http://head:8265").pairs.source == "s3://bucket/pairs.parquet"

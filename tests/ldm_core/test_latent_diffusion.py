@@ -145,6 +145,24 @@ def test_the_guided_denoiser_is_classifier_free_guidance_of_the_networks_output(
 
 
 @torch.no_grad()
+def test_both_halves_of_guidance_are_blind_to_padding_where_the_model_is(model: LatentDiffusion) -> None:
+    conditioner = dataclasses.replace(model.config.conditioner, pad_id=0)  # type: ignore[type-var]
+    masked = dataclasses.replace(model.config, conditioner=conditioner).build().eval().double()
+    masked.load_state_dict(model.state_dict())
+    z, t = torch.randn(2, *latent_shape(model), dtype=torch.float64), torch.tensor([400, 400])
+    tokens = captions(1, 2)
+    tokens[1, 4:] = 0
+    guided = masked.guided_denoiser(tokens, unconditional=EMPTY, guidance_scale=3.0)(z, t)
+    network = masked.network()
+    with_it, without = network(z, t, tokens), network(z, t, EMPTY.expand(2, -1))
+    torch.testing.assert_close(guided, without + 3.0 * (with_it - without), atol=1e-12, rtol=1e-12)
+    seen = copy.deepcopy(model).double().guided_denoiser(tokens, unconditional=EMPTY, guidance_scale=3.0)(z, t)
+    assert (guided - seen).abs().max() > 1e-3  # type: ignore[operator]
+    with pytest.raises(ValueError, match="needs a mask: use guided_denoiser"):
+        masked.denoiser()
+
+
+@torch.no_grad()
 def test_a_model_of_v_samples_from_pure_noise_under_zero_terminal_snr(model: LatentDiffusion) -> None:
     schedule = dataclasses.replace(model.config.schedule, zero_terminal_snr=True)
     config = dataclasses.replace(model.config, parameterization="v", schedule=schedule)

@@ -236,6 +236,10 @@ def _check_text_pipeline(text: TextTransformerConfig, first_stage: FirstStageCon
             f"LDMTextToImagePipeline pads prompts to {PIPELINE_MAX_LENGTH} tokens: "
             f"TextTransformerConfig.max_length must be that, got {text.max_length}"
         )
+    if text.mask_padding:
+        raise ValueError(
+            f"LDMTextToImagePipeline attends to padding: TextTransformerConfig.pad_id must be None, got {text.pad_id}"
+        )
     if first_stage.downsampling_factor != PIPELINE_DOWNSAMPLING_FACTOR:
         raise ValueError(
             f"LDMTextToImagePipeline takes latents to be {PIPELINE_DOWNSAMPLING_FACTOR} times smaller than "

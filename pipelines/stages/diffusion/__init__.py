@@ -1,1 +1,1 @@
-"""The `diffusion` stage: the UNet and the text transformer, trained together on cached latents."""
+"""The `diffusion` stage: the UNet and the network of its condition, trained together on cached latents."""

@@ -1,24 +1,34 @@
-"""Reading the `diffusion` artifact: what its files are, and its model."""
+"""Reading the `diffusion` artifact: its model, and what that is conditioned on."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ldm_core.model_files import CONFIG_FILE, VOCABULARY_FILE, WEIGHTS_FILE
 from pipelines.store.ledger import Artifact
 
 if TYPE_CHECKING:
     from ldm_core.latent_diffusion import LatentDiffusion
-    from ldm_core.tokenizers.tokenizer import Tokenizer
+    from pipelines.conditions.kind import Kind, Prompts
 
 STAGE_NAME = "diffusion"
 FORMAT_VERSION = 3
 FOLDER = "model"
-FILES = (WEIGHTS_FILE, CONFIG_FILE, VOCABULARY_FILE)
 
 
-def load_model(artifact: Artifact, device: Any = "cpu") -> tuple[LatentDiffusion, Tokenizer]:
-    """Load the final model (EMA weights, first stage included), in evaluation mode, and its tokenizer.
+def condition_of(artifact: Artifact) -> Kind:
+    """Return the kind of condition that a model was trained with."""
+    # The stage's declaration imports this module for the names above, and must not wait for torch.
+    from pydantic import TypeAdapter
+
+    from pipelines.conditions.config import Condition
+    from pipelines.conditions.kinds import kind_of
+
+    condition: Condition = TypeAdapter(Condition).validate_python(artifact.details["condition"])
+    return kind_of(condition)
+
+
+def load_model(artifact: Artifact, device: Any = "cpu") -> tuple[LatentDiffusion, Prompts]:
+    """Load the final model (EMA weights, first stage included) in evaluation mode, and what makes its inputs.
 
     Args:
         artifact: a finished artifact of the `diffusion` stage.
@@ -27,7 +37,7 @@ def load_model(artifact: Artifact, device: Any = "cpu") -> tuple[LatentDiffusion
     Raises:
         UserError: the artifact is another stage's, of another format version, or damaged.
     """
-    # The stage's declaration imports this module for the names above, and must not wait for torch.
+    # As above.
     from pipelines.stages.diffusion.model_folder import load_folder
 
     artifact.require(STAGE_NAME, FORMAT_VERSION)

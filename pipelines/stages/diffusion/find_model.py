@@ -6,7 +6,7 @@ import torch
 
 from ldm_core.latent_diffusion import LatentDiffusion
 from ldm_core.model_files import WEIGHTS_FILE, WEIGHTS_INDEX_FILE
-from ldm_core.tokenizers.tokenizer import Tokenizer
+from pipelines.conditions.kind import Prompts
 from pipelines.errors import UserError
 from pipelines.stages.diffusion.artifact import FOLDER, STAGE_NAME
 from pipelines.stages.diffusion.model_folder import load_folder
@@ -43,15 +43,15 @@ def find_model(place: str) -> Storage:
     )
 
 
-def open_model(place: str, device: str | None = None) -> tuple[LatentDiffusion, Tokenizer, str]:
-    """Load a model and its tokenizer from anywhere that `find_model` looks.
+def open_model(place: str, device: str | None = None) -> tuple[LatentDiffusion, Prompts, str]:
+    """Load a model, and what makes its input from prompts, from anywhere that `find_model` looks.
 
     Args:
         place: as for `find_model`.
         device: the torch device to put the model on; None takes the first GPU if there is one, else the CPU.
 
     Returns:
-        The model in evaluation mode, its tokenizer, and the URL of the folder they came from.
+        The model in evaluation mode, what makes its input, and the URL of the folder they came from.
 
     Raises:
         UserError: there is no model, or its files are damaged or do not belong together.

@@ -1,6 +1,6 @@
 """The diffusion model's training task: see `pipelines.training.task`.
 
-Shapes: moments: (B, 2, C, h, w); noise, posterior_noise: (B, C, h, w); t: (B,); tokens: (B, L).
+Shapes: moments: (B, 2, C, h, w); noise, posterior_noise: (B, C, h, w); t: (B,).
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ldm_core import checkpoint
-from ldm_core.conditioning import drop
 from ldm_core.configs.model import LatentDiffusionConfig
 from ldm_core.latent_diffusion import LatentDiffusion
-from ldm_core.model_files import VOCABULARY_FILE
 from ldm_core.networks.posterior import DiagonalGaussian
 from ldm_core.objective import DiffusionObjective
 from ldm_core.schedule import NoiseSchedule
-from ldm_core.tokenizers.tokenizer import Tokenizer
+from pipelines.conditions.kind import Prompts
+from pipelines.conditions.kinds import kind_of
 from pipelines.drawing.grids import grid
 from pipelines.shards.order import SampleOrder, SamplePosition
 from pipelines.shards.randomness import Purpose, generator
 from pipelines.stages.autoencoder.artifact import load_first_stage
-from pipelines.stages.diffusion.artifact import FILES, FOLDER
+from pipelines.stages.diffusion.artifact import FOLDER
 from pipelines.stages.diffusion.config import DiffusionConfig
 from pipelines.stages.diffusion.sampling import sample_prompts
 from pipelines.stages.latents.artifact import Latents
@@ -44,7 +43,7 @@ PREVIEW_CELL_PIXELS = 128
 
 @dataclass(frozen=True)
 class DiffusionTask:
-    """Train the UNet and the text transformer of a model on all cached latents but the held-out ones."""
+    """Train the UNet and the conditioner of a model on all cached latents but the held-out ones."""
 
     model: LatentDiffusionConfig
     config: DiffusionConfig
@@ -64,7 +63,9 @@ class DiffusionLearner:
         self.task, self.device = task, device
         self.diffusion_network = task.model.build_network()
         self.network: nn.Module = self.diffusion_network
-        self.latents = Latents(task.latents)
+        self.kind = kind_of(task.config.condition)
+        self.condition = self.kind.examples(task.latents)
+        self.latents = Latents(task.latents, self.kind.files, self.condition.decode)
         self.order = SampleOrder(
             self.latents.reader.rows_per_shard,
             task.seed,
@@ -80,10 +81,9 @@ class DiffusionLearner:
             min_snr_gamma=task.config.min_snr_gamma,
             vlb_weight=task.config.vlb_weight,
         )
-        self.empty_tokens = torch.tensor(task.latents.details["empty_tokens"])
 
     def load(self, samples: Sequence[SamplePosition]) -> dict[str, Tensor]:
-        """Return the moments and tokens of a batch, and everything random about it.
+        """Return the moments and conditions of a batch, and everything random about it.
 
         The order of the draws for a sample is fixed: another order would be another training run.
         """
@@ -92,25 +92,20 @@ class DiffusionLearner:
         shape = (len(samples), *moments.shape[2:])
         posterior_noise, noise = np.empty(shape, np.float32), np.empty(shape, np.float32)
         t, uniform = np.empty(len(samples), np.int64), np.empty(len(samples), np.float64)
-        tokens = np.empty((len(samples), len(self.empty_tokens)), np.int64)
+        conditions = []
         for i, sample in enumerate(samples):
             random = generator(self.task.seed, Purpose.SAMPLE, sample.position)
-            captions = cached[i][1]
             t[i] = random.integers(self.task.model.schedule.timesteps)
-            tokens[i] = captions[random.integers(len(captions))]
+            conditions.append(self.condition.draw(cached[i][1], random))
             uniform[i] = random.random()
             random.standard_normal(out=posterior_noise[i], dtype=np.float32)
             random.standard_normal(out=noise[i], dtype=np.float32)
-        # The network also learns the empty caption, for classifier-free guidance (Ho & Salimans 2021).
-        dropped = drop(
-            torch.from_numpy(tokens), self.empty_tokens, self.task.config.caption_dropout, torch.from_numpy(uniform)
-        )
         return {
             "moments": torch.from_numpy(moments),
             "posterior_noise": torch.from_numpy(posterior_noise),
             "noise": torch.from_numpy(noise),
             "t": torch.from_numpy(t),
-            "tokens": dropped,
+            **self.condition.batch(conditions, torch.from_numpy(uniform)),
         }
 
     def losses(self, network: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -121,9 +116,9 @@ class DiffusionLearner:
             z0 = DiagonalGaussian.from_moments(moments).sample(noise=batch["posterior_noise"])
         else:
             z0 = moments[:, 0]
-        tokens = batch["tokens"]
+        inputs = self.condition.inputs(batch)
         return self.objective.loss(
-            lambda z_t, t: network(z_t, t, tokens), self.task.model.scale_factor * z0, batch["t"], batch["noise"]
+            lambda z_t, t: network(z_t, t, inputs), self.task.model.scale_factor * z0, batch["t"], batch["noise"]
         )
 
     def key(self, sample: SamplePosition) -> str:
@@ -133,25 +128,31 @@ class DiffusionLearner:
         self.latents.reader.fetch_ahead(shards)
 
     def preview(self) -> NDArray[np.uint8] | None:
-        """Sample the fixed prompts with fixed seeds, and return a grid of the pictures with their captions."""
+        """Sample the fixed prompts with fixed seeds, and return a grid of the pictures with their prompts."""
         prompts = self.task.prompts
         if not prompts:
             return None
-        pictures = sample_prompts(self._model, self._tokenizer, prompts, range(len(prompts)), self.task.config.preview)
+        pictures = sample_prompts(self._model, self._prompts, prompts, range(len(prompts)), self.task.config.preview)
         scale = max(1, PREVIEW_CELL_PIXELS // pictures.shape[2])
         return grid(pictures, PREVIEW_COLUMNS, prompts, scale=scale)
 
     def save(self, writer: ArtifactWriter) -> dict[str, Any]:
-        """Commit the whole model, first stage and vocabulary included; return the parameters of its parts."""
+        """Commit the whole model, first stage and tokenizer included; return its condition, and sizes of its parts."""
         with tempfile.TemporaryDirectory(prefix="ldm-") as folder:
-            checkpoint.save(self._model, folder, tokenizer=self._tokenizer)
-            for name in FILES:
-                writer.commit_once(f"{FOLDER}/{name}", partial(shutil.copyfile, Path(folder) / name))
-        parts = {"unet": self._model.unet, "text": self._model.conditioner, "first_stage": self._model.first_stage}
+            checkpoint.save(self._model, folder, tokenizer=self._prompts.tokenizer)
+            for path in sorted(Path(folder).iterdir()):
+                writer.commit_once(f"{FOLDER}/{path.name}", partial(shutil.copyfile, path))
+        condition = self.task.config.condition
+        parts = {
+            "unet": self._model.unet,
+            condition.kind: self._model.conditioner,
+            "first_stage": self._model.first_stage,
+        }
         return {
+            "condition": condition.model_dump(mode="json"),
             "parameters": {
                 name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items() if part
-            }
+            },
         }
 
     def close(self) -> None:
@@ -161,15 +162,12 @@ class DiffusionLearner:
     def _model(self) -> LatentDiffusion:
         """The whole model around the network being trained, whose weights it shares."""
         model = self.task.model.build(device="meta")
-        model.unet, model.conditioner = self.diffusion_network.unet, self.diffusion_network.conditioner
-        # Loaded only here, on rank 0: training itself needs no first stage.
+        # Loaded only here, on rank 0: training itself needs neither a first stage nor a frozen encoder.
+        frozen = self.kind.frozen(self.task.latents, self.device)
+        model.unet, model.conditioner = self.diffusion_network.unet, frozen or self.diffusion_network.conditioner
         model.first_stage = load_first_stage(self.task.autoencoder, self.device)
         return model
 
     @cached_property
-    def _tokenizer(self) -> Tokenizer:
-        latents = self.task.latents
-        vocabulary = latents.storage.read_bytes(VOCABULARY_FILE)
-        return Tokenizer.from_vocabulary_bytes(
-            vocabulary, source=f"{latents.storage.url}/{VOCABULARY_FILE}", max_length=latents.details["max_length"]
-        )
+    def _prompts(self) -> Prompts:
+        return self.kind.prompts(self.task.latents, self.task.model)

@@ -14,20 +14,22 @@ import torch
 from ldm_core import checkpoint
 from ldm_core.latent_diffusion import LatentDiffusion
 from ldm_core.model_files import MODEL_FILES
-from ldm_core.tokenizers.tokenizer import Tokenizer
+from pipelines.conditions.kind import Prompts
+from pipelines.conditions.kinds import prompts_in
 from pipelines.errors import UserError
 from pipelines.store.storage import Storage
 
 
-def load_folder(folder: Storage, device: Any) -> tuple[LatentDiffusion, Tokenizer]:
-    """Load the model in a folder, in evaluation mode, and its tokenizer.
+def load_folder(folder: Storage, device: Any) -> tuple[LatentDiffusion, Prompts]:
+    """Load the model in a folder, in evaluation mode, and what makes its inputs.
 
     Raises:
         UserError: its files are damaged, missing or do not belong together.
     """
     try:
         with local_folder(folder) as local:
-            return checkpoint.load(local, device=torch.device(device)), checkpoint.load_tokenizer(local)
+            model = checkpoint.load(local, device=torch.device(device))
+            return model, prompts_in(local, model.config)
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         raise UserError(f"cannot load the model in {folder.url}: {' '.join(str(error).split())[:400]}") from error
 

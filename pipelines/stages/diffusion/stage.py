@@ -1,7 +1,8 @@
-"""The `diffusion` stage: the cross-attention UNet and the text transformer, trained together on cached latents.
+"""The `diffusion` stage: the UNet and the network of its condition, trained together on cached latents.
 
-Writes `model/model.safetensors`, `model/config.json`, `model/vocab.txt` (averaged weights, first stage included),
-`history.json`, and `previews/step_NNNNNNNN.png`, pictures for fixed prompts and seeds during training.
+Writes `model/model.safetensors` and `model/config.json` (averaged weights, first stage included), the tokenizer beside
+them if the model takes captions, `history.json`, and `previews/step_NNNNNNNN.png`, pictures for fixed prompts and seeds
+during training.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ldm_core.configs.parameter_count import text_transformer_parameters, unet_parameters
+from ldm_core.configs.parameter_count import unet_parameters
 from pipelines.stage import Estimate, Section, Sections, Stage, StageContext
 from pipelines.stages.diffusion.artifact import FOLDER, FORMAT_VERSION, STAGE_NAME
 from pipelines.stages.diffusion.config import DiffusionConfig
@@ -37,8 +38,12 @@ def _inputs(config: DiffusionConfig) -> dict[str, str]:
     return {"workers": str(config.training.workers)} if config.unet.dropout else {}
 
 
+def _configure(sections: Sections) -> DiffusionConfig:
+    return DiffusionConfig(**dict(sections[STAGE_NAME]), condition=sections["condition"])
+
+
 def _check(sections: Sections) -> None:
-    """Raise ValueError if the UNet does not fit the pictures, the first stage or the text transformer."""
+    """Raise ValueError if the UNet does not fit the pictures, the first stage or the condition."""
     config, first_stage = sections[STAGE_NAME], sections["autoencoder"].model
     size, factor, unet = sections["pairs"].image_size, first_stage.downsampling_factor, config.unet
     if size != unet.latent_size * factor:
@@ -52,10 +57,9 @@ def _check(sections: Sections) -> None:
             f"got {unet.in_channels}"
         )
     check_steps(config.preview.num_steps, sections, "diffusion.preview.num_steps")
-    if unet.context_dim != config.text.width:
-        raise ValueError(
-            f"diffusion.unet.context_dim must be diffusion.text.width, {config.text.width}, got {unet.context_dim}"
-        )
+    condition = sections["condition"]
+    condition.check_model(sections)
+    condition.check_guidance(config.preview.guidance_scale, "diffusion.preview.guidance_scale")
 
 
 def check_steps(steps: int, sections: Sections, field: str) -> None:
@@ -66,9 +70,7 @@ def check_steps(steps: int, sections: Sections, field: str) -> None:
 
 def _estimate(sections: Sections, before: Mapping[str, Estimate]) -> Estimate:
     """Return the size of the weights in fp32, those of the first stage included."""
-    config, tokenizer = sections[STAGE_NAME], sections["latents"].tokenizer
-    text = config.text.build(vocabulary_size=tokenizer.size, max_length=tokenizer.max_length)
-    parameters = unet_parameters(config.unet) + text_transformer_parameters(text)
+    parameters = unet_parameters(sections[STAGE_NAME].unet) + sections["condition"].parameters()
     return Estimate(rows=0, bytes=FP32_BYTES * parameters + (before["autoencoder"].bytes or 0))
 
 
@@ -76,6 +78,7 @@ STAGE = Stage(
     name=STAGE_NAME,
     format_version=FORMAT_VERSION,
     upstream=("autoencoder", "latents"),
+    configure=_configure,
     run=_run,
     section=_section,
     inputs=_inputs,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ldm_core.configs.model import LatentDiffusionConfig
+from pipelines.conditions.kinds import kind_of
 from pipelines.errors import MisuseError, UserError
 from pipelines.stage import StageContext
 from pipelines.stages.autoencoder.artifact import first_stage_config
@@ -19,35 +20,40 @@ def run(context: StageContext[DiffusionConfig]) -> dict[str, Any]:
     """Train what is not trained yet.
 
     Raises:
-        MisuseError: a UNet or text transformer that does not fit the latents.
-        UserError: latents of another first stage, a damaged shard, a loss that is not finite.
+        MisuseError: a UNet or conditioner that does not fit the latents.
+        UserError: latents of another first stage or condition, a damaged shard, a loss that is not finite.
     """
     if (details := finished(context.writer)) is not None:
         return details
     config = context.config
     latents, autoencoder = context.upstream["latents"], context.upstream["autoencoder"]
     model = model_config(config, latents, autoencoder)
-    cache = Latents(latents)
+    cache, kind = Latents(latents), kind_of(config.condition)
     task = DiffusionTask(
         model=model,
         config=config,
         seed=context.seed,
         latents=latents,
         autoencoder=autoencoder,
-        prompts=tuple(cache.captions(config.preview_prompts)),
+        prompts=tuple(kind.preview_prompts(latents, cache.facts(), config.preview_prompts)),
     )
     cache.reader.close()
     return fit(task, config.training, context)
 
 
 def model_config(config: DiffusionConfig, latents: Artifact, autoencoder: Artifact) -> LatentDiffusionConfig:
-    """Return the whole model's configuration: the recipe's, with the vocabulary, length and scale of the latents."""
+    """Return the whole model's configuration: the recipe's, with what the latents know of scale and condition."""
     first_stage = first_stage_config(autoencoder)
     facts = latents.details
     if facts["encoder_sha256"] != autoencoder.details["encoder_sha256"]:
         raise UserError(
             f"latents {latents.key} were made by encoder {facts['encoder_sha256'][:12]}, but autoencoder "
             f"{autoencoder.key} holds {autoencoder.details['encoder_sha256'][:12]}: run `ldm run RECIPE --from latents`"
+        )
+    if (kind := facts["condition"]["kind"]) != config.condition.kind:
+        raise UserError(
+            f"latents {latents.key} were made for condition {kind}, but the recipe's is {config.condition.kind}: "
+            "run `ldm run RECIPE --from latents`"
         )
     _, height, width = facts["latent_shape"]
     if (height, width) != (config.unet.latent_size, config.unet.latent_size):
@@ -59,7 +65,7 @@ def model_config(config: DiffusionConfig, latents: Artifact, autoencoder: Artifa
         return LatentDiffusionConfig(
             first_stage=first_stage,
             unet=config.unet,
-            conditioner=config.text.build(vocabulary_size=facts["vocabulary_size"], max_length=facts["max_length"]),
+            conditioner=kind_of(config.condition).conditioner(latents, config.unet),
             schedule=config.schedule,
             parameterization=config.parameterization,
             loss=config.loss,

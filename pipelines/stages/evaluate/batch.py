@@ -44,13 +44,13 @@ class SampleBatch:
     ) -> None:
         prepare_torch(device)
         self.writer, self.prompts, self.seed, self.sampling = writer, prompts, seed, sampling
-        self.model, self.tokenizer = load_model(model, device)
+        self.model, self.reader = load_model(model, device)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         """Sample and commit one shard: `item` has its name `shard`, and `start` and `stop`, its pictures' numbers."""
         numbers = range(item["start"], item["stop"])
         prompts, seeds = self.prompts[item["start"] : item["stop"]], [self.seed + number for number in numbers]
-        images = sample_prompts(self.model, self.tokenizer, prompts, seeds, self.sampling)
+        images = sample_prompts(self.model, self.reader, prompts, seeds, self.sampling)
         samples = [
             (
                 f"{number:06d}",

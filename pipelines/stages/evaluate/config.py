@@ -12,11 +12,12 @@ class EvaluateConfig(Config):
     """The `evaluate` stage: sample fixed prompts with fixed seeds from the final EMA weights.
 
     Args:
-        prompts: captions to sample.
-        prompts_file: a file of more captions, .txt (one per line) or .jsonl (`prompt`, and what a detector should
+        prompts: what to sample: captions, or names of classes; of an unconditional model empty ones, one a picture.
+        prompts_file: a file of more prompts, .txt (one per line) or .jsonl (`prompt`, and what a detector should
             see). Its sha256 is part of the key, its path is not.
-        training_captions: how many captions of the training set to sample too, shown with the pictures they belong to.
-        held_out_captions: how many captions of held-out pairs to sample and show likewise; no more than are held out.
+        training_captions: how many captions (or classes) of the training set to sample too, shown with the pictures
+            they belong to.
+        held_out_captions: how many of held-out pairs to sample and show likewise; no more than are held out.
         sampling: sampler, steps and guidance.
         detector: `shapes` reads colour and shape back from the pixels and reports `alignment_accuracy`; None scores
             nothing.

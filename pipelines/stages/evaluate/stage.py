@@ -31,7 +31,9 @@ def _section(artifact: Artifact) -> Section:
 
 
 def _check(sections: Sections) -> None:
-    check_steps(sections["evaluate"].sampling.num_steps, sections, "evaluate.sampling.num_steps")
+    sampling = sections["evaluate"].sampling
+    check_steps(sampling.num_steps, sections, "evaluate.sampling.num_steps")
+    sections["condition"].check_guidance(sampling.guidance_scale, "evaluate.sampling.guidance_scale")
 
 
 STAGE = Stage(

@@ -13,6 +13,7 @@ from pipelines.compute.actor_pool import map_on_actors, pool_size
 from pipelines.drawing.grids import encode_png, grid
 from pipelines.stage import RateMeter, StageContext
 from pipelines.stages.diffusion.artifact import FORMAT_VERSION as DIFFUSION_FORMAT
+from pipelines.stages.diffusion.artifact import condition_of
 from pipelines.stages.evaluate.batch import SampleBatch, read_images
 from pipelines.stages.evaluate.config import EvaluateConfig
 from pipelines.stages.evaluate.prompts import Prompt, load_prompts
@@ -49,7 +50,8 @@ def run(context: StageContext[EvaluateConfig]) -> dict[str, Any]:
         "training": training_places(pairs, config.training_captions),
         "held_out": held_out_places(pairs)[: config.held_out_captions],
     }
-    pictures = {name: load_captioned_pictures(pairs, found) for name, found in places.items() if found}
+    prompt_of = condition_of(model).prompt_of
+    pictures = {name: load_captioned_pictures(pairs, found, prompt_of) for name, found in places.items() if found}
     captions = [prompt.text for prompt in prompts]
     captions += [picture.caption for found in pictures.values() for picture in found]
     shards = _sample(context, model, captions)

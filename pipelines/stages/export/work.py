@@ -28,14 +28,14 @@ def run(context: StageContext[ExportConfig]) -> dict[str, Any]:
         UserError: the diffusion artifact is damaged, or diffusers is insisted on and has no counterpart of the model.
     """
     artifact = context.upstream["diffusion"].require("diffusion", DIFFUSION_FORMAT)
-    model, tokenizer = load_model(artifact)
+    model, prompts = load_model(artifact)
     folder = context.scratch / "export"
-    checkpoint.save(model, folder, tokenizer=tokenizer)
+    checkpoint.save(model, folder, tokenizer=prompts.tokenizer)
     _check_same_weights(model, folder)
     details: dict[str, Any] = {"layouts": ["ldm"], "parameters": _parameters(model)}
     if context.config.diffusers is not False:
         try:
-            diffusers.export_folder(model, folder / DIFFUSERS_FOLDER, tokenizer=tokenizer)
+            diffusers.export_folder(model, folder / DIFFUSERS_FOLDER, tokenizer=prompts.tokenizer)
             details["layouts"].append("diffusers")
         except ValueError as error:
             if context.config.diffusers:

@@ -1,5 +1,6 @@
 """The `latents` stage: encode every pair once with the frozen first stage, and cache the result as WebDataset shards.
 
-Read `vocabulary` (words to ids), `encode` (one shard of pairs to one shard of latents), `shard` (how it is committed),
-`statistics` (the scale factor), `stage`; `artifact` is how training reads the cache.
+Read `encode` (one shard of pairs to one shard of latents), `shard` (how it is committed), `statistics` (the scale
+factor), `stage`; `artifact` is how training reads the cache. What is cached beside the latents is for
+`pipelines.conditions` to say.
 """

@@ -1,12 +1,13 @@
-"""Reading the latent cache: posterior moments and token ids by (shard, row), kept in memory as long as they fit.
+"""Reading the latent cache: posterior moments and conditions by (shard, row), kept in memory as long as they fit.
 
 moments: (2, C, h, w) mean and log-variance of a KL first stage, (1, C, h, w) latent of a VQ one, float16
-tokens: (captions, L) uint16
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,12 @@ from pipelines.store.ledger import Artifact
 FORMAT_VERSION = 3
 CACHE_BYTES = 1 << 30
 
-Cached = tuple[NDArray[np.float16], NDArray[np.uint16]]
+# Of one sample: its moments, and what is cached of its condition.
+Cached = tuple[NDArray[np.float16], tuple[NDArray[Any], ...]]
+
+
+def _nothing(files: Mapping[str, bytes]) -> tuple[NDArray[Any], ...]:
+    return ()
 
 
 class Latents:
@@ -29,39 +35,45 @@ class Latents:
 
     Args:
         artifact: a finished artifact of the `latents` stage.
+        files: extensions of the condition's files to read.
+        decode: decodes these files.
         cache_bytes: how many bytes of decoded samples are kept in memory.
 
     Raises:
         UserError: the artifact is another stage's, or of another format version.
     """
 
-    def __init__(self, artifact: Artifact, *, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        files: tuple[str, ...] = (),
+        decode: Callable[[Mapping[str, bytes]], tuple[NDArray[Any], ...]] = _nothing,
+        *,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
         self.reader = ShardReader(artifact.storage, artifact.require("latents", FORMAT_VERSION).files)
+        self._files, self._decode = files, decode
         self._room = cache_bytes
         self._kept: dict[Place, Cached] = {}
         # By ascending hash; nothing is trained on them.
         self.held_out = held_out_places(artifact)
 
     def get(self, shard: int, row: int) -> Cached:
-        """Return the moments and the tokens of all captions of one sample."""
+        """Return the moments of one sample, and what `decode` makes of the files of its condition."""
         if (kept := self._kept.get((shard, row))) is not None:
             return kept
-        files = self.reader.read(shard, row, ("latent.npy", "tokens.npy"))
-        sample = decode_npy(files["latent.npy"]), decode_npy(files["tokens.npy"])
-        size = sample[0].nbytes + sample[1].nbytes
+        files = self.reader.read(shard, row, ("latent.npy", *self._files))
+        sample = decode_npy(files["latent.npy"]), self._decode(files)
+        size = sample[0].nbytes + sum(array.nbytes for array in sample[1])
         # Never evicted: every epoch visits all samples once, so that the least recently used one is needed soonest.
         if size <= self._room:
             self._kept[shard, row] = sample
             self._room -= size
         return sample
 
-    def captions(self, limit: int) -> list[str]:
-        """Return `limit` distinct captions: of the held-out samples, then of the others in the order of the shards."""
-        distinct: dict[str, None] = {}
+    def facts(self) -> Iterator[Mapping[str, Any]]:
+        """Yield the facts of all samples: of the held-out ones, then of the others in the order of the shards."""
         every = ((shard, row) for shard, rows in enumerate(self.reader.rows_per_shard) for row in range(rows))
-        for place in chain(self.held_out, every):
-            facts = decode_json(self.reader.read(*place, ("json",))["json"])
-            distinct.setdefault(facts["captions"][0])
-            if len(distinct) == limit:
-                break
-        return list(distinct)
+        held_out = set(self.held_out)
+        for place in chain(self.held_out, (place for place in every if place not in held_out)):
+            yield decode_json(self.reader.read(*place, ("json",))["json"])

@@ -2,7 +2,8 @@
 
 images: (B, 3, H, W) in [-1, 1]
 moments: (B, 2, C, h, w) mean and log-variance, (B, 1, C, h, w) for VQ; fp16 as stored
-tokens: (captions, max_length) uint16
+
+What is cached of the condition beside them is for its kind to say (`pipelines.conditions`).
 """
 
 from __future__ import annotations
@@ -19,18 +20,20 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ldm_core.images import to_unit_range
 from pipelines.compute.actor_pool import prepare_torch
+from pipelines.conditions.kind import Pair
+from pipelines.conditions.kinds import kind_of
 from pipelines.errors import UserError
-from pipelines.shards.format import ShardWriter, encode_npy, read_shard
+from pipelines.shards.format import ShardWriter, decode_json, encode_npy, read_shard
 from pipelines.shards.index import IndexBuilder
 from pipelines.stages.autoencoder.artifact import load_first_stage
 from pipelines.stages.latents.config import LatentsConfig
 from pipelines.stages.latents.shard import Identity, ShardCommit, Written
 from pipelines.stages.latents.statistics import ShardStatistics
-from pipelines.stages.latents.vocabulary import load_vocabulary
-from pipelines.stages.pairs.artifact import damaged_pairs, decode_image, image_of, sample_captions, whole_shard
+from pipelines.stages.pairs.artifact import damaged_pairs, decode_image, image_of, whole_shard
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.ledger import Artifact
 
@@ -43,14 +46,13 @@ class _Pair:
 
     key: str
     image: NDArray[np.uint8]
-    captions: list[str]
-    json: bytes
+    files: dict[str, bytes]
 
 
 class EncodeShard:
-    """Holds the frozen first stage and the tokenizer; encodes one shard per call.
+    """Holds the frozen first stage and what encodes conditions; encodes one shard per call.
 
-    The bytes of a latents shard depend only on the pairs shard, the first stage, the tokenizer and the config: batches
+    The bytes of a latents shard depend only on the pairs shard, the first stage, the condition and the config: batches
     are cut at fixed places within the shard, whichever actor encodes it.
 
     Args:
@@ -73,7 +75,7 @@ class EncodeShard:
         prepare_torch(device)
         self.pairs, self.writer, self.config, self.device = pairs, writer, config, device
         self.first_stage: Any = load_first_stage(first_stage, device)
-        self.tokenizer = load_vocabulary(writer.storage, config.tokenizer)
+        self.condition = kind_of(config.condition).encoder(writer.storage, device, self._encode_mode)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         """Encode and commit one shard, its index and its statistics.
@@ -101,11 +103,11 @@ class EncodeShard:
         """Write the encoded samples of a shard to a local file; return what is known of it."""
         index, statistics, rows = IndexBuilder(), ShardStatistics(), 0
         with whole_shard(self.pairs, item["shard"], item["sha256"]) as pairs_shard, ShardWriter(path, index) as tar:
-            for pair, moments, tokens in self._encoded_samples(pairs_shard):
+            for pair, moments, condition in self._encoded_samples(pairs_shard):
                 # As stored: a finite fp32 value beyond 65,504 is infinite in fp16.
                 if np.isfinite(moments).all():
                     statistics.add(pair.key, moments)
-                    files = {"latent.npy": encode_npy(moments), "tokens.npy": encode_npy(tokens), "json": pair.json}
+                    files = {"latent.npy": encode_npy(moments), **condition, "json": pair.files["json"]}
                     tar.add(pair.key, files)
                 else:
                     statistics.unencodable[pair.key] = rows
@@ -114,12 +116,13 @@ class EncodeShard:
             raise damaged_pairs(self.pairs, item["shard"], f"holds {rows} samples instead of {item['rows']}")
         return Written(tar.sha256, index.index(), statistics)
 
-    def _encoded_samples(self, shard: Path) -> Iterator[tuple[_Pair, NDArray[np.float16], NDArray[np.uint16]]]:
+    def _encoded_samples(self, shard: Path) -> Iterator[tuple[_Pair, NDArray[np.float16], dict[str, bytes]]]:
         for batch in self._decoded_batches(shard):
             moments = self._encode(batch)
-            tokens = self.tokenizer.encode([caption for pair in batch for caption in pair.captions])
-            ends = np.cumsum([len(pair.captions) for pair in batch])
-            yield from zip(batch, moments, np.split(tokens, ends[:-1]), strict=True)
+            conditions = self.condition.encode(
+                [Pair(pair.key, decode_json(pair.files["json"]), pair.image, pair.files) for pair in batch]
+            )
+            yield from zip(batch, moments, conditions, strict=True)
 
     def _decoded_batches(self, shard: Path) -> Iterator[list[_Pair]]:
         """Yield the shard's samples in batches, in order; threads decode the next ones while one is encoded."""
@@ -132,6 +135,10 @@ class EncodeShard:
                     yield [pair.result() for pair in waiting.popleft()]
             for futures in waiting:
                 yield [pair.result() for pair in futures]
+
+    def _encode_mode(self, images: Tensor) -> Tensor:
+        latent: Tensor = self.first_stage.encode(images).mode()
+        return latent
 
     def _encode(self, batch: list[_Pair]) -> NDArray[np.float16]:
         """Return the (B, 2 or 1, C, h, w) fp16 moments of the batch's pictures."""
@@ -153,4 +160,8 @@ class EncodeShard:
 
 
 def _decode(sample: dict[str, Any]) -> _Pair:
-    return _Pair(sample["__key__"], decode_image(image_of(sample)), sample_captions(sample), sample["json"])
+    return _Pair(
+        sample["__key__"],
+        decode_image(image_of(sample)),
+        {name: data for name, data in sample.items() if name != "__key__"},
+    )

@@ -8,7 +8,7 @@ from pipelines.store.ledger import Artifact
 
 
 def section(artifact: Artifact) -> Section:
-    """Return the facts of the cache: shape, scale factor, encoder and tokenizer."""
+    """Return the facts of the cache: shape, scale factor, encoder and condition."""
     details = artifact.details
     shape = " × ".join(str(size) for size in details.get("latent_shape", []))
     bytes_per_sample = artifact.manifest.bytes / max(details.get("samples", 0), 1)
@@ -18,11 +18,14 @@ def section(artifact: Artifact) -> Section:
         ("Stored as", details.get("latent_dtype")),
         ("Scale factor 1/std", f"{details['scale_factor']:.5f}" if "scale_factor" in details else None),
         ("Size of one", format_bytes(bytes_per_sample)),
+        ("Condition", details.get("condition", {}).get("kind")),
+        ("Text encoder", ", ".join(digest[:16] for digest in details.get("text_encoders", []))),
+        ("Classes", format_count(details.get("classes"))),
         ("Vocabulary", format_count(details.get("vocabulary_size"))),
         ("Longest caption", f"{details['max_length']} tokens" if "max_length" in details else None),
         ("Pictures left out", format_count(details["unencodable"]) if details.get("unencodable") else None),
         ("Shards left out", format_count(details["poisoned_shards"]) if details.get("poisoned_shards") else None),
         ("Encoder", details.get("encoder_sha256", "")[:16]),
-        ("Tokenizer", details.get("tokenizer_sha256", "")[:16]),
+        ("Tokenizer", details["tokenizer_sha256"][:16] if "tokenizer_sha256" in details else None),
     )
     return Section(render("stages/latents/section.html.j2", facts=shown))

@@ -1,9 +1,10 @@
 """The `latents` stage: every pair through the frozen encoders once, in a pool of Ray Data actors.
 
-Writes `vocab.txt`; for each pairs shard a `NNNNNN.tar` with the same keys (`KEY.latent.npy`, `KEY.tokens.npy`,
-`KEY.json`), but for pictures whose latent is not finite; beside it `index/NNNNNN.arrow`, which says where its files lie
-and what their checksums are, and `stats/NNNNNN.json`, the sums that the scale factor is computed from and the pictures
-left out; and the pairs' `held_out/N.parquet`.
+Writes for each pairs shard a `NNNNNN.tar` with the same keys (`KEY.latent.npy`, `KEY.json` and what the condition
+caches, such as `KEY.tokens.npy`), but for pictures whose latent is not finite; beside it `index/NNNNNN.arrow`, which
+says where its files lie and what their checksums are, and `stats/NNNNNN.json`, the sums that the scale factor is
+computed from and the pictures left out; what the condition has once for all samples, such as `vocab.txt`; and the
+pairs' `held_out/N.parquet`.
 """
 
 from __future__ import annotations
@@ -14,14 +15,12 @@ from typing import TYPE_CHECKING, Any
 from pipelines.stage import Estimate, Section, Sections, Stage, StageContext
 from pipelines.stages.latents.artifact import FORMAT_VERSION
 from pipelines.stages.latents.config import LatentsConfig
-from pipelines.stages.latents.vocabulary import vocabulary_digest
 from pipelines.store.ledger import Artifact
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 FP16_BYTES = 2
-TOKEN_BYTES = 2
 # Three headers and padding for each of a sample's three members, and its JSON.
 TAR_OVERHEAD_BYTES = 3_500
 
@@ -52,7 +51,16 @@ def _view(facts: Mapping[str, Any]) -> RenderableType:
 
 
 def _inputs(config: LatentsConfig) -> dict[str, str]:
-    return vocabulary_digest(config.tokenizer)
+    return config.condition.inputs()
+
+
+def _configure(sections: Sections) -> LatentsConfig:
+    return LatentsConfig(**dict(sections["latents"]), condition=sections["condition"])
+
+
+def _check(sections: Sections) -> None:
+    """Raise ValueError if the pairs do not carry what the condition needs."""
+    sections["condition"].check_pairs(sections)
 
 
 def _estimate(sections: Sections, before: Mapping[str, Estimate]) -> Estimate:
@@ -64,22 +72,23 @@ def _estimate(sections: Sections, before: Mapping[str, Estimate]) -> Estimate:
     # Of a Gaussian posterior mean and log-variance are stored, of a VQ model the latent alone.
     moments = 2 if model.regularization == "kl" else 1
     latent = FP16_BYTES * moments * model.embed_dim * side * side
-    tokens = TOKEN_BYTES * sections["latents"].tokenizer.max_length
-    return Estimate(rows=rows, bytes=rows * (latent + tokens + TAR_OVERHEAD_BYTES))
+    condition = sections["condition"].bytes_a_sample()
+    return Estimate(rows=rows, bytes=rows * (latent + condition + TAR_OVERHEAD_BYTES))
 
 
 STAGE = Stage(
     name="latents",
     format_version=FORMAT_VERSION,
     upstream=("pairs", "autoencoder"),
+    configure=_configure,
     run=_run,
     section=_section,
     inputs=_inputs,
+    check=_check,
     estimate=_estimate,
     uses_seed=False,
     unit="rows",
     headlines=("scale_factor",),
     look=_look,
     view=_view,
-    local_inputs=("tokenizer.vocabulary",),
 )

@@ -1,10 +1,11 @@
 """Latents that an earlier artifact under the same root holds already: taken over instead of encoded.
 
-A latents shard is known by its *origin*, a digest of the pairs shard, the first stage, the tokenizer and the config.
+A latents shard is known by its *origin*, a digest of the pairs shard, the first stage, the condition and the config.
 Where the origin is the same the bytes are, so that a link or a copy by the store is enough. It is also known by its
 *content*, a digest of the pictures and captions and of the first stage. Where only that is the same (the samples have
-other keys, since data before them was added or reordered, or the vocabulary is another one), the latents are written
-again beside new tokens: without decoding a picture, and without the first stage.
+other keys, since data before them was added or reordered, or the condition is another one), the latents are written
+again, beside new tokens for example: without decoding a picture, and without the first stage. What is not as quickly
+made as tokens are is taken over with the latents; then the content stands for the condition too.
 """
 
 from __future__ import annotations
@@ -18,17 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from ldm_core.configs.model import config_to_dict
-from ldm_core.tokenizers.tokenizer import Tokenizer
 from pipelines.compute.tasks import chunks, for_each
-from pipelines.shards.format import ShardWriter, encode_npy, read_shard
+from pipelines.conditions.config import Condition
+from pipelines.conditions.kind import Encoder, Kind, Pair
+from pipelines.conditions.kinds import kind_of
+from pipelines.shards.format import ShardWriter, decode_json, read_shard
 from pipelines.shards.index import IndexBuilder, ShardIndex, index_name
 from pipelines.stages.autoencoder.artifact import first_stage_config
 from pipelines.stages.latents.artifact import FORMAT_VERSION
-from pipelines.stages.latents.config import LatentsConfig, TokenizerConfig
+from pipelines.stages.latents.config import LatentsConfig
 from pipelines.stages.latents.shard import Identity, ShardCommit, Written
 from pipelines.stages.latents.statistics import ShardStatistics, statistics_name
-from pipelines.stages.latents.vocabulary import load_vocabulary
-from pipelines.stages.pairs.artifact import sample_captions, whole_shard
+from pipelines.stages.pairs.artifact import whole_shard
 from pipelines.store.commits import ArtifactWriter, file_sizes
 from pipelines.store.failures import MissingFileError
 from pipelines.store.file_table import FileRecord, FileTable
@@ -45,27 +47,33 @@ class Encoding:
 
     Attributes:
         pictures: digest of what decides the latents.
-        captions: digest of what decides the tokens.
+        condition: digest of what decides the files of the condition.
+        condition_again: whether these are quickly made again.
     """
 
     pictures: str
-    captions: str
+    condition: str
+    condition_again: bool
 
     @classmethod
-    def of(cls, first_stage: Artifact, tokenizer: Tokenizer, config: LatentsConfig) -> Encoding:
-        settings = {name: value for name, value in config.settings().items() if name != "tokenizer"}
+    def of(cls, first_stage: Artifact, config: LatentsConfig, storage: Storage) -> Encoding:
+        """Return it for an artifact of latents, whose files of the condition are prepared."""
+        settings = {name: value for name, value in config.settings().items() if name != "condition"}
         pictures = {
             "format_version": FORMAT_VERSION,
             "first_stage": config_to_dict(first_stage_config(first_stage)),
             "weights": first_stage.details["encoder_sha256"],
             "config": settings,
         }
-        return cls(digest_json(pictures), digest_json([tokenizer.digest, tokenizer.max_length]))
+        kind = kind_of(config.condition)
+        condition = digest_json([config.condition.kind, kind.digest(storage)])
+        return cls(digest_json(pictures), condition, kind.from_facts)
 
     def identify(self, pairs_shard: FileRecord) -> Identity:
         """Return what the latents of a pairs shard are known by."""
-        content = digest_json([self.pictures, pairs_shard.content]) if pairs_shard.content else None
-        return Identity(digest_json([self.pictures, self.captions, pairs_shard.sha256]), content)
+        kept = [] if self.condition_again else [self.condition]
+        content = digest_json([self.pictures, *kept, pairs_shard.content]) if pairs_shard.content else None
+        return Identity(digest_json([self.pictures, self.condition, pairs_shard.sha256]), content)
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ def take_over(
     pending: Mapping[str, Identity],
     siblings: Iterable[tuple[Storage, FileTable]],
     writer: ArtifactWriter,
-    tokenizer: TokenizerConfig,
+    condition: Condition,
     check: Callable[[], None],
 ) -> Iterator[FileRecord]:
     """Take over what other artifacts hold of the pending shards; yield the records of the files committed.
@@ -94,7 +102,7 @@ def take_over(
         pending: the shards that are not committed, by name.
         siblings: folders and files of the other latents artifacts.
         writer: the artifact of latents being made.
-        tokenizer: the tokenizer's section of the recipe; its vocabulary is committed.
+        condition: the recipe's; what it needs once for all samples is committed.
         check: whatever it raises ends the work.
     """
     found = _find(pending, siblings)
@@ -109,7 +117,7 @@ def take_over(
         place.write_json(_plan_name(number), plan)
 
     list(map_in_threads(write_plan, range(len(groups))))
-    take_group = partial(_take_group, pairs, writer, tokenizer, place)
+    take_group = partial(_take_group, pairs, writer, condition, place)
     for records in for_each(take_group, range(len(groups)), check):
         yield from map(FileRecord.model_validate, records)
     place.remove()
@@ -120,10 +128,11 @@ def _plan_name(number: int) -> str:
 
 
 def _take_group(
-    pairs: Artifact, writer: ArtifactWriter, tokenizer: TokenizerConfig, place: Storage, number: int
+    pairs: Artifact, writer: ArtifactWriter, condition: Condition, place: Storage, number: int
 ) -> list[dict[str, object]]:
     """Take over the shards of one plan; return the records of the files committed."""
-    take = _Take(pairs, writer, load_vocabulary(writer.storage, tokenizer))
+    kind = kind_of(condition)
+    take = _Take(pairs, writer, kind, kind.encoder(writer.storage, "cpu", None) if kind.from_facts else None)
     steps = map(_Step.from_json, place.read_json(_plan_name(number)))
     return [record.model_dump() for step in steps for record in take(step)]
 
@@ -183,11 +192,14 @@ class _Damaged(Exception):
 
 @dataclass(frozen=True)
 class _Take:
-    """Commits shards, their indexes and their statistics from other artifacts."""
+    """Commits shards, their indexes and their statistics from other artifacts; without an encoder, their conditions as
+    they are.
+    """
 
     pairs: Artifact
     writer: ArtifactWriter
-    tokenizer: Tokenizer
+    kind: Kind
+    encoder: Encoder | None
 
     def __call__(self, step: _Step) -> list[FileRecord]:
         """Commit one shard, and return the records; none if what was found is damaged or gone by now."""
@@ -208,7 +220,7 @@ class _Take:
             return []
 
     def _write_again(self, step: _Step, latents_path: Path, statistics: ShardStatistics, path: Path) -> Written:
-        """Write latents under the keys and with the captions of a pairs shard."""
+        """Write latents under the keys and with the conditions of a pairs shard."""
         index, latents = IndexBuilder(), read_shard(latents_path)
         missing, unencodable = set(statistics.unencodable.values()), {}
         with (
@@ -221,8 +233,11 @@ class _Take:
                     continue
                 # There is one for each: the digest of the samples is the same.
                 latent = next(latents)
-                tokens = encode_npy(self.tokenizer.encode(sample_captions(pair)))
-                files = {"latent.npy": latent["latent.npy"], "tokens.npy": tokens, "json": pair["json"]}
+                if self.encoder is not None:
+                    condition = self.encoder.encode([Pair(pair["__key__"], decode_json(pair["json"]))])[0]
+                else:
+                    condition = {name: latent[name] for name in self.kind.files}
+                files = {"latent.npy": latent["latent.npy"], **condition, "json": pair["json"]}
                 shard.add(pair["__key__"], files)
         return Written(shard.sha256, index.index(), replace(statistics, unencodable=unencodable))
 

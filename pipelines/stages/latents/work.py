@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from ldm_core.tokenizers.tokenizer import Tokenizer
 from pipelines.compute.actor_pool import map_on_actors, pool_size
 from pipelines.compute.tasks import chunks, for_each
+from pipelines.conditions.kinds import kind_of
 from pipelines.errors import UserError
 from pipelines.notices import tell
 from pipelines.stage import RateMeter, StageContext
@@ -17,10 +17,10 @@ from pipelines.stages.autoencoder.artifact import FORMAT_VERSION as AUTOENCODER_
 from pipelines.stages.latents.config import LatentsConfig
 from pipelines.stages.latents.encode import EncodeShard
 from pipelines.stages.latents.poison import Poisoned, poisoned_shards
+from pipelines.stages.latents.rows import PairsRows
 from pipelines.stages.latents.shard import is_complete
 from pipelines.stages.latents.statistics import LatentSums, ShardStatistics, scale_factor, statistics_name, total
 from pipelines.stages.latents.takeover import Encoding, take_over
-from pipelines.stages.latents.vocabulary import commit_vocabulary
 from pipelines.stages.pairs.artifact import PAIRS_FORMAT
 from pipelines.stages.pairs.held_out import copy_held_out, held_out_samples
 from pipelines.store.file_table import FileRecord
@@ -34,22 +34,20 @@ def run(context: StageContext[LatentsConfig]) -> dict[str, Any]:
     """Encode what is not yet committed; see `stage` for what is written.
 
     Raises:
-        UserError: no samples, a damaged pairs shard, a file that is no vocabulary, or a first stage that does
+        UserError: no samples, a damaged pairs shard, pairs without what the condition needs, or a first stage that does
             not work.
     """
     pairs = context.upstream["pairs"].require("pairs", PAIRS_FORMAT)
     first_stage = context.upstream["autoencoder"].require("autoencoder", AUTOENCODER_FORMAT)
     if not pairs.shards().rows:
         raise UserError(f"{pairs.storage.url} holds no samples: see its parquet files for what became of each row")
-    in_tasks = partial(for_each, check=context.check)
-    tokenizer = commit_vocabulary(context.config.tokenizer, pairs, context.writer, in_tasks)
-    _encode_pending(context, pairs, first_stage, tokenizer)
-    return _details(context, pairs, first_stage, tokenizer)
+    rows = PairsRows(pairs, partial(for_each, check=context.check))
+    kind_of(context.config.condition).prepare(rows, context.writer)
+    _encode_pending(context, pairs, first_stage)
+    return _details(context, pairs, first_stage)
 
 
-def _encode_pending(
-    context: StageContext[LatentsConfig], pairs: Artifact, first_stage: Artifact, tokenizer: Tokenizer
-) -> None:
+def _encode_pending(context: StageContext[LatentsConfig], pairs: Artifact, first_stage: Artifact) -> None:
     """Commit every shard that is not committed: taken over from other artifacts where they hold it, else encoded."""
     config, writer = context.config, context.writer
     shards, committed = pairs.shards(), writer.committed()
@@ -59,14 +57,14 @@ def _encode_pending(
     ]
     if not pending:
         return
-    encoding = Encoding.of(first_stage, tokenizer, config)
+    encoding = Encoding.of(first_stage, config, writer.storage)
     identities = {record.name: encoding.identify(record) for record in pending}
     done = shards.rows - sum(record.rows for record in pending)
     context.progress(done, shards.rows)
     wanted = {name: identity for name, identity in identities.items() if name not in committed}
     writer.discard(wanted)
     taken: set[str] = set()
-    for record in take_over(pairs, wanted, context.siblings(), writer, config.tokenizer, context.check):
+    for record in take_over(pairs, wanted, context.siblings(), writer, config.condition, context.check):
         writer.gather([record])
         if record.name in wanted:
             taken.add(record.name)
@@ -129,9 +127,7 @@ def _require_few(unencodable: int, rows: int, config: LatentsConfig, key: str) -
         )
 
 
-def _details(
-    context: StageContext[LatentsConfig], pairs: Artifact, first_stage: Artifact, tokenizer: Tokenizer
-) -> dict[str, Any]:
+def _details(context: StageContext[LatentsConfig], pairs: Artifact, first_stage: Artifact) -> dict[str, Any]:
     left_out = poisoned_shards(context.writer.storage)
     encoded = pairs.shards().without(left_out)
     found = _sum_up(context, encoded.names)
@@ -160,10 +156,8 @@ def _details(
             pairs, context.writer, _unencodable_rows(context, pairs) if found.unencodable else {}
         ),
         "encoder_sha256": first_stage.details["encoder_sha256"],
-        "tokenizer_sha256": tokenizer.digest,
-        "vocabulary_size": tokenizer.vocabulary_size,
-        "max_length": tokenizer.max_length,
-        "empty_tokens": tokenizer.encode([""])[0].tolist(),
+        "condition": context.config.condition.cached_identity(),
+        **kind_of(context.config.condition).details(context.writer.storage),
         "latent_shape": list(latent_shape),
         "latent_dtype": "float16",
         "moments": moments,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -145,24 +145,23 @@ def image_of(sample: Mapping[str, Any]) -> bytes:
     )
 
 
-def sample_captions(sample: Mapping[str, Any]) -> list[str]:
-    """Return every caption of a pairs sample, in order."""
-    return [str(caption) for caption in decode_json(sample["json"])["captions"]]
-
-
 @dataclass(frozen=True)
 class CaptionedPicture:
-    """A sample's first caption and its picture, uint8 (H, W, 3)."""
+    """A sample's picture, uint8 (H, W, 3), and what asks for it."""
 
     caption: str
     image: NDArray[np.uint8]
 
 
-def load_captioned_pictures(pairs: Artifact, places: Sequence[Place]) -> list[CaptionedPicture]:
-    """Read the first caption and the picture of the samples at these places."""
+def load_captioned_pictures(
+    pairs: Artifact, places: Sequence[Place], caption_of: Callable[[Mapping[str, Any]], str]
+) -> list[CaptionedPicture]:
+    """Read the pictures of the samples at these places, with what `caption_of` makes of their facts."""
     with contextlib.closing(ShardReader(pairs.storage, pairs.files)) as reader:
         samples = [reader.read(*place) for place in places]
-    return [CaptionedPicture(sample_captions(sample)[0], decode_image(image_of(sample))) for sample in samples]
+    return [
+        CaptionedPicture(caption_of(decode_json(sample["json"])), decode_image(image_of(sample))) for sample in samples
+    ]
 
 
 def training_places(pairs: Artifact, count: int) -> list[Place]:

@@ -156,6 +156,8 @@ class PairsConfig(Config):
             where the store has no checksum; the same, but with digests `recorded` beside them (SHA256SUMS) believed; or
             a `listing`, which reads nothing but does not recognise a copy elsewhere. See docs/pairs.md.
         columns: names of a table's columns; the usual names are found without it.
+        captions: whether rows without a caption are left out (`required`) or are samples too (`optional`), for models
+            that are conditioned on something else or on nothing.
         limit: use only this many rows from the start of the source.
         image_size: pixels of the shorter side after resizing.
         resize: `center_crop` (a square of exactly `image_size`), `keep_ratio` (shorter side), `border` (the whole
@@ -193,6 +195,7 @@ class PairsConfig(Config):
     # No part of the key by itself: `recorded` gives the same digest as `contents`, and `listing` another one.
     identify_by: IdentifyBy = runtime("contents")
     columns: Columns = Columns()
+    captions: Literal["required", "optional"] = "required"
     limit: int | None = Field(None, ge=1)
     image_size: int = Field(256, ge=8)
     resize: Literal["center_crop", "keep_ratio", "border", "buckets", "none"] = "center_crop"
@@ -224,6 +227,8 @@ class PairsConfig(Config):
             raise ValueError(f"filters.{scores[0]} needs a model: give pairs.scoring.clip")
         if "aesthetic_score" in scores and self.scoring is not None and self.scoring.aesthetic_head is None:
             raise ValueError("filters.aesthetic_score needs pairs.scoring.aesthetic_head")
+        if self.scoring is not None and self.captions == "optional":
+            raise ValueError("pairs.scoring compares pictures with their captions: set pairs.captions to required")
         if self.resize == "buckets" and self.image_size % self.buckets.step:
             raise ValueError(
                 f"image_size must be a multiple of buckets.step, {self.buckets.step}; got {self.image_size}"

@@ -44,7 +44,7 @@ def section(artifact: Artifact) -> Section:
         hosts_exact=details.get("hosts_exact", True),
         charts=[(title, chart) for title, chart in charts if chart],
         contact_sheet=_contact_sheet(artifact),
-        examples=details.get("examples", []),
+        examples=[example for example in details.get("examples", []) if "caption" in example],
         failures=details.get("failures", {}),
     )
     return Section(html, _headlines(details))

@@ -35,6 +35,13 @@ def test_the_text_conditioner_gives_a_context_and_nothing_to_concatenate() -> No
     torch.testing.assert_close(conditioner(TOKENS.to(torch.uint16)).context, conditioning.context)
 
 
+def test_the_text_conditioner_masks_padding_if_it_knows_it_and_never_a_whole_caption() -> None:
+    config = TextTransformerConfig(vocabulary_size=20, max_length=4, width=16, layers=1, pad_id=0)
+    tokens = torch.tensor([[5, 6, 0, 0], [0, 0, 0, 0]])
+    assert TextConditioner(config)(tokens).mask.tolist() == [[True, True, False, False], [True, False, False, False]]
+    assert TextConditioner(dataclasses.replace(config, pad_id=None))(tokens).mask is None
+
+
 @pytest.mark.parametrize("dtype", [torch.long, torch.int32, torch.uint16])
 def test_captions_below_the_probability_are_replaced_whole(dtype: torch.dtype) -> None:
     dropped = drop(TOKENS.to(dtype), EMPTY, 0.5, torch.tensor([0.49, 0.5, 0.0]))

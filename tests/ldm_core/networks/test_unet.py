@@ -251,3 +251,26 @@ def test_impossible_configurations_are_refused(changes: dict[str, Any], message:
 def test_configuration_survives_json() -> None:
     original = config(context_dim=6, attention_downsampling=(1, 2))
     assert UNetConfig(**json.loads(json.dumps(dataclasses.asdict(original)))) == original
+
+
+def test_masked_places_of_a_context_are_not_seen() -> None:
+    """Whatever stands there, and as if they were not there at all."""
+    unet = randomized_unet(config(context_dim=6))
+    z, t, context = torch.randn(2, 4, 8, 8), torch.tensor([1, 500]), torch.randn(2, 5, 6)
+    mask = torch.tensor([[True, True, True, False, False]]).expand(2, -1)
+    with torch.no_grad():
+        expected = unet(z, t, context=context[:, :3])
+        for changed in (context, torch.cat([context[:, :3], torch.full_like(context[:, 3:], 7.0)], dim=1)):
+            torch.testing.assert_close(unet(z, t, context=changed, mask=mask), expected, rtol=1e-4, atol=1e-5)
+            prepared = unet.prepare_context(changed, mask)
+            torch.testing.assert_close(unet(z, t, context=prepared), expected, rtol=1e-4, atol=1e-5)
+        assert (unet(z, t, context=context) - expected).abs().max() > 1e-3
+
+
+def test_a_mask_of_another_shape_is_refused() -> None:
+    unet = UNet(config(context_dim=6))
+    context = torch.randn(2, 5, 6)
+    with pytest.raises(ValueError, match=r"must be bool of shape \(2, 5\), got torch.bool of shape \(2, 4\)"):
+        unet.prepare_context(context, torch.ones(2, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="a mask goes with the context that it is of"):
+        unet(torch.randn(2, 4, 8, 8), torch.ones(2), context=unet.prepare_context(context), mask=torch.ones(2, 5) > 0)

@@ -55,7 +55,7 @@ def test_a_wrong_override_is_refused_in_one_line_that_says_what_to_do(override: 
         ),
         ("autoencoder.model.embed_dim=3", "diffusion.unet.in_channels must be autoencoder.model.embed_dim, 3, got 4"),
         ("diffusion.preview.num_steps=1001", "num_steps must be at most diffusion.schedule.timesteps, 1000, got 1001"),
-        ("diffusion.text.width=64", "diffusion.unet.context_dim must be diffusion.text.width, 64, got 128"),
+        ("diffusion.text.width=64", "diffusion.unet.context_dim must be condition.transformer.width, 64, got 128"),
     ],
 )
 def test_sections_that_do_not_fit_are_refused_only_for_the_stages_that_need_them(override: str, message: str) -> None:

@@ -24,7 +24,6 @@ from pipelines.stage import Stage, StageContext
 from pipelines.stages.diffusion.config import SamplingConfig
 from pipelines.stages.evaluate.config import EvaluateConfig
 from pipelines.stages.evaluate.stage import STAGE as EVALUATE
-from pipelines.stages.latents.config import LatentsConfig, TokenizerConfig
 from pipelines.stages.latents.stage import STAGE as LATENTS
 from pipelines.stages.pairs.config import PairsConfig
 from pipelines.stages.pairs.stage import STAGE as PAIRS
@@ -37,7 +36,7 @@ from pipelines.training.fit import finished
 from tests.aged import aged
 from tests.pipelines.training import toy
 from tests.tiny import tiny_recipe, write_pictures
-from tests.tiny_artifacts import diffusion_artifact, first_stage_artifact, pairs_artifact
+from tests.tiny_artifacts import diffusion_artifact, first_stage_artifact, latents_config, pairs_artifact
 
 ray.cloudpickle.register_pickle_by_value(toy)
 
@@ -173,7 +172,7 @@ def test_encoding_latents_ends_when_another_driver_has_taken_the_root_over(
     ray_cluster: None, tmp_path: Path, root: Root
 ) -> None:
     upstream = {"pairs": pairs_artifact(tmp_path, rows=(1,) * 40), "autoencoder": first_stage_artifact(tmp_path)}
-    config = LatentsConfig(tokenizer=TokenizerConfig(size=64, max_length=8), batch_size=2, workers=1)
+    config = latents_config(batch_size=2, workers=1)
     writer = run_until_taken_over(LATENTS, config, tmp_path, upstream, root.take_over_when(under_way), root)
     assert 0 < sum(name.endswith(".tar") for name in writer.committed().names) < 40
 

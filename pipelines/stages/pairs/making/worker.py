@@ -218,7 +218,7 @@ class Processor:
         """Return the outcome if it is known without the row's picture."""
         if row.status is not None:
             return Outcome(row.status)
-        if not row.captions:
+        if not row.captions and self._config.captions == "required":
             return Outcome("empty_caption")
         most = self._config.max_caption_bytes
         # A character has at most 4 bytes in UTF-8, so that most captions need not be encoded to be found short enough.

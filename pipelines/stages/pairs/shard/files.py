@@ -135,7 +135,7 @@ def sample_captions_of(table: pa.Table, leave_out: Collection[str] = ()) -> list
         keys = pa.array(leave_out, pa.string())
         samples = samples.filter(pc.invert(pc.is_in(samples.column("key"), value_set=keys)))
     if "captions" not in samples.column_names:
-        return list(samples.column("caption").to_pylist())
+        return [caption for caption in samples.column("caption").to_pylist() if caption is not None]
     return [caption for captions in samples.column("captions").to_pylist() for caption in captions]
 
 

@@ -249,7 +249,7 @@ def stage_shard(
             if outcome.picture is not None and outcome.stored is not None:
                 files = {
                     config.encode: spool.get(outcome.stored),
-                    "txt": row.captions[0].encode(),
+                    **({"txt": row.captions[0].encode()} if row.captions else {}),
                     "json": encode_facts(_facts(row, outcome)),
                 }
                 tars.add(outcome.picture.bucket, key, files)

@@ -61,7 +61,7 @@ ALIASES = {
 class ResolvedColumns:
     """Columns of one table. Pictures are read from `image` if it is given, else downloaded from `url`."""
 
-    text: str
+    text: str | None
     url: str | None
     image: str | None
 
@@ -76,6 +76,8 @@ def resolve_columns(
     wanted: Columns,
     first: dict[str, Any],
     exists: Callable[[str], bool],
+    *,
+    needs_text: bool = True,
 ) -> ResolvedColumns:
     """Find the columns of a table.
 
@@ -85,6 +87,7 @@ def resolve_columns(
         wanted: what the recipe says; it wins.
         first: the first value of each column that is not null.
         exists: whether a relative path is a picture beside the table.
+        needs_text: whether a table without captions is refused.
 
     Raises:
         UserError: a named column is not there, or none has a usual name; lists what is there.
@@ -99,8 +102,10 @@ def resolve_columns(
         elif wanted.url or (url and isinstance(value, str) and not exists(value)):
             # A table of URLs may well say under which name a picture was once stored; no such file is here.
             image = None
-    if text is None:
-        raise UserError(_missing(where, names, "text", TEXT_NAMES))
+    if text is None and needs_text:
+        raise UserError(
+            _missing(where, names, "text", TEXT_NAMES) + ", or `--set pairs.captions=optional` if none are needed"
+        )
     if url is None and image is None:
         raise UserError(_missing(where, names, "url", URL_NAMES) + " or `--set pairs.columns.image=NAME`")
     return ResolvedColumns(text=text, url=url, image=image)

@@ -109,21 +109,27 @@ class FolderSource:
         return Row(index=index, captions=captions_of(caption), load=load, extra={"file": plain(name)}, status=status)
 
 
-def open_folder(url: str, paths: list[str]) -> FolderSource:
+def open_folder(url: str, paths: list[str], *, needs_text: bool = True) -> FolderSource:
     """Find the pictures among the files of a folder.
 
+    Args:
+        url: the folder.
+        paths: its files.
+        needs_text: whether a folder without captions is refused.
+
     Raises:
-        UserError: there is no picture, or none with a text file beside it.
+        UserError: there is no picture, or none with a text file beside it although they are needed.
     """
     base = Location.of(url).path.rstrip("/") + "/"
     names = sorted(path.removeprefix(base) for path in paths)
     pictures = tuple(name for name in names if name.lower().endswith(PICTURE_SUFFIXES))
     if not pictures:
         raise UserError(f"{url} holds no pictures ({', '.join(PICTURE_SUFFIXES)}), no tars and no table")
-    if not {_caption_name(name) for name in pictures} & set(names):
+    if needs_text and not {_caption_name(name) for name in pictures} & set(names):
         raise UserError(
             f"{url} holds {len(pictures)} pictures but no captions: put a .txt beside each or a metadata.jsonl "
-            "(file_name, text) in the folder, or point `pairs.source` at a table"
+            "(file_name, text) in the folder, point `pairs.source` at a table, or set pairs.captions=optional if none "
+            "are needed"
         )
     return FolderSource(url=url, names=Names(pictures))
 

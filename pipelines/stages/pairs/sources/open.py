@@ -124,7 +124,7 @@ def _open_folder(folder: Location, paths: list[str], config: PairsConfig) -> Sou
     if tables and (wanted == "table" or (wanted == "auto" and not pictures)):
         return _table(_urls(folder, tables), config)
     if wanted in ("auto", "folder"):
-        return open_folder(folder.url, paths)
+        return open_folder(folder.url, paths, needs_text=config.captions == "required")
     raise UserError(f"{config.source} holds nothing of format {wanted}: {_CHANGE} or pairs.format=auto")
 
 
@@ -132,7 +132,12 @@ def _table(urls: Names, config: PairsConfig) -> TableSource:
     suffixes = {posixpath.splitext(url)[1].lower() for url in urls}
     if len(suffixes) > 1:
         raise UserError(f"{config.source} holds tables of several kinds ({', '.join(sorted(suffixes))}): name one")
-    return TableSource(urls=urls, wanted=config.columns, pictures=urls[0].rsplit("/", 1)[0])
+    return TableSource(
+        urls=urls,
+        wanted=config.columns,
+        pictures=urls[0].rsplit("/", 1)[0],
+        needs_text=config.captions == "required",
+    )
 
 
 def _urls(location: Location, paths: list[str]) -> Names:

@@ -57,11 +57,13 @@ class TableSource:
         urls: the parts, in order, all of one suffix.
         wanted: the columns that the recipe names.
         pictures: the folder that relative picture paths start from.
+        needs_text: whether a table without a column of captions is refused.
     """
 
     urls: Sequence[str]
     wanted: Columns
     pictures: str
+    needs_text: bool = True
 
     @functools.cached_property
     def _survey(self) -> _Survey:
@@ -98,7 +100,7 @@ class TableSource:
             picture = self._picture(name)
             return picture is not None and picture.exists()
 
-        return resolve_columns(self.urls[0], names, self.wanted, first, exists)
+        return resolve_columns(self.urls[0], names, self.wanted, first, exists, needs_text=self.needs_text)
 
     @functools.cached_property
     def extra_types(self) -> Mapping[str, pa.DataType]:
@@ -176,7 +178,7 @@ class TableSource:
         columns, names = self.columns, self._carried
         return Row(
             index=index,
-            captions=captions_of(values.get(columns.text)),
+            captions=captions_of(values.get(columns.text)) if columns.text else (),
             url=url_of(values.get(columns.url)) if columns.url else None,
             load=self._loader(values.get(columns.image)) if columns.image else None,
             extra={names[n]: plain(value) for n, value in values.items() if n in names and not _is_picture(value)},

@@ -139,7 +139,7 @@ class Partial:
             self.failures[name] = _example(table.slice(first, 1).to_pylist()[0])
 
     def _add_samples(self, good: pa.Table) -> None:
-        caption = good.column("caption")
+        caption = good.column("caption").drop_null()
         width, height = (good.column(name).to_numpy() for name in ("width", "height"))
         words = pc.list_value_length(pc.utf8_split_whitespace(pc.utf8_trim_whitespace(caption)))
         self.histograms["caption_words"].add(words.to_numpy())

@@ -37,7 +37,7 @@ def view(facts: Mapping[str, Any]) -> RenderableType:
     if details.get("hosts"):
         parts += [Text(), _hosts(details["hosts"], exact=details["hosts_exact"])]
     samples = [(sample["key"], (sample.get("captions") or [""])[0]) for sample in facts.get("first_samples", [])]
-    samples = samples or [(sample["key"], sample["caption"]) for sample in details.get("examples", [])[:5]]
+    samples = samples or [(sample["key"], sample.get("caption", "")) for sample in details.get("examples", [])[:5]]
     if samples:
         parts += [Text(), _samples(samples)]
     return Group(*parts)

@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
+from pipelines.conditions.kinds import kind_of
 from pipelines.errors import MisuseError, UserError
 from pipelines.shards.node_cache import cache_folder
 from pipelines.stages.diffusion.artifact import load_model
@@ -36,7 +36,7 @@ def config(**changes: Any) -> DiffusionConfig:
     }
     values = {
         "unet": TINY_UNET,
-        "text": TINY_TEXT,
+        "condition": {"kind": "text", "transformer": TINY_TEXT},
         "training": training,
         "preview": {"num_steps": 2},
         "preview_prompts": 3,
@@ -77,11 +77,10 @@ def test_a_model_is_trained_and_samples_pictures(
         "previews/step_00000006.png",
     ]
     assert set(artifact.details["parameters"]) == {"unet", "text", "first_stage"}
-    model, tokenizer = load_model(artifact)
+    model, prompts = load_model(artifact)
     assert model.scale_factor == 0.5
-    tokens = torch.from_numpy(tokenizer.encode(["red circle"]).astype(np.int64))
-    empty = torch.from_numpy(tokenizer.encode([""]).astype(np.int64))
-    images = model.sample(tokens, unconditional=empty, seeds=[0], num_steps=2, guidance_scale=3.0)
+    tokens = prompts.inputs(["red circle"])
+    images = model.sample(tokens, unconditional=prompts.unconditional(), seeds=[0], num_steps=2, guidance_scale=3.0)
     assert images.shape == (1, 3, 32, 32)
     assert images.isfinite().all()
 
@@ -124,7 +123,7 @@ def test_held_out_samples_are_never_trained_on_and_previewed_first(tmp_path: Pat
     every = {(shard, row) for shard, rows in ((0, 90), (2, 60)) for row in range(rows)}
     assert every - epoch == set(held_out)
     facts = [json.loads(trainer.latents.reader.read(*place, ("json",))["json"]) for place in held_out]
-    captions = trainer.latents.captions(3)
+    captions = kind_of(config().condition).preview_prompts(latents, trainer.latents.facts(), 3)
     assert captions[:2] == [sample["captions"][0] for sample in facts]
     assert len(set(captions)) == 3
 
@@ -141,14 +140,14 @@ def test_each_epoch_draws_anew(upstream: dict[str, Artifact]) -> None:
 
 
 def test_all_captions_are_used_and_some_are_dropped(upstream: dict[str, Artifact]) -> None:
-    trainer = learner(upstream, caption_dropout=0.25)
+    trainer = learner(upstream, condition={"kind": "text", "transformer": TINY_TEXT, "dropout": 0.25})
     batch = trainer.load([trainer.order.sample(position) for position in range(2100)])
-    empty = (batch["tokens"] == trainer.empty_tokens).all(dim=1).float().mean()
+    empty = (batch["tokens"] == torch.tensor(upstream["latents"].details["empty_tokens"])).all(dim=1).float().mean()
     assert float(empty) == pytest.approx(0.25, abs=0.04)
     seen = {tuple(tokens) for tokens in batch["tokens"].tolist()}
     for shard, rows in enumerate(trainer.latents.reader.rows_per_shard):
         for row in range(rows):
-            assert {tuple(tokens) for tokens in trainer.latents.get(shard, row)[1].tolist()} <= seen
+            assert {tuple(tokens) for tokens in trainer.latents.get(shard, row)[1][0].tolist()} <= seen
     assert batch["t"].min() < 20
     assert batch["t"].max() > 980
 
@@ -188,8 +187,9 @@ def test_a_unet_of_another_size_is_refused(tmp_path: Path, upstream: dict[str, A
     unet = replace(config().unet, latent_size=8)
     with pytest.raises(MisuseError, match=r"diffusion.unet.latent_size is 8, but the latents are 4x4: set it to"):
         run_stage(STAGE, config(unet=unet), tmp_path, upstream)
+    text = {"kind": "text", "transformer": {"width": 64, "layers": 1}}
     with pytest.raises(MisuseError, match="context_dim must be the conditioner's width"):
-        run_stage(STAGE, config(text={"width": 64, "layers": 1}), tmp_path, upstream)
+        run_stage(STAGE, config(condition=text), tmp_path, upstream)
 
 
 def test_a_truncated_latents_shard_is_refused_before_any_worker_starts(

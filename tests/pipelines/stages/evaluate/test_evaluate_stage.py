@@ -19,7 +19,7 @@ from pipelines.stages.pairs.held_out import held_out_places
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.ledger import Artifact, artifact_key
 from pipelines.store.storage import Storage
-from tests.tiny_artifacts import contents, diffusion_artifact, pairs_artifact, run_stage
+from tests.tiny_artifacts import contents, diffusion_artifact, first_caption, pairs_artifact, run_stage
 
 SAMPLING = SamplingConfig(num_steps=3, batch_size=3)
 SAMPLES = [f"samples/{number:06d}.tar" for number in range(3)]
@@ -63,12 +63,12 @@ def test_every_prompt_and_caption_of_the_data_set_has_its_picture(
     assert details["prompts"] == ["plain", "red circle", "blue circle"]
     assert (details["samples"], len(details["training_captions"])) == (7, 2)
     pairs = upstream["pairs"]
-    held_out = load_captioned_pictures(pairs, held_out_places(pairs))
+    held_out = load_captioned_pictures(pairs, held_out_places(pairs), first_caption)
     assert details["held_out_captions"] == [picture.caption for picture in held_out]
     images = read_images(evaluation.storage, SAMPLES)
-    model, tokenizer = load_model(upstream["diffusion"])
+    model, reader = load_model(upstream["diffusion"])
     captions = details["training_captions"] + details["held_out_captions"]
-    alone = sample_prompts(model, tokenizer, captions, range(10, 14), SAMPLING)
+    alone = sample_prompts(model, reader, captions, range(10, 14), SAMPLING)
     assert np.abs(images[3:].astype(int) - alone).max() <= 1
     assert images.std() > 1
 
@@ -107,27 +107,27 @@ def test_detector_without_expectations_is_refused_before_anything_is_sampled(
 
 
 def test_picture_depends_on_its_prompt_and_seed_alone(upstream: dict[str, Artifact]) -> None:
-    model, tokenizer = load_model(upstream["diffusion"])
-    together = sample_prompts(model, tokenizer, ["red", "", "large café"], [3, 4, 5], SAMPLING)
+    model, reader = load_model(upstream["diffusion"])
+    together = sample_prompts(model, reader, ["red", "", "large café"], [3, 4, 5], SAMPLING)
     assert (together.shape, together.dtype) == ((3, 32, 32, 3), np.uint8)
-    alone = sample_prompts(model, tokenizer, ["large café"], [5], SAMPLING)
+    alone = sample_prompts(model, reader, ["large café"], [5], SAMPLING)
     assert np.abs(together[2].astype(int) - alone[0]).max() <= 1
-    other_seed = sample_prompts(model, tokenizer, ["large café"], [6], SAMPLING)
-    other_prompt = sample_prompts(model, tokenizer, ["red"], [5], SAMPLING)
+    other_seed = sample_prompts(model, reader, ["large café"], [6], SAMPLING)
+    other_prompt = sample_prompts(model, reader, ["red"], [5], SAMPLING)
     assert min(np.abs(alone.astype(int) - other).mean() for other in (other_seed, other_prompt)) > 0.01
 
 
 def test_batches_are_cut_as_configured(upstream: dict[str, Artifact]) -> None:
-    model, tokenizer = load_model(upstream["diffusion"])
+    model, reader = load_model(upstream["diffusion"])
     sizes = []
     model.unet.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
-    sample_prompts(model, tokenizer, ["red"] * 4, range(4), SAMPLING)
+    sample_prompts(model, reader, ["red"] * 4, range(4), SAMPLING)
     # Both halves of guidance share the latents; DDIM takes a step more where 1000 is not a multiple.
     steps = math.ceil(1000 / (1000 // SAMPLING.num_steps))
     assert sizes == [3] * steps + [1] * steps
 
 
 def test_one_seed_a_prompt(upstream: dict[str, Artifact]) -> None:
-    model, tokenizer = load_model(upstream["diffusion"])
+    model, reader = load_model(upstream["diffusion"])
     with pytest.raises(ValueError, match="got 2 prompts and 1 seeds"):
-        sample_prompts(model, tokenizer, ["a", "b"], [1], SAMPLING)
+        sample_prompts(model, reader, ["a", "b"], [1], SAMPLING)

@@ -10,7 +10,7 @@ from pipelines.stages.evaluate.config import EvaluateConfig
 from pipelines.stages.evaluate.prompts import Prompt, load_prompts, prompts_digest
 from pipelines.stages.pairs.artifact import load_captioned_pictures, training_places
 from pipelines.stages.pairs.held_out import held_out_places
-from tests.tiny_artifacts import pairs_artifact
+from tests.tiny_artifacts import first_caption, pairs_artifact
 
 
 def config(path: Path, **fields: object) -> EvaluateConfig:
@@ -65,8 +65,10 @@ def test_key_knows_the_file_by_its_contents(tmp_path: Path) -> None:
 )
 def test_training_captions_are_spread_over_the_first_shards(tmp_path: Path, count: int, expected: list[int]) -> None:
     pairs = pairs_artifact(tmp_path, rows=(5, 0, 4))
-    every = load_captioned_pictures(pairs, [(shard, row) for shard, rows in ((0, 5), (2, 4)) for row in range(rows)])
-    chosen = load_captioned_pictures(pairs, training_places(pairs, count))
+    every = load_captioned_pictures(
+        pairs, [(shard, row) for shard, rows in ((0, 5), (2, 4)) for row in range(rows)], first_caption
+    )
+    chosen = load_captioned_pictures(pairs, training_places(pairs, count), first_caption)
     assert [picture.caption for picture in chosen] == [every[number].caption for number in expected]
     assert all(picture.image.shape == (32, 32, 3) for picture in chosen)
 

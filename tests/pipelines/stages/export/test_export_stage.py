@@ -57,9 +57,14 @@ def test_diffusers_loads_its_layout_and_draws_the_same_picture(exported: Artifac
         latents=initial_noise([5], (4, 4, 4)),
         output_type="np",
     ).images
-    model, tokenizer = load_model(diffusion)
-    tokens, empty = (torch.from_numpy(tokenizer.encode([text]).astype(np.int64)) for text in ("red circle", ""))
-    ours = model.sample(tokens, unconditional=empty, seeds=[5], num_steps=4, guidance_scale=3.0)
+    model, prompts = load_model(diffusion)
+    ours = model.sample(
+        prompts.inputs(["red circle"]),
+        unconditional=prompts.unconditional(),
+        seeds=[5],
+        num_steps=4,
+        guidance_scale=3.0,
+    )
     difference = np.abs(theirs - (ours.permute(0, 2, 3, 1).numpy() + 1) / 2).max()
     assert difference <= 1 / 255
 

@@ -14,16 +14,16 @@ from pipelines.shards.format import ShardWriter, read_shard
 from pipelines.stage import StageContext
 from pipelines.stages.latents import work
 from pipelines.stages.latents.artifact import FORMAT_VERSION
-from pipelines.stages.latents.config import LatentsConfig, TokenizerConfig
+from pipelines.stages.latents.config import LatentsConfig
 from pipelines.stages.pairs.artifact import PAIRS_FORMAT
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.file_table import FileTable
 from pipelines.store.ledger import Artifact
 from pipelines.store.storage import Storage
 from pipelines.tracking import null_stage_tracker
-from tests.tiny_artifacts import finish, hold_out
+from tests.tiny_artifacts import finish, hold_out, latents_config
 
-CONFIG = LatentsConfig(tokenizer=TokenizerConfig(size=64, max_length=8), batch_size=2, workers=1)
+CONFIG = latents_config(batch_size=2, workers=1)
 Siblings = Callable[[], Iterator[tuple[Storage, FileTable]]]
 
 

@@ -10,20 +10,21 @@ import torch
 from PIL import Image
 
 from ldm_core.networks.posterior import DiagonalGaussian
+from pipelines.conditions.kinds import kind_of
 from pipelines.errors import UserError
 from pipelines.shards.format import decode_npy, read_shard, write_shard
 from pipelines.shards.index import scan_shard
-from pipelines.stages.latents.config import LatentsConfig, TokenizerConfig
+from pipelines.stages.latents.config import LatentsConfig
 from pipelines.stages.latents.encode import EncodeShard
+from pipelines.stages.latents.rows import PairsRows
 from pipelines.stages.latents.shard import Written
-from pipelines.stages.latents.vocabulary import commit_vocabulary
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.ledger import Artifact
 from pipelines.store.storage import Storage, sha256_file
-from tests.tiny_artifacts import first_stage_artifact, pair_sample, pairs_artifact
+from tests.tiny_artifacts import first_stage_artifact, latents_config, pair_sample, pairs_artifact
 
 pytestmark = pytest.mark.usefixtures("own_threads")
-CONFIG = LatentsConfig(tokenizer=TokenizerConfig(size=64, max_length=8), batch_size=3)
+CONFIG = latents_config(batch_size=3)
 
 
 def encoder(
@@ -31,7 +32,7 @@ def encoder(
 ) -> EncodeShard:
     pairs = pairs_artifact(root, rows=rows)
     writer = ArtifactWriter("latents", "key", Storage(str(root / "latents" / "key")))
-    commit_vocabulary(config.tokenizer, pairs, writer)
+    kind_of(config.condition).prepare(PairsRows(pairs), writer)
     return EncodeShard(
         pairs=pairs,
         first_stage=first_stage_artifact(root, preset=preset),

@@ -16,22 +16,22 @@ import ray
 import torch
 import webdataset
 
+from pipelines.conditions.kinds import kind_of
 from pipelines.errors import UserError
 from pipelines.shards.format import decode_npy, read_shard
 from pipelines.stages.autoencoder.artifact import load_first_stage
 from pipelines.stages.latents import work
-from pipelines.stages.latents.config import LatentsConfig, TokenizerConfig
 from pipelines.stages.latents.encode import EncodeShard
+from pipelines.stages.latents.rows import PairsRows
 from pipelines.stages.latents.stage import STAGE
-from pipelines.stages.latents.vocabulary import commit_vocabulary
 from pipelines.stages.pairs.artifact import decode_image
 from pipelines.stages.pairs.held_out import copy_held_out
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.ledger import Artifact, artifact_key
 from pipelines.store.storage import Storage
-from tests.tiny_artifacts import contents, first_stage_artifact, pairs_artifact, run_stage
+from tests.tiny_artifacts import contents, first_stage_artifact, latents_config, pairs_artifact, run_stage
 
-CONFIG = LatentsConfig(tokenizer=TokenizerConfig(size=64, max_length=8), batch_size=2, workers=1)
+CONFIG = latents_config(batch_size=2, workers=1)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_number_of_workers_and_threads_changes_neither_bytes_nor_key(
 def encode_in_this_process(root: Path, upstream: dict[str, Artifact]) -> dict[str, str]:
     """Return sha256 of every file that an uninterrupted run writes."""
     writer = ArtifactWriter("latents", "whole", Storage(str(root / "latents" / "whole")))
-    commit_vocabulary(CONFIG.tokenizer, upstream["pairs"], writer)
+    kind_of(CONFIG.condition).prepare(PairsRows(upstream["pairs"]), writer)
     encode = EncodeShard(
         pairs=upstream["pairs"], first_stage=upstream["autoencoder"], writer=writer, config=CONFIG, device="cpu"
     )
@@ -159,10 +159,12 @@ def test_missing_pairs_shard_is_one_line_through_the_wrappers_of_ray(
 ) -> None:
     pairs = pairs_artifact(tmp_path)
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nred\n")
-    tokenizer = TokenizerConfig(vocabulary=str(tmp_path / "vocab.txt"), max_length=8)
+    condition = {"kind": "text", "tokenizer": {"vocabulary": str(tmp_path / "vocab.txt"), "max_length": 8}}
     Path(pairs.storage.path("000002.tar")).unlink()
     with pytest.raises(Exception) as caught:
-        run_stage(STAGE, CONFIG.model_copy(update={"tokenizer": tokenizer}), tmp_path, {**upstream, "pairs": pairs})
+        run_stage(
+            STAGE, latents_config(condition=condition, batch_size=2, workers=1), tmp_path, {**upstream, "pairs": pairs}
+        )
     expected = r".*/000002\.tar is missing: .*run `ldm run RECIPE --force pairs` to rebuild it"
     assert re.fullmatch(expected, str(caught.value))
     assert not (tmp_path / "latents" / "key" / "manifest.json").exists()

