@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from ldm_core.tokenizers.tokenizer import Tokenizer
+from pipelines.conditions.kinds import kind_of
 from pipelines.datasets import open_latents
 from pipelines.errors import UserError
 from pipelines.shards.format import decode_npy, read_shard
@@ -93,7 +94,8 @@ def test_they_are_counted_and_the_others_are_there(
 def test_every_sample_is_read_as_its_own_and_held_out_ones_stay_held_out(
     latents: Artifact, left_out: set[str], pairs: Artifact
 ) -> None:
-    cache = Latents(latents)
+    kind = kind_of(CONFIG.condition)
+    cache = Latents(latents, kind.files, kind.examples(latents).decode)
     assert cache.reader.rows_per_shard.tolist() == [
         rows - sum(key.startswith(shard) for key in left_out)
         for shard, rows in (("00000", 70), ("00001", 0), ("00002", 60))
@@ -101,7 +103,7 @@ def test_every_sample_is_read_as_its_own_and_held_out_ones_stay_held_out(
     # Rows of the pairs' shards would be those of their neighbours.
     held_out = [sample.key for sample in held_out_samples(pairs)]
     assert [cache.reader.key(*place) for place in cache.held_out] == held_out[1:]
-    order = SampleOrder(cache.reader.rows_per_shard, 0, 4, excluded=cache.held_out)
+    order = SampleOrder(cache.reader.rows_per_shard, 0, 4, batch_size=1, partitions=1, excluded=cache.held_out)
     epoch = [cache.reader.key(*order.sample(position).place) for position in range(order.samples_per_epoch)]
     assert len(epoch) == len(set(epoch)) == 130 - 5 - len(held_out[1:])
     assert not set(epoch) & (left_out | set(held_out))
@@ -110,7 +112,7 @@ def test_every_sample_is_read_as_its_own_and_held_out_ones_stay_held_out(
     for row in (0, 20, 56):
         sample = captions[cache.reader.key(2, row)]
         expected = tokenizer.encode([sample["txt"].decode()])[0]
-        np.testing.assert_array_equal(cache.get(2, row)[1][0], expected)
+        np.testing.assert_array_equal(cache.get(2, row)[1][0][0], expected)
     cache.reader.close()
 
 
