@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from ldm_core.configs.parameter_count import text_transformer_parameters
 from ldm_core.configs.text import TextTransformerConfig
@@ -55,6 +55,9 @@ class ConditionBase(Config):
 
     def check_guidance(self, guidance_scale: float, field: str) -> None:
         """Raise ValueError if sampling cannot be guided as a field says."""
+        # Guidance away from what was never trained.
+        if guidance_scale != 1 and getattr(self, "dropout", None) == 0:
+            raise ValueError(f"{field} must be 1 for a model trained with condition.dropout=0, got {guidance_scale}")
 
     def bytes_a_sample(self) -> int:
         """Return about how many bytes are cached of a sample."""
@@ -246,6 +249,13 @@ def _width(config: TextEncoderConfig) -> int | None:
     return width if isinstance(width, int) else None
 
 
+def _once(classes: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse a class that is named twice: one of its embeddings would never be trained."""
+    if twice := sorted({name for name in classes if classes.count(name) > 1}):
+        raise ValueError(f"classes must differ, but {twice[0]!r} is named twice: leave one out")
+    return classes
+
+
 class ClassCondition(ConditionBase):
     """A class label for every picture, one learned embedding each, as wide as the UNet's context (paper, Table 15).
 
@@ -260,16 +270,12 @@ class ClassCondition(ConditionBase):
 
     kind: Literal["class"]
     column: str = "label"
-    classes: tuple[str, ...] | None = Field(None, min_length=1)
+    classes: Annotated[tuple[str, ...], AfterValidator(_once)] | None = Field(None, min_length=1)
     dropout: float = Field(0.1, ge=0, le=1)
 
     def check_model(self, sections: Sections) -> None:
         if sections["diffusion"].unet.context_dim is None:
             raise ValueError("diffusion.unet.context_dim must be the width of a class's embedding, got null: set it")
-
-    def check_guidance(self, guidance_scale: float, field: str) -> None:
-        if guidance_scale != 1 and not self.dropout:
-            raise ValueError(f"{field} must be 1 for a model trained with condition.dropout=0, got {guidance_scale}")
 
     def bytes_a_sample(self) -> int:
         return 4
@@ -297,7 +303,7 @@ class LayoutCondition(CacheOnlyCondition):
 
     kind: Literal["layout"]
     column: str = "boxes"
-    classes: tuple[str, ...] = Field(min_length=1)
+    classes: Annotated[tuple[str, ...], AfterValidator(_once)] = Field(min_length=1)
 
     def check_pairs(self, sections: Sections) -> None:
         if sections["pairs"].resize == "border":

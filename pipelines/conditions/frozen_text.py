@@ -14,6 +14,7 @@ A second encoder has the same files under `text2`.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -67,7 +68,16 @@ class FrozenText:
         return digest_json([storage.read_json(_about(number)) for number in range(len(self.config.encoders))])
 
     def encoder(self, storage: Storage, device: str, encode_images: Encode | None) -> Encoder:
-        return CaptionStates([(_opened(encoder), device) for encoder in self.config.encoders])
+        opened = [_opened(encoder) for encoder in self.config.encoders]
+        for number, (config, each) in enumerate(zip(self.config.encoders, opened, strict=True)):
+            # Every node has files of its own.
+            if each.about != (known := storage.read_json(_about(number))):
+                raise UserError(
+                    f"the text encoder at {config.path} on {socket.gethostname()} is another "
+                    f"({each.about['weights_sha256'][:12]}…) than the one that this run began with "
+                    f"({known['weights_sha256'][:12]}…): put the same files on every node"
+                )
+        return CaptionStates([(each, device) for each in opened])
 
     def details(self, storage: Storage) -> dict[str, Any]:
         about = [storage.read_json(_about(number)) for number in range(len(self.config.encoders))]
@@ -175,12 +185,13 @@ class OpenedEncoder:
             tokens = self.tokenizer.encode(captions[start : start + BATCH]).astype(np.int64)
             if self.masked:
                 # What is not stored need not be computed.
-                tokens = tokens[:, : max(int((tokens != self.tokenizer.pad_id).sum(1).max()), 1)]
+                shown = np.flatnonzero((tokens != self.tokenizer.pad_id).any(axis=0))
+                tokens = tokens[:, : int(shown.max(initial=0)) + 1]
             given = self.conditioner(torch.from_numpy(tokens).to(device))
             assert given.context is not None
             context = given.context.half().cpu().numpy()
             mask = np.ones(context.shape[:2], bool) if given.mask is None else given.mask.cpu().numpy()
-            states += [each[shown] for each, shown in zip(context, mask, strict=True)]
+            states += [each[real] for each, real in zip(context, mask, strict=True)]
         return states
 
 
@@ -198,7 +209,12 @@ class _Loaded:
         path.write_bytes(encode_json(self.encoder.about))
 
     def write_null(self, path: Path) -> None:
-        path.write_bytes(encode_npy(self.encoder([""], "cpu")[0]))
+        null = self.encoder([""], "cpu")[0]
+        if not np.isfinite(null).all():
+            raise UserError(
+                f"the text encoder at {self.config.path} gives values that are not finite in fp16 for the empty caption"
+            )
+        path.write_bytes(encode_npy(null))
 
 
 def _opened(config: TextEncoderConfig) -> OpenedEncoder:
@@ -211,7 +227,7 @@ def _opened(config: TextEncoderConfig) -> OpenedEncoder:
 def _load(config: TextEncoderConfig) -> TextEncoder:
     if config.open_clip is not None:
         return open_clip_text_encoder(config.open_clip, config.path, unused_layers=config.unused_layers)
-    return text_encoder(Path(config.path), max_length=config.max_length)
+    return text_encoder(Path(config.path).expanduser(), max_length=config.max_length)
 
 
 class CaptionStates:

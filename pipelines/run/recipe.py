@@ -101,10 +101,13 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     if not isinstance(values, dict):
         raise MisuseError(f"recipe {path} must be a mapping of sections, but holds {type(values).__name__}")
     values = _with_condition(values, str(path))
+    changes: dict[str, Any] = {}
     for override in overrides:
-        changes = _with_condition(_parse_override(override), "--set")
-        values = merge(_without_another_kind(values, changes), changes)
-    return parse_recipe(values, origin=str(path))
+        changes = merge(changes, _with_named_kind(_parse_override(override)))
+    # Of all overrides together: the kind may be named after its settings.
+    kind = _kind(changes, _kind(values))
+    changes = _with_condition(changes, "--set", kind)
+    return parse_recipe(merge(_of_kind(values, kind), changes), origin=str(path))
 
 
 def parse_recipe(values: dict[str, Any], *, origin: str = "recipe") -> Recipe:
@@ -123,41 +126,52 @@ _MOVED = (
 )
 
 
-def _with_condition(values: dict[str, Any], origin: str) -> dict[str, Any]:
-    """Move the settings of a text condition from where they were in version 0.1 to `condition`, over what is there."""
+def _with_condition(values: dict[str, Any], origin: str, kind: Any = "text") -> dict[str, Any]:
+    """Move the settings of a text condition from where they were in version 0.1 to `condition`.
+
+    Args:
+        values: a recipe, or overrides of one.
+        origin: where they come from, for messages.
+        kind: of the condition, if they do not say.
+
+    Raises:
+        MisuseError: the condition is of another kind, or has them too.
+    """
     moved: dict[str, Any] = {}
+    kind, condition = _kind(values, kind), values.get("condition")
+    there = condition if isinstance(condition, dict) else {"kind": kind}
     for section, old, new in _MOVED:
         if isinstance(values.get(section), dict) and old in values[section]:
             moved[new] = values[section][old]
             values = {**values, section: {name: value for name, value in values[section].items() if name != old}}
-            kind = _kind(values)
             if kind != "text":
                 raise MisuseError(
                     f"{origin}: {section}.{old} is of condition text, but the recipe's condition is {kind}: leave "
                     "it out"
                 )
-    if not moved:
-        return values
+            if new in there:
+                raise MisuseError(
+                    f"{origin}: {section}.{old} is the former name of condition.{new}, which is there too: leave it out"
+                )
+    return {**values, "condition": {**there, **moved}} if moved else values
+
+
+def _kind(values: Mapping[str, Any], otherwise: Any = "text") -> Any:
     condition = values.get("condition")
-    return {**values, "condition": merge(condition if isinstance(condition, dict) else {}, moved)}
+    if condition is None:
+        return otherwise
+    return condition.get("kind", otherwise) if isinstance(condition, dict) else condition
 
 
-def _kind(values: Mapping[str, Any]) -> Any:
-    condition = values.get("condition", "text")
-    return condition.get("kind", "text") if isinstance(condition, dict) else condition
+def _of_kind(values: dict[str, Any], kind: Any) -> dict[str, Any]:
+    """Take out the settings of a condition in whose place overrides put another kind."""
+    return _with_named_kind(values) if _kind(values) == kind else {**values, "condition": {"kind": kind}}
 
 
-def _without_another_kind(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Take out the settings of a condition in whose place an override puts another kind."""
-    if "condition" in changes and isinstance(changes["condition"], dict | str):
-        wanted = _kind({"condition": {"kind": _kind(values)} | _as_mapping(changes["condition"])})
-        if wanted != _kind(values) or isinstance(values.get("condition"), str):
-            return {**values, "condition": {"kind": wanted}}
-    return values
-
-
-def _as_mapping(condition: Any) -> dict[str, Any]:
-    return condition if isinstance(condition, dict) else {"kind": condition}
+def _with_named_kind(values: dict[str, Any]) -> dict[str, Any]:
+    """Write a condition that is only named as a mapping, which others can be laid over."""
+    condition = values.get("condition")
+    return {**values, "condition": {"kind": condition}} if isinstance(condition, str) else values
 
 
 def _inside(inner: str, outer: str) -> bool:

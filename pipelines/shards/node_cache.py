@@ -257,7 +257,8 @@ def _enter(folder: Path) -> IO[str]:
             # Of users that were killed, at whatever they were doing.
             _clear(folder)
         file = open(folder / f"{uuid.uuid4().hex}.user", "w", encoding="ascii")  # noqa: SIM115 - open until it leaves
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Waited for: `is_used` looks at it for a moment, without the cache's lock.
+        fcntl.flock(file, fcntl.LOCK_EX)
         return file
 
 

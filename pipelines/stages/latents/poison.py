@@ -37,9 +37,15 @@ class Poisoned:
             item: `shard` and `rows`.
 
         Raises:
-            UserError: there are now more than may be.
+            UserError: there are now more than may be, or its latents are committed.
         """
         shard = item["shard"]
+        if self._writer.is_committed(shard):
+            # Readers would find it, and nothing beside it.
+            raise UserError(
+                f"{shard} of latents is committed, but reading it back kills its worker each time: out of memory? Set "
+                "latents.workers lower and run the same command again"
+            )
         found = len(self.shards) + 1
         if found > self._max_share * self._total:
             raise UserError(

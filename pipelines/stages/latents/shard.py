@@ -16,7 +16,7 @@ from pipelines.stages.pairs.artifact import whole_shard
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.file_table import FileRecord, FileTable
 from pipelines.store.ledger import Artifact
-from pipelines.store.storage import encode_json
+from pipelines.store.storage import encode_json, sha256_file
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,8 @@ class ShardCommit:
                 content=self.identity.content,
             )
         ]
+        if written.sha256 is not None:
+            self._require(self.shard, records[0], written.sha256)
         beside = {
             index_name(self.shard): written.index.encode(),
             statistics_name(self.shard): encode_json(written.statistics.to_json()),
@@ -119,13 +121,17 @@ class ShardCommit:
             self.writer.storage.write_bytes(name, data)
         digest = hashlib.sha256(data).hexdigest()
         record = self.writer.commit(name, sha256=digest)
+        self._require(name, record, digest)
+        return record
+
+    def _require(self, name: str, record: FileRecord, digest: str) -> None:
+        """Refuse a file that was committed with other bytes than stand there, or go with the shard, now."""
         if record.sha256 != digest:
             url = self.writer.storage.url
             raise UserError(
-                f"{url}/{name} is committed, but not of the {self.shard} that is there: that was damaged and removed? "
+                f"{url}/{name} is committed, but not of the {self.shard} that is there: that was damaged or replaced? "
                 f"Run `ldm run RECIPE --force latents` to rebuild all of {url}"
             )
-        return record
 
     def _read_back(self) -> Written:
         """Return what is known of the shard that another writer has put there."""
@@ -138,6 +144,7 @@ class ShardCommit:
                 raise UserError(
                     f"{storage.url}/{self.shard} is not a whole tar ({error}): remove it and run the same command again"
                 ) from error
+            sha256 = sha256_file(path)
             for sample in read_shard(path):
                 statistics.add(sample["__key__"], decode_npy(sample["latent.npy"]))
         if len(index) < self.pairs_rows:
@@ -145,4 +152,4 @@ class ShardCommit:
             with whole_shard(self.pairs, self.shard, self.pairs_sha256) as path, open(path, "rb") as file:
                 keys = scan_shard(file, checksums=False).keys
             statistics.unencodable.update({key: row for row, key in enumerate(keys) if key not in encoded})
-        return Written(None, index, statistics)
+        return Written(sha256, index, statistics)

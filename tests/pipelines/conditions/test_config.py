@@ -25,7 +25,12 @@ CLASSES = ("condition=class", "pairs.captions=optional")
         (("condition.kind=class", "condition.colum=x"), "unknown key 'condition.colum'; did you mean 'column'?"),
         (("condition.tokenizer.size=3",), "condition.tokenizer.size: Input should be greater than or equal to 64"),
         (("latents.condition=none",), "unknown key 'latents.condition'"),
-        (("condition=none", "diffusion.text.layers=1"), "unknown key 'condition.transformer'"),
+        (("condition=none", "diffusion.text.layers=1"), "diffusion.text is of condition text, but the recipe's"),
+        (
+            ("condition.transformer.layers=2", "diffusion.text.layers=1"),
+            "diffusion.text is the former name of condition.transformer, which is there too: leave it out",
+        ),
+        (("condition=class", "condition.classes=[a, b, a]"), "classes must differ, but 'a' is named twice"),
     ],
 )
 def test_a_wrong_condition_is_refused_in_one_line(overrides: tuple[str, ...], message: str) -> None:
@@ -65,7 +70,10 @@ def test_an_override_wins_over_the_file_wherever_the_file_says_it(tmp_path: Path
 def test_another_kind_in_an_override_takes_the_place_of_the_whole_condition() -> None:
     recipe = load_recipe(DEMO, ("condition.kind=class", "condition.column=colour"))
     assert recipe.condition.model_dump() == {"kind": "class", "column": "colour", "classes": None, "dropout": 0.1}
+    # In any order.
+    assert load_recipe(DEMO, ("condition.column=colour", "condition=class")) == recipe
     assert load_recipe(DEMO, ("condition=none",)).condition.model_dump() == {"kind": "none"}
+    assert load_recipe(DEMO, ("condition=text",)) == load_recipe(DEMO)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +83,10 @@ def test_another_kind_in_an_override_takes_the_place_of_the_whole_condition() ->
         ((*CLASSES, "diffusion.unet.context_dim=null"), "must be the width of a class's embedding, got null: set it"),
         (
             (*CLASSES, "condition.dropout=0"),
+            "diffusion.preview.guidance_scale must be 1 for a model trained with condition.dropout=0, got 2.0",
+        ),
+        (
+            ("condition.dropout=0",),
             "diffusion.preview.guidance_scale must be 1 for a model trained with condition.dropout=0, got 2.0",
         ),
         (("pairs.captions=optional",), "condition text needs a caption with every picture: set pairs.captions to"),

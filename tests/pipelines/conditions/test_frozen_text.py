@@ -16,8 +16,8 @@ from ldm_core.configs.text import ClipTextConfig, FrozenTextConfig
 from ldm_core.configs.unet import UNetConfig
 from ldm_core.latent_diffusion import DiffusionNetwork
 from ldm_core.pretrained import text_encoder
-from pipelines.conditions.config import FrozenTextCondition
-from pipelines.conditions.frozen_text import CaptionStateExamples, FrozenText
+from pipelines.conditions.config import FrozenTextCondition, TextEncoderConfig
+from pipelines.conditions.frozen_text import CaptionStateExamples, FrozenText, OpenedEncoder
 from pipelines.conditions.kind import Pair
 from pipelines.errors import UserError
 from pipelines.shards.format import decode_npy
@@ -78,6 +78,23 @@ def test_a_cache_of_frozen_text_equals_the_encoder_run_live(minilm: tuple[Frozen
         assert (states.dtype, lengths.dtype) == (np.float16, np.uint16)
         assert lengths.tolist() == mask.sum(1).tolist(), "real tokens alone are stored"
         torch.testing.assert_close(torch.from_numpy(states).float(), context[mask], rtol=2e-3, atol=2e-3)
+
+
+def test_padding_is_what_follows_the_last_token_though_a_caption_may_name_the_token_for_it() -> None:
+    encoder = OpenedEncoder(TextEncoderConfig(path=str(MINILM), max_length=LENGTH))
+    named = "a [PAD] red circle"
+    alone = encoder([named], "cpu")[0]
+    beside_a_longer_one = encoder([named, "one two three four five six seven eight nine"], "cpu")[0]
+    assert len(alone) == len(["[CLS]", "a", "red", "circle", "[SEP]"])
+    np.testing.assert_allclose(alone, beside_a_longer_one, rtol=2e-3, atol=2e-3)
+
+
+def test_a_node_with_another_encoder_at_the_same_place_is_refused(tmp_path: Path) -> None:
+    kind, latents = prepared(tmp_path)
+    about = latents.storage.read_json("text_encoder.json")
+    latents.storage.write_json("text_encoder.json", {**about, "weights_sha256": "0" * 64})
+    with pytest.raises(UserError, match=r"is another .* than the one that this run began with .0000"):
+        kind.encoder(latents.storage, "cpu", None)
 
 
 def test_the_empty_caption_is_cached_once(minilm: tuple[FrozenText, Any]) -> None:

@@ -99,6 +99,19 @@ def test_what_is_missing_beside_a_committed_shard_is_made_from_it(tmp_path: Path
     assert files_of(encode) == before
 
 
+def test_a_committed_shard_with_other_bytes_is_not_indexed_as_if_it_were_whole(tmp_path: Path) -> None:
+    encode = encoder(tmp_path)
+    encode(item(encode.pairs))
+    encode.writer.storage.remove("index/000000.arrow")
+    encode.writer.storage.remove("commits/index__000000.arrow.json")
+    path = Path(encode.writer.storage.path("000000.tar"))
+    data = bytearray(path.read_bytes())
+    data[data.index(b"\x93NUMPY") + 200] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"000000.tar is committed, but not of the 000000.tar that is there"):
+        encode(item(encode.pairs))
+
+
 def test_what_is_committed_whole_is_not_read_again(tmp_path: Path) -> None:
     encode = encoder(tmp_path)
     first = encode(item(encode.pairs))
