@@ -234,16 +234,26 @@ class FrozenTextCondition(ConditionBase):
         return sum(file.stat().st_size // 4 for file in files if file.suffix in (".safetensors", ".bin"))
 
     def bytes_a_sample(self) -> int:
-        # Of a caption of twenty tokens.
-        return sum(2 * 20 * (_width(encoder) or 1024) for encoder in self.encoders)
+        return sum(2 * _tokens(encoder) * (_width(encoder) or 1024) for encoder in self.encoders)
+
+
+def _tokens(config: TextEncoderConfig) -> int:
+    """Return about how many states are stored of a caption: of a CLIP all, of others those of twenty tokens."""
+    clip = config.open_clip is not None or "clip" in str(_settings(config).get("model_type", ""))
+    return 77 if clip else 20
+
+
+def _settings(config: TextEncoderConfig) -> dict[str, Any]:
+    path = Path(config.path).expanduser() / "config.json"
+    if config.open_clip is not None or not path.is_file():
+        return {}
+    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return settings
 
 
 def _width(config: TextEncoderConfig) -> int | None:
     """Return the width of what an encoder gives; None if its files do not say."""
-    path = Path(config.path).expanduser() / "config.json"
-    if config.open_clip is not None or not path.is_file():
-        return None
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = _settings(config)
     settings = settings.get("text_config", settings)
     width = settings.get("hidden_size") or settings.get("d_model")
     return width if isinstance(width, int) else None

@@ -19,6 +19,7 @@ import errno
 import fcntl
 import os
 import shutil
+import socket
 import stat
 import tempfile
 import threading
@@ -96,8 +97,8 @@ class NodeCache:
             with contextlib.suppress(FileNotFoundError):
                 self._fetch_now(record)
         raise UserError(
-            f"{self._folder}: fetched shards are removed from it while they are needed: keep whatever tidies up "
-            f"temporary files away, or set {FOLDER_VARIABLE} to another folder"
+            f"{self._folder} on {socket.gethostname()}: fetched shards are removed from it while they are needed: keep "
+            f"whatever tidies up temporary files away, or set {FOLDER_VARIABLE} to another folder"
         )
 
     def fetch_ahead(self, records: Sequence[FileRecord]) -> None:
@@ -198,8 +199,9 @@ class NodeCache:
                 if again.errno not in _DISK_FULL:
                     raise
                 raise UserError(
-                    f"disk full at {self._folder}: shards are fetched to it, one of {record.bytes} bytes has no room: "
-                    f"free some space, or set {FOLDER_VARIABLE} to a folder on a larger disk"
+                    f"disk full at {self._folder} on {socket.gethostname()}: shards are fetched to it, one of "
+                    f"{record.bytes} bytes has no room: free some space, or set {FOLDER_VARIABLE} to a folder on a "
+                    "larger disk"
                 ) from again
         if (found := sha256_file(partial)) != record.sha256:
             raise NotAsCommittedError(f"has the sha256 {found[:12]}… instead of {record.sha256[:12]}…")

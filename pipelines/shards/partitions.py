@@ -28,7 +28,8 @@ def check_workers(workers: int, batch_size: int, most: int, samples: int | None 
         allowed = ", ".join(map(str, divisors(partitions)))
         raise MisuseError(
             f"training.workers must be one of {allowed}, to share {partitions} partitions of the samples equally "
-            f"({why}), got {workers}; another training.partitions or batch_size allows others"
+            f"({why}), got {workers}; another training.partitions or batch_size allows others, and begins another "
+            "training"
         )
 
 

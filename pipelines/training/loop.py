@@ -95,6 +95,8 @@ class TrainingLoop:
     def _train(self, checkpoints: Checkpoints) -> None:
         if (state := checkpoints.newest(self.rank.device)) is not None:
             self._restore(state)
+        # Else the device would hold it until training ends.
+        del state
         wrapped = wrap(self.network, self.config, self.rank.world_size)
         batches = Prefetcher(self._load, self.step, self.config.steps)
         clock = _Clock(self.step)

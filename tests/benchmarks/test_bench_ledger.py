@@ -115,7 +115,7 @@ def test_the_last_line_is_json(capsys: pytest.CaptureFixture[str], use_s3: Calla
     assert all(value > 0 for value in result["ratios"].values())
     assert size["plan"]["rows"] == 1_000_000
     assert size["ls"]["artifacts"] == 4
-    assert (size["check"]["files"], size["resume"]["files"]) == (200, 101)
+    assert (size["check"]["files"], size["resume"]["files"]) == (200, 151)
     assert size["driver"]["pending"] == 50
     assert size["driver"]["peak_mib"] > size["actor"]["peak_mib"] > 10
     assert size["listing_finished"]["objects"] > 200

@@ -12,7 +12,7 @@ from ldm_core import presets
 from pipelines.config import Config, runtime
 from pipelines.run.recipe import parse_recipe
 from pipelines.stages.autoencoder.config import AutoencoderConfig
-from pipelines.stages.diffusion.config import DiffusionConfig, SamplingConfig
+from pipelines.stages.diffusion.config import DiffusionSettings, SamplingConfig
 from pipelines.stages.pairs.config import PairsConfig
 from pipelines.store.ledger import digest_json
 
@@ -70,7 +70,7 @@ def test_settings_hold_defaults_too() -> None:
     [
         (PairsConfig, {"source": "x", "quality": 80, "filters": {"size": {"min": 200}}}),
         (AutoencoderConfig, {"model": "kl-f8", "training": TRAINING}),
-        (DiffusionConfig, {"unet": "txt2img-1p4b", "training": TRAINING}),
+        (DiffusionSettings, {"unet": "txt2img-1p4b", "training": TRAINING}),
     ],
 )
 def test_a_field_added_later_keeps_the_key(section: type[Config], values: dict[str, Any]) -> None:
@@ -94,7 +94,7 @@ def test_a_first_stage_has_one_key_by_its_name_and_by_its_fields(name: str) -> N
 def test_a_unet_has_one_key_by_its_name_and_by_its_fields(name: str) -> None:
     spelled_out = json.loads(json.dumps(dataclasses.asdict(presets.unet(name))))
     forms = [name, {"preset": name}, spelled_out, {"preset": name, **spelled_out}]
-    sections = [DiffusionConfig.model_validate({"unet": form, "training": TRAINING}) for form in forms]
+    sections = [DiffusionSettings.model_validate({"unet": form, "training": TRAINING}) for form in forms]
     assert len({digest_json(section.identity()) for section in sections}) == 1
 
 

@@ -149,8 +149,10 @@ def _find(pending: Mapping[str, Identity], siblings: Iterable[tuple[Storage, Fil
             same_bytes = name is not None
             name = name or by_content.get(record.content or "")
             better = name is not None and (name not in found or (same_bytes and not found[name].same_bytes))
+            if not name or not better:
+                continue
             index, statistics = files.get(index_name(record.name)), files.get(statistics_name(record.name))
-            if name and better and index and statistics:
+            if index and statistics:
                 here[name] = _Source(storage, record, index, statistics, same_bytes)
         if here:
             sizes = file_sizes(storage, [source.record.name for source in here.values()])

@@ -186,6 +186,8 @@ def wait_until(holds: Callable[[], bool]) -> None:
 def test_the_actors_are_gone_when_another_driver_has_taken_the_root_over(tmp_path: Path) -> None:
     items = [{"number": number} for number in range(400)]
     size = pool_size(len(items), workers=2)
+    # Not all four: raylets may count what other tests have killed as running.
+    free = ray.available_resources().get("CPU", 0)
     with held_root() as root:
         results = map_on_actors(items, Patient, arguments={"log": tmp_path}, size=size, check=root.check)
         next(results)
@@ -196,7 +198,7 @@ def test_the_actors_are_gone_when_another_driver_has_taken_the_root_over(tmp_pat
     assert pids
     # `caught` holds the frames of the work: it must not be what keeps the actors alive.
     wait_until(lambda: not any(map(psutil.pid_exists, pids)))
-    wait_until(lambda: ray.available_resources().get("CPU") == 4)
+    wait_until(lambda: ray.available_resources().get("CPU", 0) >= free)
     assert len(list(tmp_path.glob("item.*"))) < len(items)
     assert caught.value.exit_code == 1
 

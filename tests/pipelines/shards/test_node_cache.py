@@ -246,7 +246,9 @@ def test_a_full_disk_is_one_line(
 ) -> None:
     fill_disk(monkeypatch, lambda: True)
     with contextlib.closing(ShardReader(remote[0], FileTable.of(remote[1]))) as reader:
-        with pytest.raises(UserError, match=rf"^disk full at {cache}: .* set LDM_CACHE to a folder on a larger disk$"):
+        with pytest.raises(
+            UserError, match=rf"^disk full at {cache} on .*: .* set LDM_CACHE to a folder on a larger disk$"
+        ):
             reader.read(0, 0)
         assert names(cache, ".partial") == set()
 

@@ -253,7 +253,8 @@ def test_workers_that_cannot_share_the_partitions_are_refused_with_the_numbers_t
     with pytest.raises(
         MisuseError,
         match=r"^training.workers must be one of 1, 2, 4, 8, to share 8 partitions of the samples equally "
-        r"\(batch_size 64, at most 64, 10 samples\), got 16; another training.partitions or batch_size allows others$",
+        r"\(batch_size 64, at most 64, 10 samples\), got 16; another training.partitions or batch_size allows others, "
+        "and begins another training$",
     ):
         order.slice(0, 0, 16)
     with pytest.raises(MisuseError, match=r"must be one of 1, 2, 4, 8, .* got 3;"):

@@ -72,12 +72,13 @@ def test_a_killed_controller_is_replaced_and_the_weights_come_out_the_same(
 ) -> None:
     monkeypatch.setattr(fit, "RESTART_PAUSE_S", 0.1)
     run, lines = toy.Run(tmp_path), list[str]()
+    free = ray.available_resources().get("CPU", 0)
     with told_to(lines.append):
         details = run.fit(controller_dies_at=27)
     assert details["steps"] == 48
     assert lines == ["training stopped (Ray Train's controller died): it goes on from the newest checkpoint"]
     assert_same_training(run, uninterrupted)
-    wait_until(lambda: ray.available_resources().get("CPU") == 4)
+    wait_until(lambda: ray.available_resources().get("CPU", 0) >= free)
 
 
 @pytest.mark.timeout(400)
@@ -119,6 +120,7 @@ def wait_until(holds: Callable[[], bool]) -> None:
 
 @pytest.mark.timeout(240)
 def test_the_workers_are_gone_when_another_driver_has_taken_the_root_over(ray_cluster: None, tmp_path: Path) -> None:
+    free = ray.available_resources().get("CPU", 0)
     with held_root() as root:
 
         def lose_root(done: int, total: int) -> None:
@@ -133,4 +135,4 @@ def test_the_workers_are_gone_when_another_driver_has_taken_the_root_over(ray_cl
     pids = [int(file.suffix[1:]) for file in (tmp_path / "log").glob("started.*")]
     assert len(pids) == 2, "a driver without a root must not start its workers again"
     wait_until(lambda: not any(map(psutil.pid_exists, pids)))
-    wait_until(lambda: ray.available_resources().get("CPU") == 4)
+    wait_until(lambda: ray.available_resources().get("CPU", 0) >= free)
