@@ -5,6 +5,7 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -101,13 +102,13 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     if not isinstance(values, dict):
         raise MisuseError(f"recipe {path} must be a mapping of sections, but holds {type(values).__name__}")
     values = _with_condition(values, str(path))
-    changes: dict[str, Any] = {}
-    for override in overrides:
-        changes = merge(changes, _with_named_kind(_parse_override(override)))
-    # Of all overrides together: the kind may be named after its settings.
-    kind = _kind(changes, _kind(values))
-    changes = _with_condition(changes, "--set", kind)
-    return parse_recipe(merge(_of_kind(values, kind), changes), origin=str(path))
+    changes = [_with_named_kind(_parse_override(override)) for override in overrides]
+    # The kind may be named after its settings.
+    kind = reduce(lambda known, each: _kind(each, known), changes, _kind(values))
+    # For what it refuses of all of them together.
+    _with_condition(reduce(merge, changes, {}), "--set", kind)
+    laid_over = (_with_condition(each, "--set", kind) for each in changes)
+    return parse_recipe(reduce(merge, laid_over, _of_kind(values, kind)), origin=str(path))
 
 
 def parse_recipe(values: dict[str, Any], *, origin: str = "recipe") -> Recipe:
