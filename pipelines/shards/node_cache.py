@@ -1,4 +1,6 @@
-"""Fetched shards on a node's disk: one cache for all processes of a user there, bounded, and gone with the last one.
+"""Fetched shards on a node's disk: one cache for all processes of a user there, gone with the last one.
+
+Its size bounds what is kept and what is fetched ahead; what processes have in use is kept whatever its size.
 
 It lies in `ldm-cache-UID` below `$LDM_CACHE`, or below the folder for temporary files:
 
