@@ -18,6 +18,8 @@ from pipelines.compute.watch import watch_executions
 from pipelines.errors import UserError
 
 START_ATTEMPTS = 3
+# What workers on all nodes are given of this process's environment; the cache is that of `pipelines.shards`.
+HANDED_ON = (patience.VARIABLE, "LDM_CACHE", "LDM_CACHE_GIB")
 
 
 @contextlib.contextmanager
@@ -122,12 +124,11 @@ def _patience(seconds: float | None) -> Iterator[None]:
 
 
 def _workers_environment() -> dict[str, Any]:
-    """Return the option of `ray.init` that hands the patience on to the workers of a cluster that runs already."""
-    value = os.environ.get(patience.VARIABLE)
+    """Return the option of `ray.init` that hands variables on to the workers of a cluster that runs already."""
     # A submitted job's own environment reaches its workers, and Ray refuses to have a variable set twice.
-    if value is None or patience.VARIABLE in os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", ""):
-        return {}
-    return {"runtime_env": {"env_vars": {patience.VARIABLE: value}}}
+    submitted = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "")
+    found = {name: os.environ[name] for name in HANDED_ON if name in os.environ and f'"{name}"' not in submitted}
+    return {"runtime_env": {"env_vars": found}} if found else {}
 
 
 @contextlib.contextmanager

@@ -1,11 +1,13 @@
 """Fetched shards on a node's disk: one cache for all processes of a user there, gone with the last one.
 
-Its size bounds what is kept and what is fetched ahead; what processes have in use is kept whatever its size.
+Its size bounds what is kept and what is fetched ahead; what processes have in use is kept whatever its size. Processes
+that were killed leave their whole shards to whoever comes next: a restarted training finds them.
 
 It lies in `ldm-cache-UID` below `$LDM_CACHE`, or below the folder for temporary files:
 
     lock                    held while somebody looks through the cache, or changes what is in it
-    NAME.user               one for each user, held as long as it lives: the digests of the shards that it has in use
+    told                    there if somebody has told that the cache is too small
+    NAME.user               one for each user, held as long as it lives: digests and bytes of what it has in use
     SHA256.file             a whole file, checked; its time is that of its last use
     SHA256.BYTES.partial    a file on its way, held by whoever fetches it
 
@@ -19,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import math
 import os
 import shutil
 import socket
@@ -28,12 +31,13 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, BinaryIO
 
 from pipelines.errors import MisuseError, UserError
+from pipelines.notices import tell
 from pipelines.patience import give_up_at
 from pipelines.store.file_table import FileRecord
 from pipelines.store.storage import Storage, sha256_file
@@ -45,6 +49,8 @@ FETCH_THREADS = 4
 MOST_FETCHES = 5
 # How often whoever waits for another process's fetch looks whether it has ended.
 POLL_S = 0.05
+# How often it is tried again to fetch ahead what had no room, or could not be fetched.
+RETRY_S = 1.0
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 _thread = threading.local()
@@ -75,6 +81,11 @@ class NodeCache:
         # For whoever forgets to close it.
         self._leave = weakref.finalize(self, _leave, self._folder, self._user)
         self._lock = threading.Lock()
+        # What is needed now or soon, in the order of need, and of it what is to be tried again.
+        self._wanted: dict[str, FileRecord] = {}
+        self._missed: set[str] = set()
+        self._try_again_at = 0.0
+        self._told_of_size = False
         # Those that wait for a thread, and those under way.
         self._fetches: dict[str, Future[None]] = {}
         self._end = threading.Event()
@@ -87,14 +98,19 @@ class NodeCache:
 
         Raises:
             NotAsCommittedError: it is missing, or its bytes are not those that were committed.
-            UserError: the disk is full; the store refuses, or cannot be reached; somebody else removes the files.
+            OSError: the disk is full. No UserError: the same work may have room on another node.
+            UserError: the store refuses, or cannot be reached; somebody else removes the files.
         """
         path = self._path(record)
         for _ in range(MOST_FETCHES):
             with contextlib.suppress(FileNotFoundError):
                 file = open(path, "rb")  # noqa: SIM115 - closed by the caller
-                _touch(path)
-                return file
+                if os.fstat(file.fileno()).st_size == record.bytes:
+                    _touch(path)
+                    return file
+                # It was whole when it came: a node that lost its power may not have kept it so.
+                file.close()
+                path.unlink()
             # The folder itself may go while we fetch.
             with contextlib.suppress(FileNotFoundError):
                 self._fetch_now(record)
@@ -108,20 +124,28 @@ class NodeCache:
 
         Args:
             records: the shards that are needed now or soon, in the order of need.
+
+        Raises:
+            OSError: the disk is full.
         """
-        with _alone(self._folder):
-            self._user.seek(0)
-            self._user.truncate()
-            self._user.write("".join(f"{record.sha256}\n" for record in records))
-            self._user.flush()
-        wanted = {record.sha256: record for record in records}
+        self._note_use(records)
         with self._lock:
+            self._wanted = {record.sha256: record for record in records}
+            self._missed.clear()
             for digest, under_way in list(self._fetches.items()):
-                if digest not in wanted:
+                if digest not in self._wanted:
                     under_way.cancel()
-            for digest, record in wanted.items():
-                if digest not in self._fetches and not self._path(record).exists():
-                    self._start(digest, self._fetcher.submit(self._fetch, record, ahead=True))
+            self._start_ahead(self._wanted)
+
+    def keep_fetching(self) -> None:
+        """Try again to fetch ahead what had no room, or could not be fetched, once a second; to be called often."""
+        if not self._missed or time.monotonic() < self._try_again_at:
+            return
+        self._try_again_at = time.monotonic() + RETRY_S
+        with self._lock:
+            missed = [digest for digest in self._wanted if digest in self._missed]
+            self._missed.clear()
+            self._start_ahead(missed)
 
     def close(self) -> None:
         """Let go of the shards; whoever is the last user removes them."""
@@ -131,6 +155,46 @@ class NodeCache:
 
     def _path(self, record: FileRecord) -> Path:
         return self._folder / f"{record.sha256}.file"
+
+    def _note_use(self, records: Sequence[FileRecord]) -> None:
+        """Let the other processes know what is in use here."""
+        data = "".join(f"{record.sha256} {record.bytes}\n" for record in records).encode("ascii")
+        for may_fail in (True, False):
+            try:
+                with _alone(self._folder):
+                    # Room first: on a full disk the list would end where the room did.
+                    if data:
+                        os.posix_fallocate(self._user.fileno(), 0, len(data))
+                    os.pwrite(self._user.fileno(), data, 0)
+                    os.ftruncate(self._user.fileno(), len(data))
+                return
+            except OSError as error:
+                if error.errno not in _DISK_FULL or not may_fail:
+                    raise self._explained(error) from error
+            self._make_room(0)
+
+    def _explained(self, error: OSError) -> OSError:
+        """Return an error to raise for one of this node's disk, with the place and what to do about it."""
+        if error.errno not in _DISK_FULL:
+            return error
+        place = f"{self._folder} on {socket.gethostname()} (shards are fetched to it; {FOLDER_VARIABLE} names another)"
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), place)
+
+    def _start_ahead(self, digests: Iterable[str]) -> None:
+        """Begin to fetch shards that are not here; called with the lock held."""
+        for digest in digests:
+            record = self._wanted[digest]
+            if digest not in self._fetches and not self._path(record).exists():
+                self._start(digest, self._fetcher.submit(self._fetch_early, record))
+
+    def _fetch_early(self, record: FileRecord) -> None:
+        fetched = False
+        try:
+            fetched = self._fetch(record, ahead=True)
+        finally:
+            if not fetched:
+                with self._lock:
+                    self._missed.add(record.sha256)
 
     def _start(self, digest: str, future: Future[None]) -> None:
         self._fetches[digest] = future
@@ -160,8 +224,12 @@ class NodeCache:
                 under_way.set_exception(error)
         under_way.result()
 
-    def _fetch(self, record: FileRecord, *, ahead: bool) -> None:
-        """Fetch a shard, or wait until another process has; not if it is there, or is early and there is no room."""
+    def _fetch(self, record: FileRecord, *, ahead: bool) -> bool:
+        """Fetch a shard, or wait until another process has; not if it is there, or is early and there is no room.
+
+        Returns:
+            Whether it is there.
+        """
         whole = self._path(record)
         partial = self._folder / f"{record.sha256}.{record.bytes}.partial"
         while not whole.exists() and not (ahead and self._end.is_set()):
@@ -169,17 +237,19 @@ class NodeCache:
             with _held(partial) as is_ours:
                 if is_ours:
                     # It may have come since we looked.
-                    if whole.exists() or (not self._make_room(self._most_bytes) and ahead):
+                    is_there = whole.exists()
+                    if is_there or (not self._make_room(self._most_bytes) and ahead):
                         partial.unlink(missing_ok=True)
-                        return
+                        return is_there
                     try:
                         self._download(record, partial)
                     except BaseException:
                         partial.unlink(missing_ok=True)
                         raise
                     partial.rename(whole)
-                    return
+                    return True
             time.sleep(POLL_S)
+        return whole.exists()
 
     def _download(self, record: FileRecord, partial: Path) -> None:
         # Before it is fetched: a shard that is missing or cut is not worth its way over the network.
@@ -189,22 +259,16 @@ class NodeCache:
         if size != record.bytes:
             raise NotAsCommittedError(f"has {size} bytes, but {record.bytes} were committed")
         try:
-            self._storage.download(record.name, partial)
+            self._storage.download(record.name, partial, size)
         except OSError as error:
             if error.errno not in _DISK_FULL:
                 raise
             # Not ours alone: others may have left less than the cache may take.
             self._make_room(0)
             try:
-                self._storage.download(record.name, partial)
+                self._storage.download(record.name, partial, size)
             except OSError as again:
-                if again.errno not in _DISK_FULL:
-                    raise
-                raise UserError(
-                    f"disk full at {self._folder} on {socket.gethostname()}: shards are fetched to it, one of "
-                    f"{record.bytes} bytes has no room: free some space, or set {FOLDER_VARIABLE} to a folder on a "
-                    "larger disk"
-                ) from again
+                raise self._explained(again) from again
         if (found := sha256_file(partial)) != record.sha256:
             raise NotAsCommittedError(f"has the sha256 {found[:12]}… instead of {record.sha256[:12]}…")
 
@@ -212,6 +276,7 @@ class NodeCache:
         """Remove the shards used longest ago that nobody has in use, until the rest fits; tell whether it does."""
         with _alone(self._folder):
             in_use = _used_shards(self._folder)
+            self._tell_of_size(sum(in_use.values()))
             shards = {path: path.stat() for path in self._folder.glob("*.file")}
             kept = sum(status.st_size for status in shards.values())
             # Each counts as what it will be.
@@ -225,6 +290,20 @@ class NodeCache:
                     kept -= shards[path].st_size
             return kept <= most_bytes
 
+    def _tell_of_size(self, needed_bytes: int) -> None:
+        if needed_bytes > self._most_bytes and not self._told_of_size:
+            self._told_of_size = True
+            try:
+                (self._folder / "told").touch(exist_ok=False)
+            except OSError:
+                # Another process of this node has.
+                return
+            needed, most = needed_bytes / 2**30, self._most_bytes / 2**30
+            tell(
+                f"{self._folder} on {socket.gethostname()}: what is read at a time, and next, has {needed:.1f} GiB, "
+                f"but {SIZE_VARIABLE} is {most:.1f}: training waits for shards until it is {math.ceil(needed)}"
+            )
+
 
 def cache_folder() -> Path:
     """Return the folder of this node's cache; it need not exist."""
@@ -236,6 +315,12 @@ def remove_unused(folder: Path) -> None:
     """Remove a cache that no living process uses."""
     with _alone(folder):
         _remove_unless_used(folder)
+
+
+def remove_unused_here() -> None:
+    """Remove this node's cache if there is one that no living process uses."""
+    if (folder := cache_folder()).exists():
+        remove_unused(folder)
 
 
 def is_used(folder: Path) -> bool:
@@ -258,8 +343,8 @@ def _enter(folder: Path) -> IO[str]:
     """Become a user of a cache; return the file that says so, which is held until it is closed."""
     with _alone(folder):
         if not _living_users(folder):
-            # Of users that were killed, at whatever they were doing.
-            _clear(folder)
+            # Of users that were killed, at whatever they were doing; but what they fetched was checked, and is kept.
+            _clear(folder, keep=".file")
         file = open(folder / f"{uuid.uuid4().hex}.user", "w", encoding="ascii")  # noqa: SIM115 - open until it leaves
         # Waited for: `is_used` looks at it for a moment, without the cache's lock.
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -287,12 +372,12 @@ def _remove_unless_used(folder: Path) -> None:
             folder.rmdir()
 
 
-def _clear(folder: Path) -> None:
-    """Remove everything from a cache but its lock; called with it held."""
+def _clear(folder: Path, keep: str | None = None) -> None:
+    """Remove everything from a cache but its lock, and files with the suffix `keep`; called with the lock held."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
-        elif path.name != "lock":
+        elif path.name != "lock" and path.suffix != keep:
             path.unlink(missing_ok=True)
 
 
@@ -305,9 +390,10 @@ def _living_users(folder: Path) -> list[Path]:
     return living
 
 
-def _used_shards(folder: Path) -> set[str]:
-    """Return the digests of the shards that somebody has in use; called with the lock held."""
-    return {digest for path in _living_users(folder) for digest in path.read_text("ascii").split()}
+def _used_shards(folder: Path) -> dict[str, int]:
+    """Return the bytes of the shards that somebody has in use, by their digests; called with the lock held."""
+    lines = [line.split() for path in _living_users(folder) for line in path.read_text("ascii").splitlines()]
+    return {digest: int(size) for digest, size in lines}
 
 
 def _fetched(folder: Path) -> list[Path]:

@@ -91,7 +91,10 @@ class ShardReader:
         Args:
             shards: those that are needed now or soon, in the order of need; may be called with the same ones often.
         """
-        if self._cache is None or shards == self._ahead:
+        if self._cache is None:
+            return
+        if shards == self._ahead:
+            self._cache.keep_fetching()
             return
         self._ahead = list(shards)
         with self._lock:

@@ -118,9 +118,10 @@ def copy(url: str, store: FileSystem, source: str, target: str) -> None:
         abort_uploads(url, store, target)
 
 
-def download(url: str, store: FileSystem, path: str, local: Path) -> None:
-    """Fetch a file by ranges, a few at once; each of them is retried alone."""
-    size = attempt(url, lambda: store.size(path))
+def download(url: str, store: FileSystem, path: str, local: Path, size: int | None = None) -> None:
+    """Fetch a file by ranges, a few at once; each of them is retried alone. None asks for the size."""
+    if size is None:
+        size = attempt(url, lambda: store.size(path))
     starts = list(range(0, size, RANGE_BYTES))
     with open(local, "wb") as file:
         for first in range(0, len(starts), PARTS_AT_ONCE):

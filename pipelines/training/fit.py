@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 import uuid
@@ -19,17 +20,19 @@ from ray.train.torch import TorchTrainer
 from ray.util.placement_group import PlacementGroup, PlacementGroupID, placement_group_table, remove_placement_group
 
 from pipelines.compute.host_memory import keep_freed_memory
+from pipelines.compute.nodes import on_every_node
 from pipelines.compute.resources import TELL_EVERY_S, alive, use_gpus
 from pipelines.errors import TransientError, UserError, explain, raised_as_user_error
-from pipelines.notices import tell
+from pipelines.notices import tell, told_to
 from pipelines.patience import expect_answers
+from pipelines.shards.node_cache import remove_unused_here
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.patient import PatientFileSystem
 from pipelines.training.checkpoints import Checkpoints, discard_attempts, newest
 from pipelines.training.config import TrainingConfig
 from pipelines.training.loop import Rank, TrainingLoop, use_cores
 from pipelines.training.outputs import DETAILS_FILE, TRAIN_FOLDER
-from pipelines.training.relay import Relay
+from pipelines.training.relay import Message, Relay
 from pipelines.training.task import Task
 
 if TYPE_CHECKING:
@@ -75,6 +78,15 @@ def fit(task: Task, config: TrainingConfig, context: StageContext) -> dict[str, 
         UserError: what a person can mend: a loss that is not finite, a damaged shard, workers that die again and
             again, a root that another driver has taken over.
     """
+    try:
+        return _train(task, config, context)
+    finally:
+        # What killed workers had fetched lies on their nodes until somebody comes who may remove it.
+        if not context.writer.storage.is_local and not isinstance(sys.exception(), KeyboardInterrupt):
+            on_every_node(remove_unused_here)
+
+
+def _train(task: Task, config: TrainingConfig, context: StageContext) -> dict[str, Any]:
     train = context.writer.storage / TRAIN_FOLDER
     scaling = _scaling(config, context)
     deaths = 0
@@ -173,7 +185,9 @@ def _run_worker(job: _WorkerJob) -> None:
     use_cores(worker.get_local_world_size())
     keep_freed_memory()
     rank = Rank(worker.get_world_rank(), worker.get_world_size(), ray.train.torch.get_device())
-    TrainingLoop(job.task, job.config, job.seed, job.writer, job.relay, rank).run(job.checkpoints)
+    # What it waits for is also of interest to whoever watches the driver.
+    with told_to(lambda line: job.relay.send(Message(0, notice=line))):
+        TrainingLoop(job.task, job.config, job.seed, job.writer, job.relay, rank).run(job.checkpoints)
 
 
 class _StopOnUserError(UserCallback):

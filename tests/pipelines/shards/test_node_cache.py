@@ -7,6 +7,7 @@ import errno
 import gc
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.errors import MisuseError, UserError
+from pipelines.errors import MisuseError, UserError, explain, raised_as_user_error
+from pipelines.notices import told_to
 from pipelines.shards import node_cache
 from pipelines.shards.format import write_shard
 from pipelines.shards.node_cache import NodeCache
@@ -151,7 +153,7 @@ def test_a_process_that_is_killed_while_it_fetches_keeps_nobody_waiting(
     assert names(cache, ".partial") == set()
 
 
-def test_what_killed_processes_leave_goes_when_the_next_one_comes(
+def test_whoever_comes_after_killed_processes_finds_their_whole_shards_and_nothing_else(
     in_bucket: tuple[Starter, list[FileRecord]], server: FastS3, cache: Path
 ) -> None:
     start, records = in_bucket
@@ -166,12 +168,15 @@ def test_what_killed_processes_leave_goes_when_the_next_one_comes(
     for process in killed:
         process.kill()
     server.set_delay(0)
-    assert names(cache, ".file") == {records[0].sha256, records[1].sha256}
+    # As after a loss of power.
+    (cache / f"{records[1].sha256}.file").write_bytes(b"")
     following = start()
     assert following.answer() == "ready"
-    assert [path.suffix for path in cache.iterdir() if path.name != "lock"] == [".user"]
-    following.ask("read 2")
-    assert following.answer() == "shard 2"
+    assert sorted(path.suffix for path in cache.iterdir() if path.name != "lock") == [".file", ".file", ".user"]
+    server.take_figures()
+    following.ask("read 0 1 2")
+    assert following.answer() == "shard 0, shard 1, shard 2"
+    assert server.take_figures().requests["GetObject"] == 2
     following.end()
     assert not cache.exists()
 
@@ -213,6 +218,54 @@ def test_what_is_needed_soon_is_not_fetched_beyond_the_bound_and_what_is_needed_
         assert len(names(cache, ".file")) == SHARDS
 
 
+def test_what_had_no_room_is_fetched_once_there_is_some_and_somebody_is_told_what_is_needed(
+    remote: tuple[Storage, list[FileRecord]], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, records = remote
+    monkeypatch.setattr(node_cache, "RETRY_S", 0.01)
+    lines: list[str] = []
+    table, most = FileTable.of(records), 3 * records[0].bytes
+    with (
+        told_to(lines.append),
+        contextlib.closing(ShardReader(storage, table, cache_bytes=most)) as reader,
+        contextlib.closing(ShardReader(storage, table, cache_bytes=most)) as other,
+    ):
+        other.fetch_ahead([0, 1, 2])
+        wait_until(lambda: len(names(cache, ".file")) == 3)
+        reader.fetch_ahead([3, 4])
+        reader.read(0, 0)
+        wait_until(lambda: bool(lines))
+        other.fetch_ahead([2])
+        wait_until(
+            lambda: (
+                reader.fetch_ahead([3, 4]) is None
+                and names(cache, ".file") == {records[shard].sha256 for shard in (2, 3, 4)}
+            )
+        )
+    (line,) = lines
+    assert line.startswith(f"{cache} on ")
+    assert line.endswith("but LDM_CACHE_GIB is 0.0: training waits for shards until it is 1")
+
+
+def test_what_could_not_be_fetched_ahead_is_tried_again(
+    remote: tuple[Storage, list[FileRecord]], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, records = remote
+    monkeypatch.setattr(node_cache, "RETRY_S", 0.01)
+    whole = storage.read_bytes("000001.tar")
+    storage.remove_object("000001.tar")
+    with contextlib.closing(ShardReader(storage, FileTable.of(records))) as reader:
+        reader.fetch_ahead([1, 2])
+        wait_until(lambda: names(cache, ".file") == {records[2].sha256})
+        storage.write_bytes("000001.tar", whole)
+        wait_until(
+            lambda: (
+                reader.fetch_ahead([1, 2]) is None
+                and names(cache, ".file") == {records[shard].sha256 for shard in (1, 2)}
+            )
+        )
+
+
 def test_a_shard_with_other_bytes_than_were_committed_is_named_and_not_kept(
     remote: tuple[Storage, list[FileRecord]], cache: Path
 ) -> None:
@@ -233,24 +286,53 @@ def test_a_shard_with_other_bytes_than_were_committed_is_named_and_not_kept(
 def fill_disk(monkeypatch: pytest.MonkeyPatch, is_full: Callable[[], bool]) -> None:
     download = Storage.download
 
-    def download_to_full_disk(storage: Storage, name: str, local: Path) -> None:
+    def download_to_full_disk(storage: Storage, name: str, local: Path, size: int) -> None:
         if is_full():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(local))
-        download(storage, name, local)
+        download(storage, name, local, size)
 
     monkeypatch.setattr(Storage, "download", download_to_full_disk)
 
 
-def test_a_full_disk_is_one_line(
+def test_a_full_disk_is_one_line_and_no_end_of_the_run(
     remote: tuple[Storage, list[FileRecord]], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill_disk(monkeypatch, lambda: True)
     with contextlib.closing(ShardReader(remote[0], FileTable.of(remote[1]))) as reader:
-        with pytest.raises(
-            UserError, match=rf"^disk full at {cache} on .*: .* set LDM_CACHE to a folder on a larger disk$"
-        ):
+        with pytest.raises(OSError) as raised:
             reader.read(0, 0)
+        # Ray Train replaces the worker, which another node may have room for.
+        assert raised_as_user_error(raised.value) is None
+        assert re.fullmatch(
+            rf"disk full at {cache} on .* \(shards are fetched to it; LDM_CACHE names another\): free some space .*",
+            str(explain(raised.value)),
+        )
         assert names(cache, ".partial") == set()
+
+
+def test_on_a_full_disk_what_is_in_use_is_noted_once_there_is_room_and_never_half(
+    remote: tuple[Storage, list[FileRecord]], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, records = remote
+    allocate, full = os.posix_fallocate, list[bool]()
+
+    def allocate_on_full_disk(file: int, start: int, size: int) -> None:
+        if full and full.pop():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        allocate(file, start, size)
+
+    with contextlib.closing(NodeCache(storage)) as shards:
+        shards.fetch_ahead(records[:1])
+        used = node_cache._used_shards(cache)
+        assert used == {records[0].sha256: records[0].bytes}
+        monkeypatch.setattr(os, "posix_fallocate", allocate_on_full_disk)
+        full[:] = [True, True]
+        with pytest.raises(OSError, match="No space left on device"):
+            shards.fetch_ahead(records)
+        assert node_cache._used_shards(cache) == used
+        full[:] = [True]
+        shards.fetch_ahead(records)
+        assert node_cache._used_shards(cache) == {record.sha256: record.bytes for record in records}
 
 
 def test_on_a_full_disk_what_nobody_needs_makes_room(
@@ -329,7 +411,9 @@ def test_an_unused_cache_can_be_told_and_removed(remote: tuple[Storage, list[Fil
     cache.mkdir()
     (cache / "left.user").write_bytes(b"")
     assert not node_cache.is_used(cache)
-    node_cache.remove_unused(cache)
+    node_cache.remove_unused_here()
+    assert not cache.exists()
+    node_cache.remove_unused_here()
     assert not cache.exists()
 
 
@@ -342,5 +426,5 @@ def test_a_cache_that_nobody_closed_is_left_by_the_garbage_collector_at_any_mome
         del forgotten
         gc.collect()
     assert not node_cache.is_used(cache)
-    with contextlib.closing(NodeCache(remote[0])):
-        assert names(cache, ".file") == set()
+    NodeCache(remote[0]).close()
+    assert not cache.exists()

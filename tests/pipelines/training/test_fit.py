@@ -96,9 +96,13 @@ def test_stores_that_fail_for_longer_than_the_patience_never_end_training(
     assert_same_training(run, uninterrupted)
 
 
-def test_one_worker_does_the_same_as_two(uninterrupted: toy.Run, tmp_path: Path) -> None:
-    run = toy.Run(tmp_path)
-    run.fit(workers=1, steps=16)
+def test_one_worker_does_the_same_as_two_and_what_it_tells_reaches_the_driver(
+    uninterrupted: toy.Run, tmp_path: Path
+) -> None:
+    run, lines = toy.Run(tmp_path), list[str]()
+    with told_to(lines.append):
+        run.fit(workers=1, steps=16, says="the cache is too small")
+    assert lines == ["the cache is too small"]
     assert run.seen() == {step: samples for step, samples in uninterrupted.seen().items() if step < 16}
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipelines.errors import TransientError
+from pipelines.notices import tell
 from pipelines.shards.order import SampleOrder, SamplePosition
 from pipelines.shards.randomness import Purpose, generator
 from pipelines.stage import StageContext
@@ -39,6 +40,7 @@ class ToyTask:
         controller_dies_at: it kills Ray Train's controller instead.
         bad_at: the position of a sample that is not a number.
         outages: how often the worker of rank 1 loses patience with its store before step 20.
+        says: what each worker tells at step 4.
     """
 
     log: Path
@@ -46,6 +48,7 @@ class ToyTask:
     controller_dies_at: int | None = None
     bad_at: int | None = None
     outages: int = 0
+    says: str = ""
 
     def build(self, device: torch.device) -> "ToyLearner":
         return ToyLearner(self)
@@ -80,6 +83,8 @@ class ToyLearner:
             # The raylet's other child, lest that of another session on this machine is killed.
             children = psutil.Process(os.getppid()).children()
             next(child for child in children if child.cmdline()[0].startswith("ray::TrainController")).kill()
+        if step == 4 and self.task.says:
+            tell(self.task.says)
         lost = len(list(self.task.log.glob("outage.*")))
         if step == 20 and rank == 1 and lost < self.task.outages:
             (self.task.log / f"outage.{lost}").touch()
