@@ -33,7 +33,8 @@ class TrainingConfig(Config):
         keep_checkpoints: how many of the newest checkpoints are kept.
         log_every_steps: steps that a logged loss is the mean of.
         sample_every_steps: steps between previews.
-        max_failures: how often the worker group is restarted before the run gives up.
+        max_failures: how often the worker group is restarted before the run gives up; failures before the newest
+            checkpoint do not count.
     """
 
     steps: int = Field(ge=1)

@@ -89,41 +89,97 @@ def fit(task: Task, config: TrainingConfig, context: StageContext) -> dict[str, 
 def _train(task: Task, config: TrainingConfig, context: StageContext) -> dict[str, Any]:
     train = context.writer.storage / TRAIN_FOLDER
     scaling = _scaling(config, context)
-    deaths = 0
+    failures = _Failures(config.max_failures)
     while True:
         try:
-            return _attempt(task, config, context, train, scaling)
+            resume_from = newest(train)
+            if failures.judge(resume_from):
+                _go_on(failures.reason, context)
+            return _attempt(task, config, context, train, scaling, resume_from)
         except TransientError as error:
             # Nobody has to mend anything but the store, and hours of training are worth waiting for it.
-            reason = str(error)
+            _go_on(str(error), context)
+        except _FailedWorkersError as error:
+            failures.last, failures.reason = error, "its workers failed too often"
         except ray.exceptions.RayActorError as error:
             # Ray Train replaces workers; its controller, which may live on any node, is replaced by nobody else.
             _release_workers()
-            deaths += 1
-            reason = "Ray Train's controller died"
-            if deaths > config.max_failures:
-                raise UserError(
-                    f"Ray Train's controller died {deaths} times, more often than training.max_failures allows "
-                    "(killed, or out of memory?): run the same command again to go on from the newest checkpoint"
-                ) from error
-        tell(f"training stopped ({reason}): it goes on from the newest checkpoint")
-        _pause(RESTART_PAUSE_S, context)
+            failures.last, failures.reason = error, "Ray Train's controller died"
+
+
+def _go_on(reason: str, context: StageContext) -> None:
+    tell(f"training stopped ({reason}): it goes on from the newest checkpoint")
+    until = time.monotonic() + RESTART_PAUSE_S
+    while time.monotonic() < until:
+        context.check()
+        time.sleep(POLL_S)
+
+
+class _FailedWorkersError(Exception):
+    """Ray Train has given up on its workers, `max_failures` times replaced. `shown` is what to raise for it."""
+
+    def __init__(self, shown: Exception) -> None:
+        super().__init__(str(shown))
+        self.shown = shown
+
+
+class _Failures:
+    """Decides whether training goes on after a failure: those before a new checkpoint do not count any more.
+
+    Otherwise every long training on many machines would end one day.
+
+    Attributes:
+        last: what ended the last attempt, unless it was judged already.
+        reason: the same in a few words.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._count = most, 0
+        self._reached: str | None = None
+        self.last: Exception | None = None
+        self.reason = ""
+
+    def judge(self, reached: str | None) -> bool:
+        """Raise what ended the last attempt unless it may be tried again; tell whether something had ended it.
+
+        Args:
+            reached: the newest checkpoint now.
+        """
+        advanced, self._reached = reached != self._reached, reached
+        error, self.last = self.last, None
+        if error is None:
+            return False
+        self._count = 1 if advanced else self._count + 1
+        if isinstance(error, _FailedWorkersError) and not (advanced and self._most):
+            raise error.shown from error
+        if self._count > self._most:
+            raise UserError(
+                f"Ray Train's controller died {self._count} times without a new checkpoint, more often than "
+                "training.max_failures allows (killed, or out of memory?): run the same command again to go on from "
+                "the newest checkpoint"
+            ) from error
+        return True
 
 
 def _attempt(
-    task: Task, config: TrainingConfig, context: StageContext, train: Storage, scaling: ScalingConfig
+    task: Task,
+    config: TrainingConfig,
+    context: StageContext,
+    train: Storage,
+    scaling: ScalingConfig,
+    resume_from: str | None,
 ) -> dict[str, Any]:
-    """Train from the newest checkpoint to the end.
+    """Train from a checkpoint, or from the beginning, to the end.
 
     Raises:
         TransientError: a store did not recover in time.
         RayActorError: Ray Train's controller died.
+        _FailedWorkersError: workers failed more often than they are replaced.
         UserError: what a person can mend.
     """
     if (details := finished(context.writer)) is not None:
         # The last attempt lost touch with the store after all was done.
         return details
-    resume_from = newest(train)
     discard_attempts(train, keep=resume_from)
     relay = Relay()
     attempt = train / f"attempt_{uuid.uuid4().hex[:8]}"
@@ -144,7 +200,7 @@ def _attempt(
     finally:
         relay.close()
     if training.error is not None:
-        raise _explained(training.error) from training.error
+        raise _raised_for(training.error) from training.error
     details = finished(context.writer)
     assert details is not None, "rank 0 writes the details before it returns"
     return details
@@ -157,13 +213,6 @@ def _release_workers() -> None:
         # It ends with the number of the job, of which this training is all that reserves anything.
         if number.endswith(job) and group["state"] != "REMOVED":
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(number))))
-
-
-def _pause(seconds: float, context: StageContext) -> None:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        context.check()
-        time.sleep(POLL_S)
 
 
 @dataclass(frozen=True)
@@ -310,14 +359,21 @@ def _stop(training: _TrainingThread, relay: Relay, reason: str, patience_s: floa
         training.join(POLL_S)
 
 
-def _explained(error: Exception) -> Exception:
-    """Return the error to raise for one of Ray Train's: a UserError if a person can mend it, else the error itself."""
+def _raised_for(error: Exception) -> Exception:
+    """Return the error to raise for one of Ray Train's."""
+    if (raised := raised_as_user_error(error)) is not None:
+        # Once more: Ray's own class for it is not ours alone.
+        return type(raised)(str(raised)) if isinstance(raised, TransientError) else UserError(str(raised))
+    if not (failures := getattr(error, "worker_failures", {})):
+        return explain(error) or error
     if (known := explain(error)) is not None:
-        return type(known)(str(known)) if isinstance(known, TransientError) else UserError(str(known))
-    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
-    if any(isinstance(failure, ray.exceptions.RayActorError) for failure in failures.values()):
-        return UserError(
-            "training workers died more often than training.max_failures allows (killed, or out of memory?): "
-            "run the same command again to go on from the newest checkpoint"
+        return _FailedWorkersError(UserError(str(known)))
+    # What a worker's own code raises is wrapped with its traceback; what Ray finds out about a worker is not.
+    if not all(hasattr(failure, "_base_exc") for failure in failures.values()):
+        return _FailedWorkersError(
+            UserError(
+                "training workers died more often than training.max_failures allows (killed, or out of memory?): "
+                "run the same command again to go on from the newest checkpoint"
+            )
         )
-    return error
+    return _FailedWorkersError(error)

@@ -59,12 +59,25 @@ def test_every_step_sees_its_own_samples_once(uninterrupted: toy.Run) -> None:
     assert sorted(first_epoch) == [(shard, row) for shard, rows in enumerate(toy.ROWS) for row in range(rows)]
 
 
-def test_a_killed_worker_is_replaced_and_the_weights_come_out_the_same(uninterrupted: toy.Run, tmp_path: Path) -> None:
-    run = toy.Run(tmp_path)
-    details = run.fit(die_at=27)
-    assert run.workers_started() == 4
+def test_killed_workers_are_replaced_however_many_and_the_weights_come_out_the_same(
+    uninterrupted: toy.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "RESTART_PAUSE_S", 0.1)
+    run, lines = toy.Run(tmp_path), list[str]()
+    with told_to(lines.append):
+        # More often than `max_failures` of the toy, but not without a new checkpoint in between.
+        details = run.fit(die_at=(10, 19, 27))
+    assert lines == ["training stopped (its workers failed too often): it goes on from the newest checkpoint"]
+    assert run.workers_started() == 8
     assert details["steps"] == 48
     assert_same_training(run, uninterrupted)
+
+
+def test_workers_that_die_without_getting_anywhere_end_the_run(ray_cluster: None, tmp_path: Path) -> None:
+    run = toy.Run(tmp_path)
+    with pytest.raises(UserError, match=r"^training workers died more often than training.max_failures allows .*run "):
+        run.fit(die_at=(3,) * 3)
+    assert run.workers_started() == 6
 
 
 def test_a_killed_controller_is_replaced_and_the_weights_come_out_the_same(

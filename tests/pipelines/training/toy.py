@@ -36,15 +36,15 @@ class ToyTask:
 
     Args:
         log: folder of what the workers saw: a line a sample, `step position shard row`.
-        die_at: the worker of rank 1 kills itself before this step, the first time it gets there.
-        controller_dies_at: it kills Ray Train's controller instead.
+        die_at: before which steps the worker of rank 1 kills itself, one after the other.
+        controller_dies_at: before which step it kills Ray Train's controller, the first time it gets there.
         bad_at: the position of a sample that is not a number.
         outages: how often the worker of rank 1 loses patience with its store before step 20.
         says: what each worker tells at step 4.
     """
 
     log: Path
-    die_at: int | None = None
+    die_at: tuple[int, ...] = ()
     controller_dies_at: int | None = None
     bad_at: int | None = None
     outages: int = 0
@@ -73,11 +73,12 @@ class ToyLearner:
 
     def losses(self, network: Any, batch: dict[str, Tensor]) -> Tensor:
         step = int(batch["seen"][0, 0]) // BATCH_SIZE
-        marker = self.task.log / "died"
         rank = torch.distributed.get_rank()
-        if step == self.task.die_at and rank == 1 and not marker.exists():
-            marker.touch()
+        deaths = len(list(self.task.log.glob("died.*")))
+        if rank == 1 and self.task.die_at[deaths : deaths + 1] == (step,):
+            (self.task.log / f"died.{deaths}").touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        marker = self.task.log / "killed"
         if step == self.task.controller_dies_at and rank == 1 and not marker.exists():
             marker.touch()
             # The raylet's other child, lest that of another session on this machine is killed.
