@@ -1,5 +1,6 @@
 """`ldm submit`, `jobs`, `logs` and `stop` against a real Ray cluster that wants a token."""
 
+import contextlib
 import json
 import os
 import socket
@@ -56,8 +57,10 @@ def address() -> Iterator[str]:
             _wait_for(f"http://127.0.0.1:{dashboard}/api/version", process)
             yield f"http://127.0.0.1:{dashboard}"
         finally:
-            for member in [*psutil.Process(process.pid).children(recursive=True), process]:
-                member.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for member in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        member.kill()
             process.wait()
 
 

@@ -137,7 +137,7 @@ def test_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(
         cwd=Path(__file__).parents[4],
         start_new_session=True,
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not (commits / "000000.tar.json").exists():
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
