@@ -122,7 +122,10 @@ def contents(root: Path, pattern: str) -> dict[str, str]:
 @pytest.mark.e2e
 @pytest.mark.timeout(1800)
 def test_killed_in_every_stage_the_same_command_finishes_with_the_same_bytes(ray_cluster: None, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "tiny.yaml", tiny_recipe(write_pictures(tmp_path / "pictures", 64)))
+    values = tiny_recipe(write_pictures(tmp_path / "pictures", 64))
+    # One worker in one of the stages that train, two in the other: each takes ten seconds to start.
+    values["autoencoder"]["training"] = values["autoencoder"]["training"] | {"workers": 1}
+    recipe = write_recipe(tmp_path / "tiny.yaml", values)
     undisturbed = tmp_path / "undisturbed"
     expected = finish(start(recipe, undisturbed))
     assert [stage["state"] for stage in expected["stages"]] == ["run"] * 6

@@ -135,7 +135,7 @@ class Run:
             checkpoint_every_steps=8,
             log_every_steps=4,
             sample_every_steps=16,
-            max_failures=2,
+            max_failures=1,
         )
         context = StageContext(
             config=config,
