@@ -1,5 +1,6 @@
 """What tests share: one Ray for the whole session, the shared data where it is there, and no state of PyTorch."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -98,6 +99,13 @@ def ray_cluster() -> Iterator[None]:
     """One local Ray of four logical CPUs for all tests of the session."""
     with connect(ClusterConfig(cpus=4)):
         yield
+
+
+@pytest.fixture
+def no_actor_is_left(ray_cluster: None) -> Iterator[None]:
+    """Free the CPUs of a pool in which a worker died: Ray Data leaves its actors to the garbage collector."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NoReturn
 
 import pytest
 
@@ -118,9 +117,10 @@ def send(process: subprocess.Popen[str], line: str) -> None:
     process.stdin.flush()
 
 
-def check_again_and_again(hold: Hold, *, before: Callable[[], None] = lambda: None) -> NoReturn:
-    """Check a hold until that raises; call `before` each time."""
-    while True:
+def check_again_and_again(hold: Hold, *, before: Callable[[], None] = lambda: None) -> None:
+    """Check a hold until that raises, for two minutes at most; call `before` each time."""
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
         before()
         hold.check()
         time.sleep(0.05)
@@ -159,17 +159,29 @@ def test_a_root_on_s3_in_use_names_its_holder_and_is_free_once_that_ends(holder:
     assert not root.exists(LEASE)
 
 
-def test_the_root_of_a_killed_driver_is_taken_over_by_exactly_one(holder: Start, root: Storage) -> None:
+def test_the_root_of_a_killed_driver_is_taken_over_by_exactly_one(
+    holder: Start, root: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = holder(root, beat_s=QUICK_BEAT_S)
     first.kill()
     first.wait()
-    refused = threading.Semaphore(0)
+    refused, all_have_watched = threading.Semaphore(0), threading.Barrier(4)
+    watch, watchers = lock._Lease._watch, set[str]()
+
+    def watch_together(lease: lock._Lease) -> str | None:
+        version = watch(lease)
+        if lease.token not in watchers:
+            watchers.add(lease.token)
+            all_have_watched.wait(120)
+        return version
+
+    monkeypatch.setattr(lock._Lease, "_watch", watch_together)
 
     def take(_: int) -> str:
         try:
             with exclusive(root, BEAT_S) as hold:
                 for _ in range(3):
-                    assert refused.acquire(timeout=60), "another one is neither refused nor done"
+                    assert refused.acquire(timeout=120), "another one is neither refused nor done"
                 hold.check()
         except UserError as error:
             refused.release()

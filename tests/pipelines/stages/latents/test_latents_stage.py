@@ -191,7 +191,7 @@ class DiesAtTheThird(EncodeShard):
 
 @pytest.mark.timeout(300)
 def test_a_shard_that_kills_its_worker_is_left_out_unless_there_are_too_many(
-    ray_cluster: None, root: Path, upstream: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
+    no_actor_is_left: None, root: Path, upstream: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     monkeypatch.setattr(work, "EncodeShard", DiesAtTheThird)
