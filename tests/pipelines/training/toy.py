@@ -121,7 +121,7 @@ class Run:
     check: Callable[[], None] = lambda: None
     progress: list[tuple[int, int]] = field(default_factory=list)
 
-    def fit(self, *, steps: int = 48, workers: int = 2, **task: Any) -> dict[str, Any]:
+    def fit(self, *, steps: int = 48, workers: int = 2, max_failures: int = 2, **task: Any) -> dict[str, Any]:
         log = self.folder / "log"
         log.mkdir(parents=True, exist_ok=True)
         config = TrainingConfig(
@@ -135,7 +135,7 @@ class Run:
             checkpoint_every_steps=8,
             log_every_steps=4,
             sample_every_steps=16,
-            max_failures=1,
+            max_failures=max_failures,
         )
         context = StageContext(
             config=config,
