@@ -1,5 +1,6 @@
 """A network small enough to train in seconds, which writes down what it sees and can be told to fail."""
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -79,7 +80,7 @@ class ToyLearner:
             marker.touch()
             # The raylet's other child, lest that of another session on this machine is killed.
             children = psutil.Process(os.getppid()).children()
-            next(child for child in children if child.cmdline()[0].startswith("ray::TrainController")).kill()
+            next(child for child in children if _is_controller(child)).kill()
         lost = len(list(self.task.log.glob("outage.*")))
         if step == 20 and rank == 1 and lost < self.task.outages:
             (self.task.log / f"outage.{lost}").touch()
@@ -105,6 +106,13 @@ class ToyLearner:
 
     def close(self) -> None:
         (self.task.log / f"closed.{os.getpid()}").touch()
+
+
+def _is_controller(process: psutil.Process) -> bool:
+    # A process that has just died has no title.
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline()).startswith("ray::TrainController")
+    return False
 
 
 @dataclass
