@@ -1,5 +1,6 @@
 """What tests share: one Ray for the whole session, the shared data where it is there, and no state of PyTorch."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -32,6 +33,25 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
+# Files that take more than half a minute, the slowest first.
+SLOWEST = (
+    "faults/test_killed_anywhere.py",
+    "pipelines/training/test_fit.py",
+    "jobs/test_real_pictures.py",
+    "pipelines/stages/pairs/test_pairs_s3.py",
+    "pipelines/stages/latents/test_latents_stage.py",
+    "pipelines/stages/pairs/test_pairs_stage.py",
+    "pipelines/conditions/test_stages.py",
+    "jobs/test_demo.py",
+    "pipelines/stages/pairs/test_pairs_killed.py",
+    "jobs/test_nothing_tells_secrets.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take longest first: one that began last would run alone at the end."""
+    rank = {REPOSITORY / "tests" / name: number for number, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -79,6 +99,13 @@ def ray_cluster() -> Iterator[None]:
     """One local Ray of four logical CPUs for all tests of the session."""
     with connect(ClusterConfig(cpus=4)):
         yield
+
+
+@pytest.fixture
+def no_actor_is_left(ray_cluster: None) -> Iterator[None]:
+    """Free the CPUs of a pool in which a worker died: Ray Data leaves its actors to the garbage collector."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

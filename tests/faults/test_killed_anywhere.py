@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +25,42 @@ from tests.tiny import tiny_recipe, write_pictures, write_recipe
 
 REPOSITORY = Path(__file__).parents[2]
 # What is on disk when a stage is in the middle of its work: one that trains has saved the first of its checkpoints.
+# Where the stage removes that when all is done, also what is there then: a machine may stop this test for so long.
 IN_THE_MIDDLE = {
-    "pairs": "pairs/*/work/*/*.parquet",
-    "autoencoder": "autoencoder/*/train/*/step_*/state.pt",
-    "latents": "latents/*/commits/*.tar.json",
-    "diffusion": "diffusion/*/train/*/step_*/state.pt",
-    "evaluate": "evaluate/*/samples",
-    "export": "export/*/tracking.json",
+    "pairs": ("pairs/*/work/*/*.parquet", "pairs/*/*.parquet"),
+    "autoencoder": ("autoencoder/*/train/*/step_*/state.pt", "autoencoder/*/first_stage/*.safetensors"),
+    "latents": ("latents/*/commits/*.tar.json",),
+    "diffusion": ("diffusion/*/train/*/step_*/state.pt", "diffusion/*/model/*.safetensors"),
+    "evaluate": ("evaluate/*/samples",),
+    "export": ("export/*/tracking.json",),
 }
+# `ldm`, with a stage (the first argument, or none) that is never finished: the kill comes before that, however late.
+LDM = """
+import sys, time
+from jobs import cli
+from pipelines.store.commits import ArtifactWriter
+
+unfinished, finish = sys.argv.pop(1), ArtifactWriter.finish
+
+def finish_or_wait_to_be_killed(writer, **what):
+    if writer.stage == unfinished:
+        time.sleep(3600)
+    return finish(writer, **what)
+
+ArtifactWriter.finish = finish_or_wait_to_be_killed
+cli.main()
+"""
 OWN_RAY = ("autoencoder", "diffusion")
 # What an attempt at training saves first, if it begins at step 0 (tests/tiny.py says when).
 FIRST_CHECKPOINT = "*/*/train/*/step_00000004"
 PATIENCE_S = 400
 
 
-def start(recipe: Path, root: Path, *, own_ray: bool = False) -> subprocess.Popen[str]:
+def start(recipe: Path, root: Path, *, unfinished: str = "", own_ray: bool = False) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     if not own_ray:
         environment["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    command = [sys.executable, "-m", "jobs.cli", "run", str(recipe), "--root", str(root), "--json"]
+    command = [sys.executable, "-c", LDM, unfinished, "run", str(recipe), "--root", str(root), "--json"]
     return subprocess.Popen(
         command,
         cwd=REPOSITORY,
@@ -76,14 +94,14 @@ def _is_worker(process: psutil.Process) -> bool:
     return title.startswith("ray::") and "Agent" not in title
 
 
-def wait_for(process: subprocess.Popen[str], root: Path, pattern: str) -> set[Path]:
-    """Wait for a file; return the first checkpoints that were there in the meantime."""
+def wait_for(process: subprocess.Popen[str], root: Path, patterns: Iterable[str]) -> set[Path]:
+    """Wait for a file of any pattern; return the first checkpoints that were there in the meantime."""
     deadline = time.monotonic() + PATIENCE_S
     begun = set(root.glob(FIRST_CHECKPOINT))
-    while not any(root.glob(pattern)):
+    while not any(file for pattern in patterns for file in root.glob(pattern)):
         begun |= set(root.glob(FIRST_CHECKPOINT))
         assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, f"nothing like {pattern} appeared"
+        assert time.monotonic() < deadline, f"nothing like {patterns} appeared"
         time.sleep(0.02)
     return begun
 
@@ -104,16 +122,19 @@ def contents(root: Path, pattern: str) -> dict[str, str]:
 @pytest.mark.e2e
 @pytest.mark.timeout(1800)
 def test_killed_in_every_stage_the_same_command_finishes_with_the_same_bytes(ray_cluster: None, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "tiny.yaml", tiny_recipe(write_pictures(tmp_path / "pictures", 64)))
+    values = tiny_recipe(write_pictures(tmp_path / "pictures", 64))
+    # One worker in one of the stages that train, two in the other: each takes ten seconds to start.
+    values["autoencoder"]["training"] = values["autoencoder"]["training"] | {"workers": 1}
+    recipe = write_recipe(tmp_path / "tiny.yaml", values)
     undisturbed = tmp_path / "undisturbed"
     expected = finish(start(recipe, undisturbed))
     assert [stage["state"] for stage in expected["stages"]] == ["run"] * 6
 
     root = tmp_path / "killed"
     begun: set[Path] = set()
-    for stage, pattern in IN_THE_MIDDLE.items():
-        process = start(recipe, root, own_ray=stage in OWN_RAY)
-        begun |= wait_for(process, root, pattern)
+    for stage, patterns in IN_THE_MIDDLE.items():
+        process = start(recipe, root, unfinished=stage, own_ray=stage in OWN_RAY)
+        begun |= wait_for(process, root, patterns)
         kill(process)
         assert not any(root.glob(f"{stage}/*/manifest.json")), f"{stage} had finished before it was killed"
     result = finish(start(recipe, root))

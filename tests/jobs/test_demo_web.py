@@ -14,7 +14,7 @@ from PIL import Image
 
 from jobs.demo import encodings
 from jobs.demo.scenes import Scene
-from jobs.demo.web import DemoWeb
+from jobs.demo.web import SLOW_S, DemoWeb
 from pipelines.errors import UserError
 
 PICTURE = encodings.jpeg(Scene("red", "star", "large", "left"), 1)
@@ -35,7 +35,7 @@ def port(root: Path) -> Iterator[int]:
         yield web.port
 
 
-def get(port: int, path: str, timeout_s: float = 10) -> tuple[int, dict[str, str], bytes]:
+def get(port: int, path: str, timeout_s: float = 60) -> tuple[int, dict[str, str], bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
     connection.request("GET", path, headers={"Host": "pictures.demo.ldm"})
     answer = connection.getresponse()
@@ -85,9 +85,10 @@ def test_a_page_an_empty_body_and_a_redirect(port: int) -> None:
 
 
 def test_the_slow_host_is_slow_and_the_hanging_one_does_not_answer(port: int) -> None:
-    with pytest.raises(TimeoutError):
-        get(port, "/slow/000001.jpg", timeout_s=0.5)
-    assert get(port, "/slow/000001.jpg")[2] == PICTURE
+    began = time.monotonic()
+    assert get(port, "/slow/000001.jpg", timeout_s=60)[2] == PICTURE
+    # Timers may be a little early.
+    assert time.monotonic() - began > SLOW_S - 0.1
     with pytest.raises(TimeoutError):
         get(port, "/hang/000001.jpg", timeout_s=0.5)
 
@@ -129,7 +130,7 @@ def test_the_web_dies_with_a_parent_that_was_killed(root: Path) -> None:
     assert get(port, "/images/000001.jpg")[0] == 200
     parent.kill()
     parent.communicate()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while listens(port):
         assert time.monotonic() < deadline, "the server outlived its parent"
         time.sleep(0.1)

@@ -1,5 +1,6 @@
 """`ldm submit`, `jobs`, `logs` and `stop` against a real Ray cluster that wants a token."""
 
+import contextlib
 import json
 import os
 import socket
@@ -34,21 +35,25 @@ def environment(token: str) -> dict[str, str]:
     return inherited | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_USAGE_STATS_ENABLED": "0", "PATH": path}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def keep_port(kept: contextlib.ExitStack) -> int:
+    """Keep a port from all others while nobody listens on it; a server that sets SO_REUSEADDR may still take it."""
+    holder = kept.enter_context(socket.socket())
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    return int(holder.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    dashboard = free_port()
     # Not pytest's folder: Ray's sockets do not take long paths.
-    with tempfile.TemporaryDirectory(prefix="ldm-ray-", ignore_cleanup_errors=True) as folder:
+    with (
+        contextlib.ExitStack() as kept,
+        tempfile.TemporaryDirectory(prefix="ldm-ray-", ignore_cleanup_errors=True) as folder,
+    ):
+        dashboard = keep_port(kept)
         command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus", "3"]
-        command += ["--port", str(free_port()), "--dashboard-port", str(dashboard), "--temp-dir", folder]
-        command += ["--dashboard-agent-listen-port", str(free_port())]
+        command += ["--port", str(keep_port(kept)), "--dashboard-port", str(dashboard), "--temp-dir", folder]
+        command += ["--dashboard-agent-listen-port", str(keep_port(kept))]
         process = subprocess.Popen(
             command, env=environment(TOKEN), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -56,8 +61,10 @@ def address() -> Iterator[str]:
             _wait_for(f"http://127.0.0.1:{dashboard}/api/version", process)
             yield f"http://127.0.0.1:{dashboard}"
         finally:
-            for member in [*psutil.Process(process.pid).children(recursive=True), process]:
-                member.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for member in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        member.kill()
             process.wait()
 
 

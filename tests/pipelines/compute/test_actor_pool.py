@@ -19,7 +19,7 @@ from pipelines.compute.resources import waiting_at_most
 from pipelines.errors import UserError
 from tests.pipelines.store.held_root import TAKEN_OVER, held_root
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = pytest.mark.usefixtures("no_actor_is_left")
 
 
 class Square:

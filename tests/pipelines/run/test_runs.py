@@ -130,11 +130,12 @@ def test_a_run_that_another_driver_continues_is_written_by_that_one_alone(root_o
     renewal = next(each for each in threading.enumerate() if each.name == "ldm-lease")
     # While it was suspended, say.
     lease = {"holder": "pid 2 on other", "token": "other", "beat": 0, "beat_s": BEAT_S}
-    (root / ".locks" / f"run-{run.id}").write_json(LEASE, lease)
     theirs = json.dumps({**run.state.model_dump(mode="json"), "tracking_run": "theirs"}).encode()
     run.folder.write_bytes("run.json", theirs)
-    # It ends once it knows.
-    renewal.join(timeout=60)
+    # It ends once it knows. Until then a renewal that is under way may write over their lease.
+    while renewal.is_alive():
+        (root / ".locks" / f"run-{run.id}").write_json(LEASE, lease)
+        renewal.join(timeout=BEAT_S)
     with pytest.raises(UserError, match="was taken over by pid 2 on other"):
         context.__exit__(None, None, None)
     assert run.folder.read_bytes("run.json") == theirs

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 
 from pipelines.config import Config
 from pipelines.errors import UserError
@@ -29,22 +27,16 @@ from pipelines.stages.pairs.config import PairsConfig
 from pipelines.stages.pairs.stage import STAGE as PAIRS
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.ledger import Artifact
-from pipelines.store.lock import LEASE, exclusive
 from pipelines.store.storage import Storage
 from pipelines.tracking import null_stage_tracker
-from pipelines.training.fit import finished
 from tests.aged import aged
-from tests.pipelines.training import toy
+from tests.pipelines.store.held_root import TAKEN_OVER, HeldRoot, held_root
 from tests.tiny import tiny_recipe, write_pictures
 from tests.tiny_artifacts import diffusion_artifact, first_stage_artifact, latents_config, pairs_artifact
 
-ray.cloudpickle.register_pickle_by_value(toy)
-
 PADDING_ROWS = 64
-TRAINING_STEPS = 200
-BEAT_S = 0.05
-ANOTHER_DRIVER = "pid 2 on other"
-TAKEN_OVER = f"was taken over by {ANOTHER_DRIVER}"
+# Enough for workers to be at for longer than a slow machine takes to tell them that the root is lost.
+ITEMS = 200
 
 
 def bytes_read() -> int:
@@ -100,43 +92,20 @@ def test_a_run_that_failed_names_what_it_can_go_on_with(ray_cluster: None, tmp_p
     assert failed.state.stages[0].key in (root / "pairs").names()
 
 
-class Root:
-    """A root that is held, until another driver takes it over."""
-
-    def __init__(self, storage: Storage, check: Callable[[], None]) -> None:
-        self.storage, self.check = storage, check
-
-    def take_over(self) -> None:
-        """Write the lease of another driver, and wait until the holder can know of it."""
-        record = {"holder": ANOTHER_DRIVER, "token": "other", "beat": 0, "beat_s": BEAT_S}
-        self.storage.write_json(LEASE, record)
-        while self.is_ours:
-            time.sleep(BEAT_S)
-
-    @property
-    def is_ours(self) -> bool:
-        try:
-            self.check()
-        except UserError:
-            return False
-        return True
-
-    def take_over_when(self, is_time: Callable[[int, int], bool]) -> Callable[..., None]:
-        """Return a progress display under which the root is taken over when a stage has come so far."""
-
-        def progress(done: int, total: int, **facts: str) -> None:
-            if is_time(done, total) and self.is_ours:
-                self.take_over()
-
-        return progress
-
-
 @pytest.fixture
-def root() -> Iterator[Root]:
-    storage = Storage("memory://walk-promises")
-    with exclusive(storage, BEAT_S) as hold:
-        yield Root(storage, hold.check)
-    storage.remove()
+def root() -> Iterator[HeldRoot]:
+    with held_root() as root:
+        yield root
+
+
+def take_over_when(is_time: Callable[[int, int], bool], root: HeldRoot) -> Callable[..., None]:
+    """Return a progress display under which the root is taken over when a stage has come so far."""
+
+    def progress(done: int, total: int, **facts: str) -> None:
+        if is_time(done, total) and not root.lost:
+            root.lose()
+
+    return progress
 
 
 def run_until_taken_over(
@@ -145,7 +114,7 @@ def run_until_taken_over(
     folder: Path,
     upstream: Mapping[str, Artifact],
     progress: Callable[..., None],
-    root: Root,
+    root: HeldRoot,
 ) -> ArtifactWriter:
     """Run a stage that must end because its root is lost; return the writer of what it had committed by then."""
     writer = ArtifactWriter(stage.name, "key", Storage(str(folder)) / stage.name / "key")
@@ -169,31 +138,31 @@ def under_way(done: int, total: int) -> bool:
 
 
 def test_encoding_latents_ends_when_another_driver_has_taken_the_root_over(
-    ray_cluster: None, tmp_path: Path, root: Root
+    ray_cluster: None, tmp_path: Path, root: HeldRoot
 ) -> None:
-    upstream = {"pairs": pairs_artifact(tmp_path, rows=(1,) * 40), "autoencoder": first_stage_artifact(tmp_path)}
+    upstream = {"pairs": pairs_artifact(tmp_path, rows=(1,) * ITEMS), "autoencoder": first_stage_artifact(tmp_path)}
     config = latents_config(batch_size=2, workers=1)
-    writer = run_until_taken_over(LATENTS, config, tmp_path, upstream, root.take_over_when(under_way), root)
-    assert 0 < sum(name.endswith(".tar") for name in writer.committed().names) < 40
+    writer = run_until_taken_over(LATENTS, config, tmp_path, upstream, take_over_when(under_way, root), root)
+    assert 0 < sum(name.endswith(".tar") for name in writer.committed().names) < ITEMS
 
 
 def test_sampling_for_evaluation_ends_when_another_driver_has_taken_the_root_over(
-    ray_cluster: None, tmp_path: Path, root: Root
+    ray_cluster: None, tmp_path: Path, root: HeldRoot
 ) -> None:
     upstream = {"pairs": pairs_artifact(tmp_path), "diffusion": diffusion_artifact(tmp_path)}
     config = EvaluateConfig(
-        prompts=("red circle",) * 40,
+        prompts=("red circle",) * ITEMS,
         training_captions=0,
         sampling=SamplingConfig(num_steps=2, batch_size=1),
         workers=1,
     )
-    writer = run_until_taken_over(EVALUATE, config, tmp_path, upstream, root.take_over_when(under_way), root)
-    assert 0 < sum(name.startswith("samples/") for name in writer.committed().names) < 40
+    writer = run_until_taken_over(EVALUATE, config, tmp_path, upstream, take_over_when(under_way, root), root)
+    assert 0 < sum(name.startswith("samples/") for name in writer.committed().names) < ITEMS
     assert not writer.storage.exists("grid.png")
 
 
 def test_no_pairs_are_published_when_another_driver_has_taken_the_root_over(
-    ray_cluster: None, tmp_path: Path, root: Root
+    ray_cluster: None, tmp_path: Path, root: HeldRoot
 ) -> None:
     table = write_pictures(tmp_path / "pictures", 16)
     columns = {"image": "file", "text": "captions"}
@@ -206,15 +175,5 @@ def test_no_pairs_are_published_when_another_driver_has_taken_the_root_over(
         by_the_stage = threading.current_thread() is threading.main_thread()
         return by_the_stage and any((tmp_path / "pairs").glob("key/work/*/*.parquet"))
 
-    writer = run_until_taken_over(PAIRS, config, tmp_path, {}, root.take_over_when(all_are_made), root)
+    writer = run_until_taken_over(PAIRS, config, tmp_path, {}, take_over_when(all_are_made, root), root)
     assert not writer.committed().names
-
-
-def test_training_ends_when_another_driver_has_taken_the_root_over(
-    ray_cluster: None, tmp_path: Path, root: Root
-) -> None:
-    training = toy.Run(tmp_path, watch=root.take_over_when(under_way), check=root.check)
-    with pytest.raises(UserError, match=TAKEN_OVER):
-        training.fit(steps=TRAINING_STEPS)
-    assert training.progress[-1][0] < TRAINING_STEPS
-    assert finished(training.writer) is None

@@ -25,9 +25,11 @@ class HeldRoot:
 
     def lose(self) -> None:
         """Write another driver's lease over ours, and return when the holder knows."""
-        self.storage.write_json(LEASE, {"holder": "pid 2 on other", "token": "other", "beat": 0, "beat_s": BEAT_S})
+        lease = {"holder": "pid 2 on other", "token": "other", "beat": 0, "beat_s": BEAT_S}
         with contextlib.suppress(UserError):
             while True:
+                # Again and again: in memory, a renewal that is under way may write over it.
+                self.storage.write_json(LEASE, lease)
                 self.check()
                 time.sleep(0.1)
         self.lost = True

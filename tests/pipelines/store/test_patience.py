@@ -55,11 +55,15 @@ def test_reading_and_writing_outlast_an_outage_which_is_told_of_once(gate: Gate,
     root.write_bytes("a", b"1" * 100)
     lines: list[str] = []
     with told_to(lines.append), ThreadPoolExecutor(4) as threads:
-        gate.shut_for(DOWN_S)
-        copied = threads.submit(root.download, "a", tmp_path / "a")
-        written = threads.submit(root.write_bytes, "b", b"2")
-        assert root.read_bytes("a") == b"1" * 100
-        assert "a" in root.names()
+        with gate.shut():
+            copied = threads.submit(root.download, "a", tmp_path / "a")
+            written = threads.submit(root.write_bytes, "b", b"2")
+            read = threads.submit(root.read_bytes, "a")
+            listed = threads.submit(root.names)
+            while not lines:
+                time.sleep(0.05)
+        assert read.result() == b"1" * 100
+        assert "a" in listed.result()
         copied.result()
         written.result()
     assert (tmp_path / "a").read_bytes() == b"1" * 100

@@ -42,7 +42,6 @@ NASTY = {
 def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.05)
     monkeypatch.setattr(patience, "LONGEST_PAUSE_S", 0.2)
-    monkeypatch.setattr(patience, "FIRST_CONTACT_S", 2.0)
     monkeypatch.setattr(object_store, "PART_BYTES", 5 * MIB)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
@@ -155,7 +154,7 @@ def test_a_process_killed_in_the_middle_of_an_upload_leaves_nothing_under_the_na
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 30
+    until = time.monotonic() + 240
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.05)
@@ -244,6 +243,7 @@ def test_no_endpoint_is_one_line_without_what_its_url_hides(
     endpoint: str, reason: str, root: Storage, use_s3: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(filesystems, "REQUEST_ATTEMPTS", 2)
+    monkeypatch.setattr(patience, "FIRST_CONTACT_S", 1.0)
     use_s3(endpoint)
     text = fail(root)
     assert re.search(

@@ -1,5 +1,6 @@
 """A network small enough to train in seconds, which writes down what it sees and can be told to fail."""
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -83,7 +84,7 @@ class ToyLearner:
             marker.touch()
             # The raylet's other child, lest that of another session on this machine is killed.
             children = psutil.Process(os.getppid()).children()
-            next(child for child in children if child.cmdline()[0].startswith("ray::TrainController")).kill()
+            next(child for child in children if _is_controller(child)).kill()
         if step == 4 and self.task.says:
             tell(self.task.says)
         lost = len(list(self.task.log.glob("outage.*")))
@@ -113,6 +114,13 @@ class ToyLearner:
         (self.task.log / f"closed.{os.getpid()}").touch()
 
 
+def _is_controller(process: psutil.Process) -> bool:
+    # A process that has just died has no title.
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline()).startswith("ray::TrainController")
+    return False
+
+
 @dataclass
 class Run:
     """A stage's context on a folder, and what its progress display was told.
@@ -127,7 +135,7 @@ class Run:
     check: Callable[[], None] = lambda: None
     progress: list[tuple[int, int]] = field(default_factory=list)
 
-    def fit(self, *, steps: int = 48, workers: int = 2, **task: Any) -> dict[str, Any]:
+    def fit(self, *, steps: int = 48, workers: int = 2, max_failures: int = 2, **task: Any) -> dict[str, Any]:
         log = self.folder / "log"
         log.mkdir(parents=True, exist_ok=True)
         config = TrainingConfig(
@@ -141,7 +149,7 @@ class Run:
             checkpoint_every_steps=8,
             log_every_steps=4,
             sample_every_steps=16,
-            max_failures=2,
+            max_failures=max_failures,
         )
         context = StageContext(
             config=config,

@@ -26,6 +26,7 @@ from tests.pipelines.stages.pairs.web_server import Web, picture
 REPOSITORY = Path(__file__).resolve().parents[4]
 SCRIPT = REPOSITORY / "tests/pipelines/stages/pairs/killed_run.py"
 KILLS = 10
+PATIENCE_S = 240
 ROWS = 400
 
 
@@ -51,7 +52,7 @@ def done(folder: Path) -> int:
     return len([*folder.glob("work/*.json"), *folder.glob("commits/*.json")])
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_ten_kills_change_nothing(server: Web, run_pairs: RunPairs, tmp_path: Path) -> None:
     server.files |= {f"{i}.jpg": picture(i // 2 if i % 10 == 1 else i, (120, 90)) for i in range(ROWS)}
     server.refused = {f"{i}.jpg": 404 for i in range(5, ROWS, 17)}
@@ -68,10 +69,12 @@ def test_ten_kills_change_nothing(server: Web, run_pairs: RunPairs, tmp_path: Pa
     driver = start(folder, options)
     killed: Counter[str] = Counter()
     while killed.total() < KILLS:
-        before, deadline = done(folder), time.monotonic() + 40
+        before, deadline = done(folder), time.monotonic() + PATIENCE_S
         while done(folder) < before + chance.randrange(1, 4) and driver.poll() is None:
-            assert time.monotonic() < deadline, f"no progress in 40 s after {dict(killed)}"
+            assert time.monotonic() < deadline, f"no progress after {dict(killed)}"
             time.sleep(0.01)
+        # To look for victims takes a while, in which many more shards would be made.
+        server.paused = True
         assert driver.poll() is None, f"it ended after {dict(killed)}, with exit code {driver.returncode}"
         victims = workers()
         if victims and chance.random() < 0.7:
@@ -82,7 +85,8 @@ def test_ten_kills_change_nothing(server: Web, run_pairs: RunPairs, tmp_path: Pa
             driver.wait()
             killed["driver"] += 1
             driver = start(folder, options)
-    assert driver.wait(120) == 0
+        server.paused = False
+    assert driver.wait(PATIENCE_S) == 0
     assert set(killed) == {"worker", "driver"}
 
     storage = Storage(str(folder))

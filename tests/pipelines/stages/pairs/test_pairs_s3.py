@@ -22,6 +22,7 @@ from tests.pipelines.store.s3 import BUCKET, KEY_ID, S3, SECRET, SESSION, Plan, 
 from tests.tiny import tiny_recipe
 
 ROWS = 60
+PATIENCE_S = 240
 
 
 def start(recipe: Path, url: str, *options: str) -> subprocess.Popen[str]:
@@ -42,7 +43,7 @@ def kill_tree(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_bad_network_and_a_dead_driver_change_nothing(
     server: Web, s3_server: S3, run_pairs: RunPairs, tmp_path: Path
 ) -> None:
@@ -54,7 +55,8 @@ def test_a_bad_network_and_a_dead_driver_change_nothing(
     pairs: dict[str, Any] = {
         "source": str(table),
         "rows_per_shard": 8,
-        "download": {"connect_to": server.connect_to, "connections": 2},
+        # No request is given up while the server keeps it waiting.
+        "download": {"connect_to": server.connect_to, "connections": 2, "timeout_s": 600, "read_timeout_s": 600},
     }
     details, whole = run_pairs("whole", **pairs)
 
@@ -74,24 +76,25 @@ def test_a_bad_network_and_a_dead_driver_change_nothing(
     }
     said = []
     with s3_server.behind(Plan(shares=shares, seed=3, delay_s=0.2)) as proxy:
-        # With two connections a worker the first one is at it for longer than the second one takes to be refused.
-        server.delay_s = 3.0
+        server.delay_s = 0.5
         first = start(recipe, proxy.url)
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + PATIENCE_S
         while not any("/work/" in key for key in s3_server.objects(prefix)) and first.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.1)
+        # The first one shall not be done before the second one is refused.
+        server.paused = True
         assert first.poll() is None
         # A second driver is refused, by the name of the first; once that is dead, the next one takes over.
         second = start(recipe, proxy.url, "--no-wait")
-        _, error = second.communicate(timeout=90)
+        _, error = second.communicate(timeout=PATIENCE_S)
         assert second.returncode == 1
         assert f"is in use by pid {first.pid}" in error
         said.append(error)
         kill_tree(first)
-        server.delay_s = 0.0
+        server.paused, server.delay_s = False, 0.0
         third = start(recipe, proxy.url)
-        out, error = third.communicate(timeout=150)
+        out, error = third.communicate(timeout=PATIENCE_S)
         said += [out, error]
         assert third.returncode == 0, error
         disturbed = sum(count for kind, count in proxy.done.items() if kind != "pass")

@@ -196,13 +196,13 @@ def start(folder: Path, options: dict[str, Any]) -> subprocess.Popen[bytes]:
 
 def kill_when(process: subprocess.Popen[bytes], folder: Path, pattern: str) -> None:
     """Kill -9 as soon as a file appears (or let it finish, where it is faster than we look)."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not any(folder.glob(pattern)) and process.poll() is None:
-        assert time.monotonic() < deadline, f"no {pattern} in 60 s"
+        assert time.monotonic() < deadline, f"no {pattern}"
         time.sleep(0.001)
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    assert process.wait() in (0, -signal.SIGKILL)
 
 
 @pytest.mark.parametrize("deduplicate", [True, False])
@@ -220,7 +220,6 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(
     # After the first shard is made; while the final shards are committed.
     for pattern in ("work/*/*.parquet", "commits/*.json") if deduplicate else ("commits/*.tar.json",):
         kill_when(start(folder, options), folder, pattern)
-        assert not (folder / "000014.parquet").exists() or pattern == "commits/*.json"
     details, resumed = run_pairs("killed", **options)
     assert contents(resumed) == contents(whole)
     assert len(resumed.names("0*")) == 30

@@ -36,6 +36,8 @@ class Web:
         self.files: dict[str, bytes] = {}
         self.refused: dict[str, int] = {}
         self.delay_s = 0.0
+        # While it is set, requests are kept waiting.
+        self.paused = False
         # Where it is given, requests are answered when as many of them wait as the barrier has parties.
         self.together: asyncio.Barrier | None = None
         self._busy_until = 0.0
@@ -71,6 +73,8 @@ class Web:
         self.most_at_once = max(self.most_at_once, self._at_once)
         try:
             await asyncio.sleep(self.delay_s)
+            while self.paused:
+                await asyncio.sleep(0.01)
             if self.together:
                 await self.together.wait()
             return await self._respond(request, name)
