@@ -58,7 +58,9 @@ class Encoding:
     @classmethod
     def of(cls, first_stage: Artifact, config: LatentsConfig, storage: Storage) -> Encoding:
         """Return it for an artifact of latents, whose files of the condition are prepared."""
-        settings = {name: value for name, value in config.settings().items() if name != "condition"}
+        # Settings that came later are left out as they are by default, as they are in keys.
+        settings = {"batch_size": config.batch_size, "precision": config.precision} | config.identity()
+        del settings["condition"]
         pictures = {
             "format_version": FORMAT_VERSION,
             "first_stage": config_to_dict(first_stage_config(first_stage)),

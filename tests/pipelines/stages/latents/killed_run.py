@@ -1,4 +1,7 @@
-"""A run of the latents stage in a process of its own, for a test that kills it. Argument: the root."""
+"""A run of the latents stage in a process of its own, for tests that kill it, or what it runs on.
+
+Arguments: the root, and the address of a Ray that runs already; without it one is started.
+"""
 
 import sys
 from pathlib import Path
@@ -10,12 +13,13 @@ from pipelines.store.ledger import Artifact
 from pipelines.store.storage import Storage
 from tests.tiny_artifacts import latents_config, run_stage
 
-root = Path(sys.argv[1])
-ray.init(num_cpus=1, include_dashboard=False, logging_level="error", log_to_driver=False)
+root, *address = sys.argv[1:]
+where = {"address": address[0]} if address else {"num_cpus": 1, "include_dashboard": False}
+ray.init(**where, logging_level="error", log_to_driver=False)
 run_stage(
     STAGE,
-    latents_config(batch_size=2, workers=1),
-    root,
-    {name: Artifact(name, name, Storage(str(root / name / name))) for name in ("pairs", "autoencoder")},
+    latents_config(batch_size=2, workers=None if address else 1),
+    Path(root),
+    {name: Artifact(name, name, Storage(f"{root}/{name}/{name}")) for name in ("pairs", "autoencoder")},
     key="killed",
 )
