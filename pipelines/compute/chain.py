@@ -71,12 +71,14 @@ class TaskStep:
         worker: its class; it must be picklable.
         arguments: keyword arguments of its constructor.
         num_cpus: what each task reserves. Tasks of 0 always find room, whatever the actors beside them hold.
+        at_once: tasks that run at the same time; None is as many as find room.
         labels: of the nodes that it runs on; none are all nodes.
     """
 
     worker: type[Worker]
     arguments: dict[str, Any]
     num_cpus: float = 1.0
+    at_once: int | None = None
     labels: dict[str, str] = field(default_factory=dict)
 
 
@@ -226,6 +228,7 @@ class _Chain:
             else:
                 dataset = dataset.map_batches(
                     _as_task(step.worker, arguments),
+                    compute=ray.data.TaskPoolStrategy(step.at_once),
                     num_cpus=step.num_cpus,
                     # As for actors. Ray Data would run a task that kills its worker again for ever.
                     max_retries=(tries or 1) - 1,

@@ -8,8 +8,10 @@ from functools import partial
 from ray.data import DataContext
 from ray.data._internal.execution.backpressure_policy import ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY
 from ray.data._internal.execution.backpressure_policy.backpressure_policy import BackpressurePolicy
+from ray.data._internal.execution.interfaces import PhysicalOperator
 from ray.data._internal.execution.operators.input_data_buffer import InputDataBuffer
 from ray.data._internal.execution.operators.map_operator import MapOperator
+from ray.data._internal.execution.operators.task_pool_map_operator import TaskPoolMapOperator
 from ray.data._internal.execution.resource_manager import ResourceManager
 from ray.data._internal.execution.streaming_executor_state import Topology
 
@@ -34,6 +36,11 @@ class _InFlight(BackpressurePolicy):
         first = next(op for op in topology if any(isinstance(each, InputDataBuffer) for each in op.input_dependencies))
         # Not by the method of a policy: Ray Data passes over policies while nothing runs, as when actors are starting.
         first.can_add_input = partial(self._has_room, first.can_add_input)  # type: ignore[method-assign]
+
+    def can_add_input(self, op: PhysicalOperator) -> bool:
+        """Keep to `TaskStep.at_once`."""
+        most = op.get_max_concurrency_limit() if isinstance(op, TaskPoolMapOperator) else None
+        return most is None or op.num_active_tasks() < most
 
     def _has_room(self, can_add_input: Callable[[], bool]) -> bool:
         under_way, actors, first = 0, 0, True

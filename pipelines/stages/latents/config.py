@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipelines.conditions.config import Condition
 from pipelines.config import Config, runtime
@@ -11,19 +11,46 @@ from pipelines.config import Config, runtime
 _Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$", max_length=63)]
 
 
+class ViewsConfig(Config):
+    """Several views of each picture, each with a latent of its own; training picks one each time.
+
+    Captions that say where something is do not fit a mirrored or a cropped picture.
+
+    Args:
+        count: views of a picture, itself included.
+        mirror: whether every second view is mirrored.
+        smallest_crop: sides of the smallest crop, relative to the picture's; crops are drawn between that and 1, and
+            resized to the picture's size. 1 is without crops.
+    """
+
+    count: int = Field(2, ge=2, le=16)
+    mirror: bool = True
+    smallest_crop: float = Field(1.0, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _all_differ(self) -> "ViewsConfig":
+        if self.smallest_crop == 1 and not (self.mirror and self.count == 2):
+            raise ValueError(
+                f"views without crops are the picture and its mirror image, got count={self.count} and mirror="
+                f"{str(self.mirror).lower()}: set smallest_crop below 1, or leave both as they are by default"
+            )
+        return self
+
+
 class LatentsSettings(Config):
     """The `latents` stage: every pair through the frozen encoders, once.
 
     Shards go through three steps at the same time: tasks on CPUs read and decode one, an actor encodes one, tasks write
     and commit one. Between the steps they lie in Ray's object store, decoded: rows x height x width x 3 bytes, 187 MiB
-    for 1,000 pictures of 256 px. The object stores of all nodes together should hold `shards_in_flight` of them for
-    each actor; what is beyond goes to Ray's disk.
+    for 1,000 pictures of 256 px, times the views. The object stores of all nodes together should hold
+    `shards_in_flight` of them for each actor; what is beyond goes to Ray's disk.
 
     Args:
         batch_size: pictures per forward pass. Part of the key: kernels, and so the last bit, may depend on it.
         precision: precision of the encoder's forward pass; the cache is always fp16.
         compile: compile the first stage where it runs on a GPU. Part of the key, since other kernels give other last
             bits; not the default, since a cache that was begun without it must go on without it.
+        views: several views of each picture, mirrored or cropped; None caches pictures as they are alone.
         workers: number of Ray actors, each with one encoder on one GPU or CPU core; None takes all of them.
         use_gpu: whether actors run on GPUs; None takes them if the cluster has any.
         gpus_per_worker: how much of a GPU an actor takes: 0.5 puts two on each.
@@ -43,6 +70,7 @@ class LatentsSettings(Config):
     batch_size: int = Field(16, ge=1)
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
+    views: ViewsConfig | None = None
     workers: int | None = runtime(None, ge=1)
     use_gpu: bool | None = runtime(None)
     gpus_per_worker: float = runtime(1.0, gt=0, le=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -34,6 +35,7 @@ from pipelines.store.threads import map_in_threads
 SUMS_PER_TASK = 1024
 # Under way for each actor: one is encoded, one waits for that, the others are read or written.
 SHARDS_A_CORE, SHARDS_A_GPU = 3, 8
+ENCODERS_A_TASK = 4
 
 
 def run(context: StageContext[LatentsConfig]) -> dict[str, Any]:
@@ -139,18 +141,23 @@ def steps(
     cpus = config.task_cpus
     if cpus is None:
         cpus = 1.0 if size.use_gpu else 0.0
+    tasks: dict[str, Any] = {"num_cpus": cpus, "labels": config.task_nodes}
+    if not cpus:
+        # They take a hundredth of the time, or less: more of them would only be processes to start.
+        tasks["at_once"] = math.ceil(size.workers / ENCODERS_A_TASK)
     encoder = {"first_stage": first_stage, "storage": writer.storage, "config": config, "device": size.device}
     return [
-        TaskStep(ReadShard, {"pairs": pairs, "writer": writer, "config": config}, cpus, config.task_nodes),
+        TaskStep(ReadShard, {"pairs": pairs, "writer": writer, "config": config}, **tasks),
         # Two threads keep a GPU busy: one hands over what is done and takes what is next while the other computes.
         ActorStep(EncodeShard, encoder, size, calls_at_once=2 if size.use_gpu else 1, labels=config.encoder_nodes),
-        TaskStep(WriteShard, {"pairs": pairs, "writer": writer}, cpus, config.task_nodes),
+        TaskStep(WriteShard, {"pairs": pairs, "writer": writer}, **tasks),
     ]
 
 
 def _shards_in_flight(config: LatentsConfig, pairs: Artifact, size: PoolSize) -> int:
     """Return how many shards may be under way for each actor; tell if a node's object store holds not even one."""
-    largest = max(record.rows for record in pairs.shards()) * 3 * pairs.details["image_size"] ** 2
+    views = config.views.count if config.views else 1
+    largest = max(record.rows for record in pairs.shards()) * views * 3 * pairs.details["image_size"] ** 2
     if (room := smallest_object_store()) < largest:
         tell(
             f"latents: a decoded shard takes {largest / 2**20:.0f} MiB, but the object store of a node holds "
@@ -207,6 +214,7 @@ def _details(context: StageContext[LatentsConfig], pairs: Artifact, first_stage:
         "latent_shape": list(latent_shape),
         "latent_dtype": "float16",
         "moments": moments,
+        **({"views": context.config.views.count} if context.config.views else {}),
         "latent_mean": sums.mean,
         "channels": sums.channels(),
         "scale_factor": scale,

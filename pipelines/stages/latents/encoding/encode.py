@@ -66,13 +66,14 @@ class EncodeShard:
         if shard.pictures is None:
             return EncodedShard(shard.item)
         with self._forward:
-            moments = self._moments(shard.pictures, shard.keys)
+            # Each view in batches of its own: the first is what it is without others.
+            views = [self._moments(pictures, shard.keys) for pictures in shard.pictures]
             files = self._with_conditions(shard)
             done = torch.cuda.current_stream().record_event() if self._uploads else None
         if done is not None:
             # The next shard's passes begin meanwhile.
             done.synchronize()
-        return EncodedShard(shard.item, shard.keys, moments.numpy(), files)
+        return EncodedShard(shard.item, shard.keys, np.stack([moments.numpy() for moments in views]), files)
 
     def _moments(self, pictures: NDArray[np.uint8], keys: list[str]) -> Tensor:
         """Return the moments of all pictures in main memory; on a GPU they are there once its stream has got so far."""
@@ -144,7 +145,7 @@ class EncodeShard:
         assert shard.pictures is not None
         pairs = [
             Pair(key, decode_json(files["json"]), picture.copy(), files)
-            for key, picture, files in zip(shard.keys, shard.pictures, shard.files, strict=True)
+            for key, picture, files in zip(shard.keys, shard.pictures[0], shard.files, strict=True)
         ]
         size, files = self.config.batch_size, []
         for start in range(0, len(pairs), size):

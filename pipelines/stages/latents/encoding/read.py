@@ -15,6 +15,7 @@ from pipelines.errors import UserError
 from pipelines.shards.format import decode_json, read_shard
 from pipelines.stages.latents.config import LatentsConfig
 from pipelines.stages.latents.encoding.shards import DecodedShard
+from pipelines.stages.latents.encoding.views import draw_view
 from pipelines.stages.pairs.artifact import IMAGE_EXTENSIONS, damaged_pairs, decode_image, image_of, whole_shard
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.ledger import Artifact
@@ -56,16 +57,21 @@ class ReadShard:
         return DecodedShard(item, keys, self._pictures(samples, keys), self._files(samples, keys))
 
     def _pictures(self, samples: Sequence[dict[str, Any]], keys: Sequence[str]) -> NDArray[np.uint8]:
+        views = self.config.views
+        count = views.count if views else 1
         if not samples:
-            return np.empty((0, 0, 0, 3), np.uint8)
+            return np.empty((count, 0, 0, 0, 3), np.uint8)
         first = decode_image(image_of(samples[0]))
-        pictures = np.empty((len(samples), *first.shape), np.uint8)
+        pictures = np.empty((count, len(samples), *first.shape), np.uint8)
 
         def decode(row: int) -> tuple[int, ...]:
             picture = decode_image(image_of(samples[row])) if row else first
             # The others are decoded all the same: a message that names all sizes is of more use.
             if picture.shape == first.shape:
-                pictures[row] = picture
+                pictures[0, row] = picture
+                for view in range(1, count):
+                    assert views is not None
+                    pictures[view, row] = draw_view(picture, view, views)
             return picture.shape
 
         with ThreadPoolExecutor(self.config.decode_threads) as threads:

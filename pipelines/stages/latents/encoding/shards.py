@@ -16,7 +16,7 @@ class DecodedShard:
     Attributes:
         item: what is known of the shard; see `ReadShard`.
         keys: of its samples, in order.
-        pictures: (samples, H, W, 3) uint8; None if its latents are in place, and need no encoding.
+        pictures: (views, samples, H, W, 3) uint8; None if its latents are in place, and need no encoding.
         files: files of each sample by extension, without its picture: those that go with the latent, and those that the
             condition is encoded from.
     """
@@ -33,7 +33,7 @@ class EncodedShard:
 
     Attributes:
         item, keys: as decoded.
-        moments: (samples, 2 or 1, C, h, w) float16, not all of them finite; None if its latents are in place.
+        moments: (views, samples, 2 or 1, C, h, w) float16, not all of them finite; None if its latents are in place.
         files: files of each sample by extension that go with its latent.
     """
 

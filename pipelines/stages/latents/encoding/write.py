@@ -11,6 +11,7 @@ import numpy as np
 from pipelines.shards.format import ShardWriter, encode_npy
 from pipelines.shards.index import IndexBuilder
 from pipelines.stages.latents.encoding.shards import EncodedShard
+from pipelines.stages.latents.encoding.views import latent_file
 from pipelines.stages.latents.shard import Identity, ShardCommit, Written
 from pipelines.stages.latents.statistics import ShardStatistics
 from pipelines.store.commits import ArtifactWriter
@@ -52,11 +53,14 @@ class WriteShard:
         assert shard.moments is not None, f"{shard.item['shard']} was committed when it was to be read, and is not now"
         index, statistics = IndexBuilder(), ShardStatistics()
         with ShardWriter(path, index) as tar:
-            for row, (key, moments, files) in enumerate(zip(shard.keys, shard.moments, shard.files, strict=True)):
+            for row, (key, files) in enumerate(zip(shard.keys, shard.files, strict=True)):
+                views = shard.moments[:, row]
                 # As stored: a finite fp32 value beyond 65,504 is infinite in fp16.
-                if np.isfinite(moments).all():
-                    statistics.add(key, moments)
-                    tar.add(key, {"latent.npy": encode_npy(moments), **files})
+                if np.isfinite(views).all():
+                    for moments in views:
+                        statistics.add(key, moments)
+                    latents = {latent_file(view): encode_npy(moments) for view, moments in enumerate(views)}
+                    tar.add(key, {**latents, **files})
                 else:
                     statistics.unencodable[key] = row
         return Written(tar.sha256, index.index(), statistics)
