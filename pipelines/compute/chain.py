@@ -222,7 +222,7 @@ class _Chain:
                 dataset = dataset.map_batches(
                     _Reporting,
                     fn_constructor_kwargs={"worker": step.worker, "arguments": arguments},
-                    **_actor_options(step, len(items), tries),
+                    **_actor_options(step, len(items), tries, ahead=len(self.steps) > 1),
                     **options,
                 )
             else:
@@ -241,7 +241,7 @@ class _Chain:
         return dataset
 
 
-def _actor_options(step: ActorStep, items: int, tries: int | None) -> dict[str, Any]:
+def _actor_options(step: ActorStep, items: int, tries: int | None, *, ahead: bool) -> dict[str, Any]:
     size = step.size
     calls_at_once = 1 if tries else step.calls_at_once
     return {
@@ -249,8 +249,8 @@ def _actor_options(step: ActorStep, items: int, tries: int | None) -> dict[str, 
             min_size=min(size.workers, items),
             max_size=min(size.most, items),
             max_concurrent_calls_per_actor=calls_at_once,
-            # An actor that is told in advance what comes next loses that too when it dies.
-            max_tasks_in_flight_per_actor=1 if tries else max(calls_at_once, 2),
+            # An actor that is told in advance what comes next, to fetch it, loses that too when it dies.
+            max_tasks_in_flight_per_actor=1 if tries else max(calls_at_once + ahead, 2),
             enable_true_multi_threading=calls_at_once > 1,
         ),
         "num_cpus": 0 if size.use_gpu else 1,

@@ -32,8 +32,8 @@ def cluster() -> Iterator[Cluster]:
     patience = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000}
     head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 * 2**20, "_system_config": patience}
     running = Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(2):
-        running.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+    for number in range(2):
+        running.add_node(num_cpus=1, object_store_memory=100 * 2**20, labels={"role": f"worker-{number}"})
     yield running
     running.shutdown()
 
@@ -104,6 +104,32 @@ def test_after_the_driver_is_killed_another_run_finishes_with_the_same_bytes(
     assert written == expected
     first = min(committed)
     assert first.stat().st_mtime_ns == committed[first], "a committed shard was written again"
+
+
+def test_each_step_keeps_to_its_nodes(cluster: Cluster) -> None:
+    code = f"""
+import json
+import ray
+from pipelines.compute.chain import ActorStep, PoolSize, TaskStep, map_through
+
+class Where:
+    def __init__(self, *, step):
+        self.step = step
+
+    def __call__(self, value):
+        return {{**value, self.step: ray.get_runtime_context().get_node_id()}}
+
+ray.init("{cluster.address}", logging_level="error", log_to_driver=False)
+steps = [
+    TaskStep(Where, {{"step": "read"}}, num_cpus=0, labels={{"role": "worker-0"}}),
+    ActorStep(Where, {{"step": "encode"}}, PoolSize(workers=1, use_gpu=False, most=1), labels={{"role": "worker-1"}}),
+]
+roles = {{node["NodeID"]: node["Labels"].get("role") for node in ray.nodes()}}
+found = list(map_through([{{}}] * 6, steps, in_flight=2))
+print(json.dumps([sorted({{roles[each[step]] for each in found}}) for step in ("read", "encode")]))
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, check=True, text=True)
+    assert run.stdout.splitlines()[-1] == '[["worker-0"], ["worker-1"]]'
 
 
 def test_after_a_node_is_lost_the_run_finishes_on_the_others_with_the_same_bytes(

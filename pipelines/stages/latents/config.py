@@ -60,7 +60,7 @@ class LatentsSettings(Config):
         task_nodes, encoder_nodes: labels of the nodes (`ray start --labels`) that tasks and actors run on, so that
             pictures are decoded on nodes without a GPU, for example; without any, all nodes.
         shards_in_flight: shards for each actor that may be under way, from being read to being committed. None takes 8
-            for a GPU and 3 for a CPU core, or as many as the object stores hold, at least 2.
+            for a GPU and 3 for a CPU core, or as many as the object stores hold, at least 1.
         max_poisoned_share: share of the shards that may be left out because encoding them kills the worker each time;
             more of them fail the stage. No part of the key: which shards these are is the fault of the machines.
         max_unencodable_share: share of the pictures that may be left out because the first stage encodes them to

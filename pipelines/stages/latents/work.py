@@ -167,7 +167,7 @@ def _shards_in_flight(config: LatentsConfig, pairs: Artifact, size: PoolSize) ->
     if config.shards_in_flight is not None:
         return config.shards_in_flight
     wanted = SHARDS_A_GPU if size.use_gpu else SHARDS_A_CORE
-    return max(2, min(wanted, alive("object_store_memory") // max(largest * size.workers, 1)))
+    return max(1, min(wanted, alive("object_store_memory") // max(largest * size.workers, 1)))
 
 
 def _require_few(unencodable: int, rows: int, config: LatentsConfig, key: str) -> None:

@@ -16,6 +16,7 @@ import ray
 
 from pipelines.compute.actor_pool import pool_size
 from pipelines.compute.chain import ActorStep, PoolSize, TaskStep, map_through
+from pipelines.compute.resources import require_nodes, waiting_at_most
 from pipelines.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -142,6 +143,13 @@ def test_the_check_ends_a_chain_whose_tasks_hang(tmp_path: Path) -> None:
     ]
     with pytest.raises(UserError, match=r"^stop now$"):
         list(map_through([{"number": 1}], steps, in_flight=1, check=check))
+
+
+def test_nodes_that_nobody_has_are_refused() -> None:
+    message = r"^latents is for nodes with the labels role=nobody, but after 0 s the cluster has none: start one with"
+    with waiting_at_most(0.2), pytest.raises(UserError, match=message):
+        require_nodes({"role": "nobody"}, who="latents")
+    require_nodes({}, who="latents")
 
 
 def test_cores_that_tasks_reserve_are_left_to_them() -> None:
