@@ -69,7 +69,9 @@ class EncodeShard:
             # Each view in batches of its own: the first is what it is without others.
             views = [self._moments(pictures, shard.keys) for pictures in shard.pictures]
             files = self._with_conditions(shard)
-            done = torch.cuda.current_stream().record_event() if self._uploads else None
+            done = torch.cuda.Event(blocking=True) if self._uploads else None
+            if done is not None:
+                done.record()
         if done is not None:
             # The next shard's passes begin meanwhile.
             done.synchronize()
