@@ -169,14 +169,14 @@ def encoded_latents_artifact(
     import torch
 
     from pipelines.conditions.kinds import kind_of
-    from pipelines.stages.latents.encode import EncodeShard
     from pipelines.stages.latents.rows import PairsRows
+    from tests.shard_encoder import ShardEncoder
 
     writer = ArtifactWriter("latents", name, Storage(str(root)) / "latents" / name)
     config = latents_config(**{"batch_size": 2, **changes})
     kind_of(config.condition).prepare(PairsRows(pairs), writer)
     threads = torch.get_num_threads()
-    encode = EncodeShard(pairs=pairs, first_stage=first_stage, writer=writer, config=config, device="cpu")
+    encode = ShardEncoder(pairs=pairs, first_stage=first_stage, writer=writer, config=config, device="cpu")
     for record in pairs.shards():
         encode({"shard": record.name, "rows": record.rows, "sha256": record.sha256})
     torch.set_num_threads(threads)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import ray
 from ray.autoscaler.sdk import request_resources
@@ -19,6 +21,7 @@ MOST_REQUESTED = 1024
 _POLL_S = 1.0
 
 _wait_s = DEFAULT_WAIT_S
+_ANYWHERE: Mapping[str, str] = MappingProxyType({})
 
 
 @contextlib.contextmanager
@@ -32,13 +35,51 @@ def waiting_at_most(seconds: float) -> Iterator[None]:
         _wait_s = before
 
 
-def alive(resource: str) -> int:
-    """Return how many the nodes of the cluster have of a resource (`GPU`, `CPU`), whether they are in use or not."""
-    return int(ray.cluster_resources().get(resource, 0))
+def alive(resource: str, labels: Mapping[str, str] = _ANYWHERE) -> int:
+    """Return how many nodes with these labels have of a resource (`GPU`, `CPU`), whether they are in use or not."""
+    return int(sum(node["Resources"].get(resource, 0) for node in _nodes(labels)))
+
+
+def smallest_object_store(labels: Mapping[str, str] = _ANYWHERE) -> int:
+    """Return the bytes of the smallest object store of the nodes with these labels; 0 if there are none."""
+    return int(min((node["Resources"].get("object_store_memory", 0) for node in _nodes(labels)), default=0))
+
+
+def _nodes(labels: Mapping[str, str]) -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"] and labels.items() <= node["Labels"].items()]
+
+
+def require_nodes(labels: Mapping[str, str], *, who: str, check: Callable[[], None] = lambda: None) -> None:
+    """Wait for a node with these labels: work for nodes that nobody has would wait for ever, and say nothing.
+
+    Args:
+        labels: of the nodes; none are all nodes.
+        who: what is to run there, for the messages.
+        check: called while it waits.
+
+    Raises:
+        UserError: none came within `cluster.wait_for_resources_s`.
+    """
+    asked = ",".join(f"{name}={value}" for name, value in sorted(labels.items()))
+    _wait_until(
+        lambda: bool(_nodes(labels)),
+        lambda seconds: f"{who}: waiting for a node with the labels {asked}; for {seconds:.0f} s more",
+        lambda: (
+            f"{who} is for nodes with the labels {asked}, but after {_wait_s:.0f} s the cluster has none: start one "
+            f"with `ray start --labels {asked}`, or change the recipe"
+        ),
+        check,
+    )
 
 
 def use_gpus(
-    wanted: bool | None, count: int, *, who: str, advice: str, check: Callable[[], None] = lambda: None
+    wanted: bool | None,
+    count: int,
+    *,
+    who: str,
+    advice: str,
+    labels: Mapping[str, str] = _ANYWHERE,
+    check: Callable[[], None] = lambda: None,
 ) -> bool:
     """Decide between GPUs and CPUs; wait for GPUs that are wanted and not there yet, and say so.
 
@@ -48,6 +89,7 @@ def use_gpus(
         count: how many are needed to begin.
         who: what needs them, for the messages.
         advice: what to do if they do not come.
+        labels: of the nodes whose GPUs count.
         check: called while it waits.
 
     Raises:
@@ -58,20 +100,37 @@ def use_gpus(
     if wanted is None and not _may_have_gpus():
         tell(f"{who}: on CPUs, since the cluster has no GPU")
         return False
-    until, told_at = time.monotonic() + _wait_s, -TELL_EVERY_S
-    with requested({"GPU": 1}, count) if alive("GPU") < count else contextlib.nullcontext():
-        while (found := alive("GPU")) < count:
-            check()
-            now = time.monotonic()
-            if now >= until:
-                raise UserError(
-                    f"{who} needs {count} GPUs, but after {_wait_s:.0f} s the cluster has {found}: {advice}"
-                )
-            if now - told_at >= TELL_EVERY_S:
-                tell(f"{who}: waiting for {count} GPUs, the cluster has {found}; for {until - now:.0f} s more")
-                told_at = now
-            time.sleep(min(_POLL_S, max(until - now, 0.0)))
+    with requested({"GPU": 1}, count) if alive("GPU", labels) < count else contextlib.nullcontext():
+        _wait_until(
+            lambda: alive("GPU", labels) >= count,
+            lambda seconds: (
+                f"{who}: waiting for {count} GPUs, the cluster has {alive('GPU', labels)}; for {seconds:.0f} s more"
+            ),
+            lambda: (
+                f"{who} needs {count} GPUs, but after {_wait_s:.0f} s the cluster has {alive('GPU', labels)}: {advice}"
+            ),
+            check,
+        )
     return True
+
+
+def _wait_until(
+    there: Callable[[], bool],
+    waiting: Callable[[float], str],
+    missing: Callable[[], str],
+    check: Callable[[], None],
+) -> None:
+    """Wait until something is there; tell what `waiting` returns for the seconds left, raise what `missing` returns."""
+    until, told_at = time.monotonic() + _wait_s, -TELL_EVERY_S
+    while not there():
+        check()
+        now = time.monotonic()
+        if now >= until:
+            raise UserError(missing())
+        if now - told_at >= TELL_EVERY_S:
+            tell(waiting(until - now))
+            told_at = now
+        time.sleep(min(_POLL_S, max(until - now, 0.0)))
 
 
 def _may_have_gpus() -> bool:

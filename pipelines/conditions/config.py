@@ -25,11 +25,13 @@ class ConditionBase(Config):
         cached: the settings that decide what latents cache. The others are left out of their key, so that latents stay
             cached when they change.
         needs_captions: whether a picture without a caption is no sample.
+        follows_geometry: whether what is cached would not fit a mirrored or cropped picture.
         local_inputs: dotted settings that may name files of the submitting machine.
     """
 
     cached: ClassVar[tuple[str, ...]] = ()
     needs_captions: ClassVar[bool] = False
+    follows_geometry: ClassVar[bool] = False
     local_inputs: ClassVar[tuple[str, ...]] = ()
 
     kind: str
@@ -293,6 +295,8 @@ class ClassCondition(ConditionBase):
 
 class CacheOnlyCondition(ConditionBase):
     """A condition that latents are cached for, in their final form, and that no model is trained on yet."""
+
+    follows_geometry = True
 
     def check_model(self, sections: Sections) -> None:
         raise ValueError(

@@ -17,6 +17,7 @@ class Purpose(IntEnum):
     SAMPLE_ORDER = 2
     SAMPLE = 3
     DROPOUT = 4
+    VIEW = 5
 
 
 def generator(seed: int, purpose: Purpose, place: int, inner: int = 0) -> np.random.Generator:

@@ -87,7 +87,7 @@ class DiffusionLearner:
 
         The order of the draws for a sample is fixed: another order would be another training run.
         """
-        cached = [self.latents.get(sample.shard, sample.row) for sample in samples]
+        cached = [self.latents.get(*sample.place, self._view(sample)) for sample in samples]
         moments = np.stack([sample_moments for sample_moments, _ in cached])
         shape = (len(samples), *moments.shape[2:])
         posterior_noise, noise = np.empty(shape, np.float32), np.empty(shape, np.float32)
@@ -107,6 +107,11 @@ class DiffusionLearner:
             "t": torch.from_numpy(t),
             **self.condition.batch(conditions, torch.from_numpy(uniform)),
         }
+
+    def _view(self, sample: SamplePosition) -> int:
+        """Return which view of a sample is trained on at its position."""
+        views = self.latents.views
+        return int(generator(self.task.seed, Purpose.VIEW, sample.position).integers(views)) if views > 1 else 0
 
     def losses(self, network: Any, batch: dict[str, Tensor]) -> Tensor:
         """Return the (B,) losses of Eq. (3) on a fresh draw of the posterior, rescaled as in Sec. 4.3.2."""

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.shards.format import decode_json, decode_npy
-from pipelines.shards.order import Place
 from pipelines.shards.reader import ShardReader
+from pipelines.stages.latents.encoding.views import latent_file
 from pipelines.stages.pairs.held_out import held_out_places
 from pipelines.store.ledger import Artifact
 
@@ -54,20 +54,22 @@ class Latents:
         self.reader = ShardReader(artifact.storage, artifact.require("latents", FORMAT_VERSION).files)
         self._files, self._decode = files, decode
         self._room = cache_bytes
-        self._kept: dict[Place, Cached] = {}
+        self._kept: dict[tuple[int, int, int], Cached] = {}
+        self.views: int = artifact.details.get("views", 1)
         # By ascending hash; nothing is trained on them.
         self.held_out = held_out_places(artifact)
 
-    def get(self, shard: int, row: int) -> Cached:
-        """Return the moments of one sample, and what `decode` makes of the files of its condition."""
-        if (kept := self._kept.get((shard, row))) is not None:
+    def get(self, shard: int, row: int, view: int = 0) -> Cached:
+        """Return the moments of one view of a sample, and what `decode` makes of the files of its condition."""
+        if (kept := self._kept.get((shard, row, view))) is not None:
             return kept
-        files = self.reader.read(shard, row, ("latent.npy", *self._files))
-        sample = decode_npy(files["latent.npy"]), self._decode(files)
+        latent = latent_file(view)
+        files = self.reader.read(shard, row, (latent, *self._files))
+        sample = decode_npy(files[latent]), self._decode(files)
         size = sample[0].nbytes + sum(array.nbytes for array in sample[1])
         # Never evicted: every epoch visits all samples once, so that the least recently used one is needed soonest.
         if size <= self._room:
-            self._kept[shard, row] = sample
+            self._kept[shard, row, view] = sample
             self._room -= size
         return sample
 

@@ -51,7 +51,7 @@ class Poisoned:
             raise UserError(
                 f"encoding {shard} kills its worker each time, and {found} of {self._total} shards are more than "
                 f"latents.max_poisoned_share={self._max_share:g} allows: out of memory? Set latents.workers or "
-                "latents.decode_threads lower, or allow a larger share"
+                "latents.shards_in_flight lower, or allow a larger share"
             )
         self._writer.storage.write_json(f"{FOLDER}/{shard.removesuffix('.tar')}.json", {"rows": item["rows"]})
         record = self._writer.commit(f"{FOLDER}/{shard.removesuffix('.tar')}.json")

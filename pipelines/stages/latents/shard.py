@@ -11,6 +11,7 @@ from pipelines.errors import UserError
 from pipelines.shards.format import decode_npy, read_shard
 from pipelines.shards.index import ShardIndex, index_name, scan_shard
 from pipelines.shards.tar_headers import TarError
+from pipelines.stages.latents.encoding.views import latent_files
 from pipelines.stages.latents.statistics import ShardStatistics, statistics_name
 from pipelines.stages.pairs.artifact import whole_shard
 from pipelines.store.commits import ArtifactWriter
@@ -146,7 +147,8 @@ class ShardCommit:
                 ) from error
             sha256 = sha256_file(path)
             for sample in read_shard(path):
-                statistics.add(sample["__key__"], decode_npy(sample["latent.npy"]))
+                for latent in latent_files(sample).values():
+                    statistics.add(sample["__key__"], decode_npy(latent))
         if len(index) < self.pairs_rows:
             encoded = set(index.keys)
             with whole_shard(self.pairs, self.shard, self.pairs_sha256) as path, open(path, "rb") as file:

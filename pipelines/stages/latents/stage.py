@@ -61,6 +61,11 @@ def _configure(sections: Sections) -> LatentsConfig:
 def _check(sections: Sections) -> None:
     """Raise ValueError if the pairs do not carry what the condition needs."""
     sections["condition"].check_pairs(sections)
+    if sections["latents"].views and sections["condition"].follows_geometry:
+        raise ValueError(
+            f"latents.views must be null with condition {sections['condition'].kind}, which is cached for the picture "
+            "as it is: leave views out"
+        )
 
 
 def _estimate(sections: Sections, before: Mapping[str, Estimate]) -> Estimate:
@@ -73,7 +78,10 @@ def _estimate(sections: Sections, before: Mapping[str, Estimate]) -> Estimate:
     moments = 2 if model.regularization == "kl" else 1
     latent = FP16_BYTES * moments * model.embed_dim * side * side
     condition = sections["condition"].bytes_a_sample()
-    return Estimate(rows=rows, bytes=rows * (latent + condition + TAR_OVERHEAD_BYTES))
+    views = sections["latents"].views
+    # Beside the first, a view is one more member.
+    more = (views.count - 1) * (latent + TAR_OVERHEAD_BYTES // 3) if views else 0
+    return Estimate(rows=rows, bytes=rows * (latent + more + condition + TAR_OVERHEAD_BYTES))
 
 
 STAGE = Stage(

@@ -145,7 +145,9 @@ class ShardStatistics:
     unencodable: dict[str, int] = field(default_factory=dict)
 
     def add(self, key: str, moments: NDArray[np.float16]) -> None:
-        """Add a sample. Of what is stored, not of what was computed: the shard's bytes alone decide them.
+        """Add a sample, or a view of one.
+
+        Of what is stored, not of what was computed: the shard's bytes alone decide them.
 
         Raises:
             UserError: it has another shape than those before.

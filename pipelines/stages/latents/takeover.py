@@ -28,6 +28,7 @@ from pipelines.shards.index import IndexBuilder, ShardIndex, index_name
 from pipelines.stages.autoencoder.artifact import first_stage_config
 from pipelines.stages.latents.artifact import FORMAT_VERSION
 from pipelines.stages.latents.config import LatentsConfig
+from pipelines.stages.latents.encoding.views import latent_files
 from pipelines.stages.latents.shard import Identity, ShardCommit, Written
 from pipelines.stages.latents.statistics import ShardStatistics, statistics_name
 from pipelines.stages.pairs.artifact import whole_shard
@@ -58,7 +59,9 @@ class Encoding:
     @classmethod
     def of(cls, first_stage: Artifact, config: LatentsConfig, storage: Storage) -> Encoding:
         """Return it for an artifact of latents, whose files of the condition are prepared."""
-        settings = {name: value for name, value in config.settings().items() if name != "condition"}
+        # Settings that came later are left out as they are by default, as they are in keys.
+        settings = {"batch_size": config.batch_size, "precision": config.precision} | config.identity()
+        del settings["condition"]
         pictures = {
             "format_version": FORMAT_VERSION,
             "first_stage": config_to_dict(first_stage_config(first_stage)),
@@ -239,7 +242,7 @@ class _Take:
                     condition = self.encoder.encode([Pair(pair["__key__"], decode_json(pair["json"]))])[0]
                 else:
                     condition = {name: latent[name] for name in self.kind.files}
-                files = {"latent.npy": latent["latent.npy"], **condition, "json": pair["json"]}
+                files = {**latent_files(latent), **condition, "json": pair["json"]}
                 shard.add(pair["__key__"], files)
         return Written(shard.sha256, index.index(), replace(statistics, unencodable=unencodable))
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from pipelines.compute.actor_pool import map_on_actors, pool_size
+from pipelines.compute.actor_pool import pool_size
+from pipelines.compute.chain import ActorStep, PoolSize, TaskStep, map_through
+from pipelines.compute.resources import alive, require_nodes, smallest_object_store
 from pipelines.compute.tasks import chunks, for_each
 from pipelines.conditions.kinds import kind_of
 from pipelines.errors import UserError
@@ -15,7 +18,9 @@ from pipelines.notices import tell
 from pipelines.stage import RateMeter, StageContext
 from pipelines.stages.autoencoder.artifact import FORMAT_VERSION as AUTOENCODER_FORMAT
 from pipelines.stages.latents.config import LatentsConfig
-from pipelines.stages.latents.encode import EncodeShard
+from pipelines.stages.latents.encoding.encode import EncodeShard
+from pipelines.stages.latents.encoding.read import ReadShard
+from pipelines.stages.latents.encoding.write import WriteShard
 from pipelines.stages.latents.poison import Poisoned, poisoned_shards
 from pipelines.stages.latents.rows import PairsRows
 from pipelines.stages.latents.shard import is_complete
@@ -28,6 +33,9 @@ from pipelines.store.ledger import Artifact
 from pipelines.store.threads import map_in_threads
 
 SUMS_PER_TASK = 1024
+# Under way for each actor: one is encoded, one waits for that, the others are read or written.
+SHARDS_A_CORE, SHARDS_A_GPU = 3, 8
+ENCODERS_A_TASK = 4
 
 
 def run(context: StageContext[LatentsConfig]) -> dict[str, Any]:
@@ -94,17 +102,25 @@ def _encode(
     done: int,
 ) -> None:
     config, rows = context.config, pairs.shards().rows
-    size = pool_size(len(items), workers=config.workers, use_gpu=config.use_gpu, who="latents", check=context.check)
-    arguments = {
-        "pairs": pairs,
-        "first_stage": first_stage,
-        "writer": context.writer,
-        "config": config,
-        "device": size.device,
-    }
+    for nodes in (config.task_nodes, config.encoder_nodes):
+        require_nodes(nodes, who="latents", check=context.check)
+    size = pool_size(
+        len(items),
+        workers=config.workers,
+        use_gpu=config.use_gpu,
+        gpus_per_worker=config.gpus_per_worker,
+        cpus_of_tasks=config.task_cpus or 0,
+        labels=config.encoder_nodes,
+        who="latents",
+        check=context.check,
+    )
     meter, before, unencodable = RateMeter(), done, 0
-    for result in map_on_actors(
-        items, EncodeShard, arguments=arguments, size=size, set_aside=poisoned.set_aside, check=context.check
+    for result in map_through(
+        items,
+        steps(context, pairs, first_stage, size),
+        in_flight=_shards_in_flight(config, pairs, size),
+        set_aside=poisoned.set_aside,
+        check=context.check,
     ):
         context.writer.gather(map(FileRecord.model_validate, result["records"]))
         # Of this run alone: whoever waits for a whole set should not do so for a first stage that encodes nothing.
@@ -115,6 +131,43 @@ def _encode(
         rate = meter.rate(done - before)
         context.progress(done, rows, images_per_s=f"{rate:.0f}")
         context.tracker.rate("throughput/images_per_s", rate, step=done)
+
+
+def steps(
+    context: StageContext[LatentsConfig], pairs: Artifact, first_stage: Artifact, size: PoolSize
+) -> list[TaskStep | ActorStep]:
+    """Return what a shard goes through: read and decode, encode, write and commit."""
+    config, writer = context.config, context.writer
+    cpus = config.task_cpus
+    if cpus is None:
+        cpus = 1.0 if size.use_gpu else 0.0
+    tasks: dict[str, Any] = {"num_cpus": cpus, "labels": config.task_nodes}
+    if not cpus:
+        # They take a hundredth of the time, or less: more of them would only be processes to start.
+        tasks["at_once"] = math.ceil(size.workers / ENCODERS_A_TASK)
+    encoder = {"first_stage": first_stage, "storage": writer.storage, "config": config, "device": size.device}
+    return [
+        TaskStep(ReadShard, {"pairs": pairs, "writer": writer, "config": config}, **tasks),
+        # Two threads keep a GPU busy: one hands over what is done and takes what is next while the other computes.
+        ActorStep(EncodeShard, encoder, size, calls_at_once=2 if size.use_gpu else 1, labels=config.encoder_nodes),
+        TaskStep(WriteShard, {"pairs": pairs, "writer": writer}, **tasks),
+    ]
+
+
+def _shards_in_flight(config: LatentsConfig, pairs: Artifact, size: PoolSize) -> int:
+    """Return how many shards may be under way for each actor; tell if a node's object store holds not even one."""
+    views = config.views.count if config.views else 1
+    largest = max(record.rows for record in pairs.shards()) * views * 3 * pairs.details["image_size"] ** 2
+    if (room := smallest_object_store()) < largest:
+        tell(
+            f"latents: a decoded shard takes {largest / 2**20:.0f} MiB, but the object store of a node holds "
+            f"{room / 2**20:.0f}: the rest goes to Ray's disk, slowly; set cluster.object_store_mib, or "
+            "`ray start --object-store-memory`, for some such shards"
+        )
+    if config.shards_in_flight is not None:
+        return config.shards_in_flight
+    wanted = SHARDS_A_GPU if size.use_gpu else SHARDS_A_CORE
+    return max(1, min(wanted, alive("object_store_memory") // max(largest * size.workers, 1)))
 
 
 def _require_few(unencodable: int, rows: int, config: LatentsConfig, key: str) -> None:
@@ -161,6 +214,7 @@ def _details(context: StageContext[LatentsConfig], pairs: Artifact, first_stage:
         "latent_shape": list(latent_shape),
         "latent_dtype": "float16",
         "moments": moments,
+        **({"views": context.config.views.count} if context.config.views else {}),
         "latent_mean": sums.mean,
         "channels": sums.channels(),
         "scale_factor": scale,

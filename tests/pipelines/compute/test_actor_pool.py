@@ -11,7 +11,7 @@ import psutil
 import pytest
 import ray
 
-from pipelines.compute import actor_pool
+from pipelines.compute import chain
 from pipelines.compute.actor_pool import map_on_actors, pool_size
 from pipelines.compute.cluster import connect
 from pipelines.compute.config import ClusterConfig
@@ -112,7 +112,7 @@ def test_without_anybody_to_set_it_aside_the_item_is_named(tmp_path: Path) -> No
 def test_workers_that_die_while_they_start_are_not_replaced_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(actor_pool, "MAX_RESTARTS", 1)
+    monkeypatch.setattr(chain, "MAX_RESTARTS", 1)
     with pytest.raises(UserError, match="workers died again and again before they could begin"):
         list(poisoned([1, 2], tmp_path, workers=1, deadly=[], dies_at_start=True))
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.compute.actor_pool import PoolSize
+from pipelines.compute.chain import ActorStep, PoolSize, TaskStep
 from pipelines.shards.format import ShardWriter, read_shard
 from pipelines.stage import StageContext
 from pipelines.stages.latents import work
@@ -51,15 +51,22 @@ def make(
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(work, "pool_size", lambda *args, **options: PoolSize(workers=1, use_gpu=False, most=1))
-            patch.setattr(work, "map_on_actors", call_all)
+            patch.setattr(work, "map_through", call_all)
+            # What is known of the nodes of a cluster.
+            patch.setattr(work, "_shards_in_flight", lambda *args: 1)
+            patch.setattr(work, "require_nodes", lambda *args, **options: None)
             details = work.run(context)
     finally:
         torch.set_num_threads(threads)
     return finish(writer, details, FORMAT_VERSION)
 
 
-def call_all(items: list[dict[str, Any]], worker: Any, *, arguments: dict[str, Any], **_: Any) -> Iterator[Any]:
-    yield from map(worker(**arguments), items)
+def call_all(items: list[dict[str, Any]], steps: list[TaskStep | ActorStep], **_: Any) -> Iterator[Any]:
+    workers = [step.worker(**step.arguments) for step in steps]
+    for value in items:
+        for worker in workers:
+            value = worker(value)
+        yield value
 
 
 def reordered(root: Path, pairs: Artifact, name: str) -> Artifact:

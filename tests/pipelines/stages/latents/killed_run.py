@@ -1,6 +1,7 @@
-"""A run of the latents stage in a process of its own, for a test that kills it. Argument: the root.
+"""A run of the latents stage in a process of its own, for tests that kill it, or what it runs on.
 
-It never finishes its artifact: however late the kill comes, it comes before that.
+Arguments: the root, and the address of a Ray that runs already. Without it one is started, and the artifact is never
+finished: however late the kill comes, it comes before that.
 """
 
 import sys
@@ -21,13 +22,15 @@ def wait_to_be_killed(writer: ArtifactWriter, **what: Any) -> None:
     time.sleep(3600)
 
 
-ArtifactWriter.finish = wait_to_be_killed  # type: ignore[assignment, method-assign]
-root = Path(sys.argv[1])
-ray.init(num_cpus=1, include_dashboard=False, logging_level="error", log_to_driver=False)
+root, *address = sys.argv[1:]
+where: dict[str, Any] = {"address": address[0]} if address else {"num_cpus": 1, "include_dashboard": False}
+if not address:
+    ArtifactWriter.finish = wait_to_be_killed  # type: ignore[assignment, method-assign]
+ray.init(**where, logging_level="error", log_to_driver=False)
 run_stage(
     STAGE,
-    latents_config(batch_size=2, workers=1),
-    root,
-    {name: Artifact(name, name, Storage(str(root / name / name))) for name in ("pairs", "autoencoder")},
+    latents_config(batch_size=2, workers=None if address else 1),
+    Path(root),
+    {name: Artifact(name, name, Storage(f"{root}/{name}/{name}")) for name in ("pairs", "autoencoder")},
     key="killed",
 )

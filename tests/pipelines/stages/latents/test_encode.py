@@ -1,7 +1,8 @@
-"""What one actor does with one shard, without Ray."""
+"""What is done with one shard, without Ray."""
 
 import hashlib
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +11,19 @@ import torch
 from PIL import Image
 
 from ldm_core.networks.posterior import DiagonalGaussian
+from ldm_core.tokenizers.tokenizer import Tokenizer
 from pipelines.conditions.kinds import kind_of
 from pipelines.errors import UserError
-from pipelines.shards.format import decode_npy, read_shard, write_shard
+from pipelines.shards.format import decode_npy, encode_npy, read_shard, write_shard
 from pipelines.shards.index import scan_shard
 from pipelines.stages.latents.config import LatentsConfig
-from pipelines.stages.latents.encode import EncodeShard
+from pipelines.stages.latents.encoding.shards import EncodedShard
 from pipelines.stages.latents.rows import PairsRows
 from pipelines.stages.latents.shard import Written
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.ledger import Artifact
 from pipelines.store.storage import Storage, sha256_file
+from tests.shard_encoder import ShardEncoder
 from tests.tiny_artifacts import first_stage_artifact, latents_config, pair_sample, pairs_artifact
 
 pytestmark = pytest.mark.usefixtures("own_threads")
@@ -29,11 +32,11 @@ CONFIG = latents_config(batch_size=3)
 
 def encoder(
     root: Path, *, preset: str = "tiny-kl-f8", config: LatentsConfig = CONFIG, rows: tuple[int, ...] = (4,)
-) -> EncodeShard:
+) -> ShardEncoder:
     pairs = pairs_artifact(root, rows=rows)
     writer = ArtifactWriter("latents", "key", Storage(str(root / "latents" / "key")))
     kind_of(config.condition).prepare(PairsRows(pairs), writer)
-    return EncodeShard(
+    return ShardEncoder(
         pairs=pairs,
         first_stage=first_stage_artifact(root, preset=preset),
         writer=writer,
@@ -65,6 +68,26 @@ def test_latent_of_a_sample_does_not_depend_on_the_samples_after_its_batch(tmp_p
     assert [s["latent.npy"] for s in read_shard(Path(encode.writer.storage.path("000000.tar")))] == whole[:3]
 
 
+def test_a_shard_has_the_bytes_of_plain_encoding(tmp_path: Path) -> None:
+    encode = encoder(tmp_path, rows=(7,))
+    samples = list(read_shard(Path(encode.pairs.storage.path("000000.tar"))))
+    tokenizer = Tokenizer.from_vocabulary_file(encode.writer.storage.path("vocab.txt"), max_length=8)
+    plain = []
+    for start in range(0, 7, CONFIG.batch_size):
+        batch = samples[start : start + CONFIG.batch_size]
+        pixels = np.stack([np.asarray(Image.open(io.BytesIO(sample["png"]))) for sample in batch])
+        with torch.inference_mode():
+            images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+            moments = encode.first_stage.encode(images).moments.half().numpy()
+        for sample, latent in zip(batch, moments, strict=True):
+            tokens = tokenizer.encode(json.loads(sample["json"])["captions"])
+            files = {"latent.npy": encode_npy(latent), "tokens.npy": encode_npy(tokens), "json": sample["json"]}
+            plain.append((sample["__key__"], files))
+    write_shard(tmp_path / "plain.tar", plain)
+    encode(item(encode.pairs))
+    assert Path(encode.writer.storage.path("000000.tar")).read_bytes() == (tmp_path / "plain.tar").read_bytes()
+
+
 def test_first_stage_of_the_vq_kind_is_cached_before_quantization(tmp_path: Path) -> None:
     encode = encoder(tmp_path, preset="tiny-vq-f4")
     encode(item(encode.pairs))
@@ -82,7 +105,7 @@ def test_bf16_is_close_to_fp32(tmp_path: Path) -> None:
     assert 0 < np.abs(latents[0] - latents[1]).max() < 0.1
 
 
-def files_of(encode: EncodeShard) -> dict[str, bytes]:
+def files_of(encode: ShardEncoder) -> dict[str, bytes]:
     return {record.name: encode.writer.storage.read_bytes(record.name) for record in encode.writer.committed()}
 
 
@@ -159,7 +182,7 @@ def test_shard_with_fewer_samples_than_its_manifest_says_is_refused(tmp_path: Pa
     assert "000000.tar" not in encode.writer.committed()
 
 
-def encode_white_to(encode: EncodeShard, white: float) -> None:
+def encode_white_to(encode: ShardEncoder, white: float) -> None:
     """Have the first stage encode white pictures, and no others, to a value."""
     first_stage, original = encode.first_stage, encode.first_stage.encode
 
@@ -171,7 +194,7 @@ def encode_white_to(encode: EncodeShard, white: float) -> None:
     first_stage.encode = overflow
 
 
-def with_white(encode: EncodeShard) -> dict[str, object]:
+def with_white(encode: ShardEncoder) -> dict[str, object]:
     """Make the third of the shard's samples white; return the item."""
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32), (255, 255, 255)).save(buffer, "PNG")
@@ -258,13 +281,13 @@ def test_of_two_actors_at_one_shard_the_first_ones_bytes_stand(tmp_path: Path) -
     with torch.no_grad():
         other.first_stage.quant_conv.bias[0] = 1.0
     other(item(other.pairs))
-    theirs, original = files_of(other), encode._write
+    theirs, original = files_of(other), encode.write._write
 
-    def write(item: dict[str, object], path: Path) -> Written:
+    def write(shard: EncodedShard, path: Path) -> Written:
         encode.writer.storage.write_bytes("000000.tar", theirs["000000.tar"])
-        return original(item, path)
+        return original(shard, path)
 
-    encode._write = write  # type: ignore[method-assign]
+    encode.write._write = write  # type: ignore[method-assign]
     encode(item(encode.pairs))
     # Index and statistics too are those of the file that stands.
     assert files_of(encode) == theirs

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +20,8 @@ from pipelines.errors import UserError
 from pipelines.shards.format import decode_npy, read_shard
 from pipelines.stages.autoencoder.artifact import load_first_stage
 from pipelines.stages.latents import work
-from pipelines.stages.latents.encode import EncodeShard
+from pipelines.stages.latents.encoding.encode import EncodeShard
+from pipelines.stages.latents.encoding.shards import DecodedShard, EncodedShard
 from pipelines.stages.latents.rows import PairsRows
 from pipelines.stages.latents.stage import STAGE
 from pipelines.stages.pairs.artifact import decode_image
@@ -29,6 +29,7 @@ from pipelines.stages.pairs.held_out import copy_held_out
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.ledger import Artifact, artifact_key
 from pipelines.store.storage import Storage
+from tests.shard_encoder import ShardEncoder
 from tests.tiny_artifacts import contents, first_stage_artifact, latents_config, pairs_artifact, run_stage
 
 CONFIG = latents_config(batch_size=2, workers=1)
@@ -116,7 +117,7 @@ def encode_in_this_process(root: Path, upstream: dict[str, Artifact]) -> dict[st
     """Return sha256 of every file that an uninterrupted run writes."""
     writer = ArtifactWriter("latents", "whole", Storage(str(root / "latents" / "whole")))
     kind_of(CONFIG.condition).prepare(PairsRows(upstream["pairs"]), writer)
-    encode = EncodeShard(
+    encode = ShardEncoder(
         pairs=upstream["pairs"], first_stage=upstream["autoencoder"], writer=writer, config=CONFIG, device="cpu"
     )
     for record in upstream["pairs"].shards():
@@ -183,10 +184,10 @@ def test_pairs_of_another_format_are_refused(tmp_path: Path, upstream: dict[str,
 class DiesAtTheThird(EncodeShard):
     """Its worker dies at the third shard, each time."""
 
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        if item["shard"] == "000002.tar":
+    def __call__(self, shard: DecodedShard) -> EncodedShard:
+        if shard.item["shard"] == "000002.tar":
             os._exit(1)
-        return super().__call__(item)
+        return super().__call__(shard)
 
 
 @pytest.mark.timeout(300)

