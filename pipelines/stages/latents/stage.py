@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pipelines.stage import Estimate, Section, Sections, Stage, StageContext
+from pipelines.stage import Estimate, Section, Sections, Stage, StageContext, Verification
 from pipelines.stages.latents.artifact import FORMAT_VERSION
 from pipelines.stages.latents.config import LatentsConfig
 from pipelines.store.ledger import Artifact
@@ -39,13 +39,19 @@ def _section(artifact: Artifact) -> Section:
 
 
 def _look(artifact: Artifact) -> dict[str, Any]:
-    from pipelines.stages.latents.look import look
+    from pipelines.stages.latents.inspection.look import look
 
     return look(artifact)
 
 
+def _verify(artifact: Artifact, samples: int) -> Verification:
+    from pipelines.stages.latents.inspection.verify import verify
+
+    return verify(artifact, samples)
+
+
 def _view(facts: Mapping[str, Any]) -> RenderableType:
-    from pipelines.stages.latents.view import view
+    from pipelines.stages.latents.inspection.view import view
 
     return view(facts)
 
@@ -90,5 +96,6 @@ STAGE = Stage(
     unit="rows",
     headlines=("scale_factor",),
     look=_look,
+    verify=_verify,
     view=_view,
 )

@@ -10,7 +10,7 @@ from rich.console import Console
 from pipelines.errors import UserError
 from pipelines.inspection.inspect import inspect_path, view
 from pipelines.shards.format import decode_npy, read_shard
-from pipelines.stages.latents.look import SAMPLES_A_SHARD, SHARDS, look
+from pipelines.stages.latents.inspection.look import SAMPLES_A_SHARD, SHARDS, look
 from pipelines.store.ledger import Artifact
 from tests.pipelines.stages.latents.in_this_process import make
 from tests.tiny_artifacts import first_stage_artifact, latents_artifact, pairs_artifact
