@@ -16,8 +16,11 @@ from pipelines.stage import Estimate, Section, Sections, Stage, StageContext, Ve
 from pipelines.stages.latents.artifact import FORMAT_VERSION
 from pipelines.stages.latents.config import LatentsConfig
 from pipelines.store.ledger import Artifact
+from pipelines.store.storage import Storage
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from rich.console import RenderableType
 
 FP16_BYTES = 2
@@ -48,6 +51,12 @@ def _verify(artifact: Artifact, samples: int) -> Verification:
     from pipelines.stages.latents.inspection.verify import verify
 
     return verify(artifact, samples)
+
+
+def _contact_sheet(storage: Storage, shard: str | None) -> NDArray[np.uint8] | None:
+    from pipelines.stages.latents.inspection.sheet import contact_sheet
+
+    return contact_sheet(storage, shard)
 
 
 def _view(facts: Mapping[str, Any]) -> RenderableType:
@@ -98,4 +107,5 @@ STAGE = Stage(
     look=_look,
     verify=_verify,
     view=_view,
+    contact_sheet=_contact_sheet,
 )

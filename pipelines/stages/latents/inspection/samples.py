@@ -124,3 +124,9 @@ def originals(pairs: Artifact, shard: str, keys: Iterable[str]) -> dict[str, Ori
                     files[extension] = file.read(span.size)
                 found[key] = Original(decode_image(image_of(files)), files)
     return found
+
+
+def gone(artifact: Artifact, stage: str) -> str:
+    """Say that the artifact of a stage that this one was made from is not there."""
+    reference = artifact.manifest.upstream.get(stage)
+    return f"{stage} {reference} is no more under this root" if reference else f"no {stage} is named in the manifest"

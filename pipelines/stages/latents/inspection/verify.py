@@ -23,6 +23,7 @@ from pipelines.stages.latents.inspection.samples import (
     Original,
     Sample,
     choose,
+    gone,
     originals,
     read_index,
     read_samples,
@@ -56,7 +57,7 @@ def verify(artifact: Artifact, count: int) -> Verification:
         return Verification()
     autoencoder, pairs = artifact.upstream("autoencoder"), artifact.upstream("pairs")
     if autoencoder is None:
-        return Verification(notes=[f"not compared with the pictures: {_gone(artifact, 'autoencoder')}"])
+        return Verification(notes=[f"not compared with the pictures: {gone(artifact, 'autoencoder')}"])
     made_by, found = (each.details.get("encoder_sha256", "") for each in (artifact, autoencoder))
     if made_by and made_by != found:
         problem = f"made by encoder {made_by[:12]}, but autoencoder {autoencoder.key} holds {found[:12]}"
@@ -64,7 +65,7 @@ def verify(artifact: Artifact, count: int) -> Verification:
     first_stage = load_first_stage(autoencoder)
     samples = (read_samples(artifact.storage, record, read_index(artifact.storage, record), n) for record, n in chosen)
     if pairs is None:
-        return _decoded_alone(first_stage, samples, _gone(artifact, "pairs"))
+        return _decoded_alone(first_stage, samples, gone(artifact, "pairs"))
     result = Verification()
     compared: list[_Compared] = []
     for of_shard in samples:
@@ -241,8 +242,3 @@ def _decoded_alone(first_stage: FirstStage, samples: Iterator[list[Sample]], why
     result.notes.append(f"{count} samples decoded, but not compared with the pictures: {why}")
     result.facts["samples"] = count
     return result
-
-
-def _gone(artifact: Artifact, stage: str) -> str:
-    reference = artifact.manifest.upstream.get(stage)
-    return f"{stage} {reference} is no more under this root" if reference else f"no {stage} is named in the manifest"
