@@ -1,4 +1,4 @@
-"""A model as a folder: model.safetensors (float32), config.json and, for a model of captions, its tokenizer's file.
+"""A model as a folder: model.safetensors (float32), config.json and, for a model of captions, its tokenizers' files.
 
 Training, import and export write it, `ldm_core.load` reads it; no pickle is involved. Large models may be in shards,
 model-00001-of-0000N.safetensors with an index beside them. A first stage alone is a folder of the same kind.
@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,10 +19,11 @@ from torch import nn
 from ldm_core.conditioning.build import build_conditioner
 from ldm_core.configs.first_stage import FirstStageConfig
 from ldm_core.configs.model import Config, LatentDiffusionConfig, config_from_dict, config_to_dict, takes_captions
-from ldm_core.configs.text import FrozenTextConfig
+from ldm_core.configs.text import FrozenTextConfig, JoinedTextConfig
 from ldm_core.latent_diffusion import LatentDiffusion
-from ldm_core.model_files import CONFIG_FILE, TOKENIZER_FILE, VOCABULARY_FILE, WEIGHTS_FILE, WEIGHTS_STEM
+from ldm_core.model_files import CONFIG_FILE, TOKENIZER_FILE, VOCABULARY_FILE, WEIGHTS_FILE, WEIGHTS_STEM, numbered
 from ldm_core.networks.autoencoder import FirstStage, build_first_stage
+from ldm_core.tokenizers.joined import AnyTokenizer, JoinedTokenizer
 from ldm_core.tokenizers.tokenizer import Tokenizer
 from ldm_core.weights.finite import check_finite
 from ldm_core.weights.named_tensors import NamedTensors, Shape, differences
@@ -32,7 +34,7 @@ def save(
     model: LatentDiffusion | FirstStage,
     folder: str | Path,
     *,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: AnyTokenizer | None = None,
     max_shard_gib: float | None = None,
 ) -> None:
     """Write a model, or a first stage alone, to a folder; it is created if needed, files of the same names replaced.
@@ -40,7 +42,8 @@ def save(
     Args:
         model: its weights are written as float32 in the standard memory layout, whatever they are held in.
         folder: where to write.
-        tokenizer: the captions' tokenizer, written beside the weights.
+        tokenizer: the captions' tokenizer, written beside the weights; of a model with several text encoders all of
+            theirs.
         max_shard_gib: size of the largest weights file in GiB; None is one file whatever its size.
 
     Raises:
@@ -54,7 +57,7 @@ def write(
     weights: NamedTensors,
     folder: str | Path,
     *,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: AnyTokenizer | None = None,
     max_shard_gib: float | None = None,
 ) -> None:
     """Write a model that need not be in memory: like `save`, one shard at a time.
@@ -94,7 +97,7 @@ def load(folder: str | Path, *, device: torch.device | str | None = None) -> Lat
     config = load_config(folder)
     # On the meta device nothing is initialized only to be overwritten.
     model = config.build(device="meta")
-    if isinstance(config.conditioner, FrozenTextConfig):
+    if isinstance(config.conditioner, FrozenTextConfig | JoinedTextConfig):
         # Encoders of the transformers library keep tables outside of their state dict: these must be real.
         model.conditioner = build_conditioner(config.conditioner).to(device or torch.get_default_device())
     _fill(model, open_weights(folder, device=device))
@@ -153,8 +156,10 @@ def write_config(config: Config, folder: str | Path) -> None:
     write_json(Path(folder) / CONFIG_FILE, config_to_dict(config))
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Read the tokenizer saved beside a model; it cuts captions to the length that the text encoder takes.
+def load_tokenizer(folder: str | Path) -> AnyTokenizer:
+    """Read the tokenizer saved beside a model, or one for each of its text encoders.
+
+    It cuts captions to the length that the text encoder takes.
 
     Raises:
         FileNotFoundError: there is none.
@@ -163,24 +168,36 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     folder, config = Path(folder), load_config(folder)
     if not takes_captions(config):
         raise ValueError(f"the model in {folder} takes no captions: sample it without a prompt")
-    max_length: int = config.conditioner.max_length  # type: ignore[union-attr]
-    if (folder / TOKENIZER_FILE).is_file():
-        tokenizer = Tokenizer.from_json_file(folder / TOKENIZER_FILE, max_length=max_length)
-    else:
-        tokenizer = Tokenizer.from_vocabulary_file(_existing(folder, VOCABULARY_FILE), max_length=max_length)
+    text: Any = config.conditioner
+    count = len(text.encoders) if isinstance(text, JoinedTextConfig) else 1
+    read = [_read_tokenizer(folder, number, text.max_length) for number in range(count)]
+    tokenizer = JoinedTokenizer(read) if count > 1 else read[0]
     _check_tokenizer(config, tokenizer)
     return tokenizer
 
 
-def find_tokenizer(folder: str | Path) -> Tokenizer | None:
+def _read_tokenizer(folder: Path, number: int, max_length: int) -> Tokenizer:
+    name = numbered(TOKENIZER_FILE, number)
+    if (folder / name).is_file():
+        return Tokenizer.from_json_file(folder / name, max_length=max_length)
+    vocabulary = _existing(folder, numbered(VOCABULARY_FILE, number))
+    return Tokenizer.from_vocabulary_file(vocabulary, max_length=max_length)
+
+
+def find_tokenizer(folder: str | Path) -> AnyTokenizer | None:
     """Read the tokenizer saved beside a model, None if there is none. Raises ValueError if it does not fit."""
     names = (VOCABULARY_FILE, TOKENIZER_FILE)
     return load_tokenizer(folder) if any((Path(folder) / name).is_file() for name in names) else None
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Write vocab.txt or, for any other kind than BERT's, tokenizer.json to a folder."""
-    tokenizer.write(Path(folder) / tokenizer.file_name)
+def write_tokenizer(tokenizer: AnyTokenizer, folder: str | Path) -> None:
+    """Write vocab.txt or, for any other kind than BERT's, tokenizer.json to a folder; of several each one's."""
+    for number, each in enumerate(_each(tokenizer)):
+        each.write(Path(folder) / numbered(each.file_name, number))
+
+
+def _each(tokenizer: AnyTokenizer) -> tuple[Tokenizer, ...]:
+    return tokenizer.tokenizers if isinstance(tokenizer, JoinedTokenizer) else (tokenizer,)
 
 
 @contextlib.contextmanager
@@ -242,15 +259,25 @@ def _existing(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _check_tokenizer(config: Config, tokenizer: Tokenizer | None) -> None:
-    """Raise ValueError for a tokenizer whose ids reach beyond the text encoder's embedding."""
+def _check_tokenizer(config: Config, tokenizer: AnyTokenizer | None) -> None:
+    """Raise ValueError for a tokenizer whose ids reach beyond the text encoder's embedding, or too few or many."""
     if tokenizer is None:
         return
     text = getattr(config, "conditioner", None)
+    encoders = text.encoders if isinstance(text, JoinedTextConfig) else (text,)
+    if len(encoders) != len(_each(tokenizer)):
+        raise ValueError(
+            f"a model must have a tokenizer for each of its {len(encoders)} text encoders, got {len(_each(tokenizer))}"
+        )
+    for encoder, each in zip(encoders, _each(tokenizer), strict=True):
+        _check_ids(encoder, each, takes_captions(config))
+
+
+def _check_ids(text: Any, tokenizer: Tokenizer, wanted: bool) -> None:
     if isinstance(text, FrozenTextConfig):
         known = text.architecture.get("vocab_size", tokenizer.vocabulary_size)
     else:
-        known = getattr(text, "vocabulary_size", 0) if takes_captions(config) else 0
+        known = getattr(text, "vocabulary_size", 0) if wanted else 0
     if tokenizer.vocabulary_size > known:
         raise ValueError(
             f"the tokenizer's {tokenizer.vocabulary_size} ids must fit the text transformer's {known}: "

@@ -16,7 +16,7 @@ from ldm_core import guidance, objective, samplers
 from ldm_core.conditioning import Conditioner, Conditioning
 from ldm_core.conditioning.build import build_conditioner
 from ldm_core.configs.model import LatentDiffusionConfig
-from ldm_core.configs.text import ClipTextConfig, FrozenTextConfig
+from ldm_core.configs.text import FrozenConfig
 from ldm_core.networks.autoencoder import build_first_stage
 from ldm_core.networks.unet import PreparedContext, UNet
 from ldm_core.schedule import NoiseSchedule
@@ -33,7 +33,7 @@ def build_network(config: LatentDiffusionConfig, device: torch.device | str | No
 
     A frozen text encoder is no part of it: the network takes the `Conditioning` that it gave.
     """
-    frozen = isinstance(config.conditioner, ClipTextConfig | FrozenTextConfig)
+    frozen = isinstance(config.conditioner, FrozenConfig)
     conditioner = None if frozen else config.conditioner
     with torch.device(device or torch.get_default_device()):
         return DiffusionNetwork(UNet(config.unet), build_conditioner(conditioner) if conditioner else None)

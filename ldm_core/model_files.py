@@ -9,4 +9,10 @@ CONFIG_FILE = "config.json"
 VOCABULARY_FILE = "vocab.txt"
 TOKENIZER_FILE = "tokenizer.json"
 # Patterns of everything that belongs to a model.
-MODEL_FILES = (f"{WEIGHTS_STEM}*.safetensors", WEIGHTS_INDEX_FILE, CONFIG_FILE, VOCABULARY_FILE, TOKENIZER_FILE)
+MODEL_FILES = (f"{WEIGHTS_STEM}*.safetensors", WEIGHTS_INDEX_FILE, CONFIG_FILE, "vocab*.txt", "tokenizer*.json")
+
+
+def numbered(name: str, number: int) -> str:
+    """Return the name of a tokenizer's file: as it is for a model's first one, `tokenizer_2.json` for the second."""
+    stem, dot, extension = name.rpartition(".")
+    return f"{stem}_{number + 1}{dot}{extension}" if number else name

@@ -101,6 +101,21 @@ class Section:
     appendix: bool = False
 
 
+@dataclass(frozen=True)
+class Verification:
+    """What a close look at a few samples of an artifact, beyond their digests, has found.
+
+    Attributes:
+        problems: one line each, naming the file and the sample; empty if all is as it should be.
+        notes: lines that say what was measured, and what could not be checked.
+        facts: what was measured, as JSON values.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
 def _nothing_to_check(sections: Sections) -> None:
     return None
 
@@ -145,6 +160,8 @@ class Stage(Generic[ConfigT]):
         outputs: files that a person opens, by display name.
         survey: facts of an artifact that is not finished yet, for `ldm inspect`.
         look: what a few samples of a finished artifact show, for `ldm inspect`.
+        verify: holds up to so many samples of a finished artifact, whose files are whole, against what they were made
+            from.
         view: facts of an artifact, as `ldm inspect` gives them, for a terminal; None shows them as they are.
         contact_sheet: random samples with their captions as one picture, from an artifact's folder or (by file name)
             one shard in it; None in place of the picture if there are no samples.
@@ -169,6 +186,7 @@ class Stage(Generic[ConfigT]):
     outputs: Mapping[str, str] = field(default_factory=dict)
     survey: Callable[[Storage], dict[str, Any]] | None = None
     look: Callable[[Artifact], dict[str, Any]] | None = None
+    verify: Callable[[Artifact, int], Verification] | None = None
     view: Callable[[Mapping[str, Any]], RenderableType] | None = None
     contact_sheet: Callable[[Storage, str | None], NDArray[np.uint8] | None] | None = None
 

@@ -18,7 +18,8 @@ from pipelines.inspection.inspect import inspect_path, view, write_contact_sheet
     "--contact-sheet",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE.png",
-    help="Also draw 48 random samples with their captions; PATH is pairs, a shard, or a root.",
+    help="Also draw a picture. Of pairs, a shard of them, or a root: 48 random samples with their captions. Of latents "
+    "or a shard of them: samples beside what their latents decode to, and how channels, tokens and bytes are spread.",
 )
 @json_option
 def inspect(path: str, contact_sheet: Path | None, as_json: bool) -> None:

@@ -1,7 +1,7 @@
 """Conditioners: from a user's inputs to the UNet's (paper, Sec. 3.3, tau_theta; Table 15).
 
 text         token ids, through a text transformer trained jointly with the UNet      -> context
-frozen_text  token ids, through a pretrained text encoder that is not trained         -> context
+frozen_text  token ids, through pretrained text encoders that are not trained         -> context
 labels       class labels, one embedding each                                         -> context
 layout       labelled bounding boxes as tokens, through a text transformer            -> context
 spatial      semantic map, low-resolution image, or masked image with its mask        -> concat
@@ -10,7 +10,7 @@ build        the conditioner of a configuration (`configs.conditioning`, `config
 """
 
 from ldm_core.conditioning.build import build_conditioner
-from ldm_core.conditioning.frozen_text import FrozenClipConditioner, FrozenTextConditioner
+from ldm_core.conditioning.frozen_text import FrozenClipConditioner, FrozenTextConditioner, JoinedTextConditioner
 from ldm_core.conditioning.interface import Conditioner, Conditioning, drop
 from ldm_core.conditioning.labels import ClassConditioner
 from ldm_core.conditioning.layout import LayoutConditioner
@@ -28,6 +28,7 @@ __all__ = [
     "Conditioning",
     "FrozenClipConditioner",
     "FrozenTextConditioner",
+    "JoinedTextConditioner",
     "LayoutConditioner",
     "LowResolutionConditioner",
     "MaskedImage",

@@ -1,6 +1,6 @@
 """Build the conditioner that a configuration describes."""
 
-from ldm_core.conditioning.frozen_text import FrozenClipConditioner, FrozenTextConditioner
+from ldm_core.conditioning.frozen_text import FrozenClipConditioner, FrozenTextConditioner, JoinedTextConditioner
 from ldm_core.conditioning.interface import Conditioner, Encode
 from ldm_core.conditioning.labels import ClassConditioner
 from ldm_core.conditioning.layout import LayoutConditioner
@@ -18,7 +18,7 @@ from ldm_core.configs.conditioning import (
     MaskedImageConfig,
     SemanticMapConfig,
 )
-from ldm_core.configs.text import ClipTextConfig, FrozenTextConfig, TextTransformerConfig
+from ldm_core.configs.text import ClipTextConfig, FrozenTextConfig, JoinedTextConfig, TextTransformerConfig
 
 
 def build_conditioner(config: ConditionerConfig, *, encode: Encode | None = None) -> Conditioner:
@@ -35,6 +35,8 @@ def build_conditioner(config: ConditionerConfig, *, encode: Encode | None = None
             return FrozenClipConditioner(config)
         case FrozenTextConfig():
             return FrozenTextConditioner(config)
+        case JoinedTextConfig():
+            return JoinedTextConditioner(config)
         case ClassConfig():
             return ClassConditioner(config)
         case LayoutConfig():

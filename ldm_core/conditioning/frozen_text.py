@@ -6,11 +6,13 @@ Their weights come from the model's own file, or from `pretrained`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from ldm_core.conditioning.interface import Conditioner, Conditioning
-from ldm_core.configs.text import ClipTextConfig, FrozenTextConfig
+from ldm_core.configs.text import ClipTextConfig, FrozenTextConfig, JoinedTextConfig
 from ldm_core.networks.clip_text import ClipTextTransformer
 from ldm_core.networks.ids import check_tokens
 
@@ -70,6 +72,58 @@ class FrozenTextConditioner(_Frozen):
         attended[:, 0] = 1
         context = self.encoder(input_ids=tokens, attention_mask=attended).last_hidden_state
         return Conditioning(context=context, mask=attended.bool() if config.mask_padding else None)
+
+
+class JoinedTextConditioner(_Frozen):
+    """Maps token ids (B, N, L) of captions, by the tokenizers of N encoders, to one context (B, L, D1 + ... + DN).
+
+    What an encoder does not attend to is zero there; the UNet attends to places that any encoder attends to.
+
+    Args:
+        config: of the encoders.
+        encoders: their conditioners; None builds them with random weights.
+    """
+
+    def __init__(
+        self,
+        config: JoinedTextConfig,
+        encoders: Sequence[FrozenClipConditioner | FrozenTextConditioner] | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.encoders = nn.ModuleList(encoders or [_build(each) for each in config.encoders])
+        self.freeze()
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor) -> Conditioning:
+        """Ids (B, N, L) of any integer type -> context (B, L, D1 + ... + DN), with a mask (B, L) if all encoders mask.
+
+        Raises:
+            ValueError: tokens are not of that shape, or as an encoder does.
+        """
+        if tokens.ndim != 3 or tokens.shape[1] != len(self.encoders):
+            raise ValueError(
+                f"tokens must have the shape (B, {len(self.encoders)}, L), those of each encoder's tokenizer, "
+                f"got {tuple(tokens.shape)}"
+            )
+        given = [_real_first(encoder(ids)) for encoder, ids in zip(self.encoders, tokens.unbind(1), strict=True)]
+        context = torch.cat([each.context for each in given if each.context is not None], dim=2)
+        masks = [each.mask for each in given if each.mask is not None]
+        return Conditioning(context=context, mask=torch.stack(masks).any(0) if len(masks) == len(given) else None)
+
+
+def _real_first(given: Conditioning) -> Conditioning:
+    """Move what is attended to before all else, as it is cached, and set the rest to zero."""
+    if given.mask is None or given.context is None:
+        return given
+    order = (~given.mask).long().argsort(dim=1, stable=True)
+    mask = given.mask.gather(1, order)
+    context = given.context.gather(1, order[..., None].expand_as(given.context))
+    return Conditioning(context=context * mask[..., None], mask=mask)
+
+
+def _build(config: ClipTextConfig | FrozenTextConfig) -> FrozenClipConditioner | FrozenTextConditioner:
+    return FrozenClipConditioner(config) if isinstance(config, ClipTextConfig) else FrozenTextConditioner(config)
 
 
 def _build_encoder(config: FrozenTextConfig) -> nn.Module:

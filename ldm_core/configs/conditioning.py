@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ldm_core.configs.text import ClipTextConfig, FrozenTextConfig, TextTransformerConfig
-from ldm_core.configs.values import check_at_least
+from ldm_core.configs.text import ClipTextConfig, FrozenTextConfig, JoinedTextConfig, TextTransformerConfig
+from ldm_core.configs.values import check_at_least, component
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -211,6 +211,7 @@ ConditionerConfig = (
     TextTransformerConfig
     | ClipTextConfig
     | FrozenTextConfig
+    | JoinedTextConfig
     | ClassConfig
     | LayoutConfig
     | SemanticMapConfig
@@ -223,6 +224,7 @@ CONDITIONER_KINDS: Mapping[str, type[ConditionerConfig]] = {
     "text": TextTransformerConfig,
     "frozen_clip": ClipTextConfig,
     "frozen_text": FrozenTextConfig,
+    "joined_text": JoinedTextConfig,
     "class": ClassConfig,
     "layout": LayoutConfig,
     "semantic_map": SemanticMapConfig,
@@ -234,6 +236,31 @@ CONDITIONER_KINDS: Mapping[str, type[ConditionerConfig]] = {
 def conditioner_kind(config: ConditionerConfig) -> str:
     """Return the name of a conditioner's kind, as in `CONDITIONER_KINDS`."""
     return next(name for name, kind in CONDITIONER_KINDS.items() if type(config) is kind)
+
+
+def conditioner_to_dict(config: ConditionerConfig) -> dict[str, Any]:
+    """Return a configuration as plain values, its `kind` among them."""
+    kind = conditioner_kind(config)
+    if isinstance(config, JoinedTextConfig):
+        return {"kind": kind, "encoders": [conditioner_to_dict(encoder) for encoder in config.encoders]}
+    return {"kind": kind, **asdict(config)}
+
+
+def conditioner_from_dict(values: Any, path: str = "conditioner") -> ConditionerConfig:
+    """Build the configuration that `conditioner_to_dict` described, also after a round trip through JSON.
+
+    Raises:
+        ValueError: the kind or a setting is unknown, or the values do not fit each other.
+    """
+    if not isinstance(values, Mapping) or values.get("kind") not in CONDITIONER_KINDS:
+        found = values.get("kind") if isinstance(values, Mapping) else values
+        raise ValueError(f"{path}.kind must be one of {', '.join(CONDITIONER_KINDS)}, got {found!r}")
+    settings = {key: value for key, value in values.items() if key != "kind"}
+    if values["kind"] == "joined_text" and isinstance(settings.get("encoders"), list | tuple):
+        encoders = enumerate(settings["encoders"])
+        settings["encoders"] = [conditioner_from_dict(each, f"{path}.encoders.{number}") for number, each in encoders]
+    config: ConditionerConfig = component(CONDITIONER_KINDS[values["kind"]], settings, path)
+    return config
 
 
 def context_dim(config: ConditionerConfig | None) -> int | None:

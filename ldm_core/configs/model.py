@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ldm_core.configs import objective
 from ldm_core.configs.conditioning import (
-    CONDITIONER_KINDS,
     ConditionerConfig,
     concat_channels,
-    conditioner_kind,
+    conditioner_from_dict,
+    conditioner_to_dict,
     context_dim,
 )
 from ldm_core.configs.first_stage import FirstStageConfig
 from ldm_core.configs.schedule import ScheduleConfig
-from ldm_core.configs.text import ClipTextConfig, FrozenTextConfig, TextTransformerConfig
+from ldm_core.configs.text import FrozenConfig, TextTransformerConfig
 from ldm_core.configs.unet import UNetConfig
 from ldm_core.configs.values import check_keys, component
 
@@ -91,7 +91,7 @@ class LatentDiffusionConfig:
         """Return the configuration as a nested dict of plain values that JSON can hold."""
         values = dataclasses.asdict(self)
         if self.conditioner is not None:
-            values["conditioner"]["kind"] = conditioner_kind(self.conditioner)
+            values["conditioner"] = conditioner_to_dict(self.conditioner)
         return values
 
     @classmethod
@@ -105,7 +105,7 @@ class LatentDiffusionConfig:
         check_keys(cls, values, "model config")
         arguments = dict(values)
         if arguments.get("conditioner") is not None:
-            arguments["conditioner"], parts["conditioner"] = _without_kind(arguments["conditioner"])
+            arguments["conditioner"] = conditioner_from_dict(arguments["conditioner"])
         for name, kind in parts.items():
             if arguments.get(name) is not None:
                 arguments[name] = component(kind, arguments[name], name)
@@ -134,13 +134,4 @@ def config_from_dict(values: Mapping[str, Any]) -> Config:
 
 def takes_captions(config: Config) -> bool:
     """Return whether a model is conditioned on captions, and so needs a tokenizer."""
-    return isinstance(getattr(config, "conditioner", None), TextTransformerConfig | ClipTextConfig | FrozenTextConfig)
-
-
-def _without_kind(values: Any) -> tuple[Mapping[str, Any], type]:
-    """Split a saved conditioner into its settings and the class that its `kind` names."""
-    if not isinstance(values, Mapping) or values.get("kind") not in CONDITIONER_KINDS:
-        found = values.get("kind") if isinstance(values, Mapping) else values
-        raise ValueError(f"conditioner.kind must be one of {', '.join(CONDITIONER_KINDS)}, got {found!r}")
-    rest = {key: value for key, value in values.items() if key != "kind"}
-    return rest, CONDITIONER_KINDS[values["kind"]]
+    return isinstance(getattr(config, "conditioner", None), TextTransformerConfig | FrozenConfig)

@@ -121,3 +121,48 @@ class FrozenTextConfig:
         if "model_type" not in self.architecture:
             raise ValueError("FrozenTextConfig.architecture must be the encoder's config.json, it has no 'model_type'")
         check_at_least(self, 1, "width", "max_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinedTextConfig:
+    """Several frozen text encoders side by side: a place of the context is what each gives for its token there (SDXL).
+
+    Args:
+        encoders: two or more of them. They may cut captions into different tokens, but into as many.
+
+    Raises:
+        ValueError: fewer than two, or captions of different lengths.
+    """
+
+    encoders: tuple[ClipTextConfig | FrozenTextConfig, ...]
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        if len(self.encoders) < 2:
+            raise ValueError(f"JoinedTextConfig.encoders must be two or more, got {len(self.encoders)}")
+        if len(lengths := {encoder.max_length for encoder in self.encoders}) > 1:
+            found = " and ".join(str(encoder.max_length) for encoder in self.encoders)
+            raise ValueError(
+                f"text encoders side by side must take as many tokens of a caption, got max_length {found}: set it to "
+                f"{min(lengths)} for all"
+            )
+
+    @property
+    def width(self) -> int:
+        """D of the context."""
+        return sum(encoder.width for encoder in self.encoders)
+
+    @property
+    def max_length(self) -> int:
+        """Longest token sequence, L."""
+        return self.encoders[0].max_length
+
+    @property
+    def mask_padding(self) -> bool:
+        """Whether the UNet does not attend to places that are padding for all encoders."""
+        return all(isinstance(encoder, FrozenTextConfig) and encoder.mask_padding for encoder in self.encoders)
+
+
+# Of encoders that are never trained.
+FrozenConfig = ClipTextConfig | FrozenTextConfig | JoinedTextConfig

@@ -199,10 +199,11 @@ _ENCODER_FILES = re.compile(r".*\.(json|txt|safetensors|bin)").fullmatch
 
 
 class FrozenTextCondition(ConditionBase):
-    """Captions, through one or two pretrained text encoders that are never trained (Stable Diffusion, Imagen).
+    """Captions, through one or two pretrained text encoders that are never trained (Stable Diffusion, Imagen, SDXL).
 
     Args:
-        encoders: the encoders. What they give is cached for each; models here take one.
+        encoders: the encoders. Of two, which must take as many tokens of a caption, the UNet is fed both side by side:
+            its context is as wide as both together.
         dropout: share of samples whose caption is replaced by the empty one, for classifier-free guidance.
     """
 
@@ -225,11 +226,18 @@ class FrozenTextCondition(ConditionBase):
         }
 
     def check_model(self, sections: Sections) -> None:
-        if len(self.encoders) > 1:
-            raise ValueError("condition.encoders: two are cached, but no model here takes both yet: name one")
-        width, found = _width(self.encoders[0]), sections["diffusion"].unet.context_dim
-        if width is not None and found != width:
-            raise ValueError(f"diffusion.unet.context_dim must be the text encoder's width, {width}, got {found}")
+        lengths = [_longest(encoder) for encoder in self.encoders]
+        known = [length for length in lengths if length is not None]
+        if len(set(known)) > 1:
+            raise ValueError(
+                f"condition.encoders must take as many tokens of a caption, got {' and '.join(map(str, known))}: set "
+                f"max_length: {min(known)} for the one that takes more"
+            )
+        widths = [_width(encoder) for encoder in self.encoders]
+        found = sections["diffusion"].unet.context_dim
+        if None not in widths and found != (wanted := sum(width or 0 for width in widths)):
+            of = "the text encoder's width" if len(widths) == 1 else "the sum of the text encoders' widths"
+            raise ValueError(f"diffusion.unet.context_dim must be {of}, {wanted}, got {found}")
 
     def parameters(self) -> int:
         files = [file for encoder in self.encoders if not encoder.open_clip for file in encoder.files()]
@@ -259,6 +267,13 @@ def _width(config: TextEncoderConfig) -> int | None:
     settings = settings.get("text_config", settings)
     width = settings.get("hidden_size") or settings.get("d_model")
     return width if isinstance(width, int) else None
+
+
+def _longest(config: TextEncoderConfig) -> int | None:
+    """Return how many tokens an encoder takes of a caption; None if its files do not say."""
+    settings = _settings(config)
+    longest = config.max_length or settings.get("text_config", settings).get("max_position_embeddings")
+    return longest if isinstance(longest, int) else None
 
 
 def _once(classes: tuple[str, ...]) -> tuple[str, ...]:

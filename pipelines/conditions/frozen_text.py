@@ -1,4 +1,4 @@
-"""Captions, through a pretrained text encoder that is never trained: CLIP, OpenCLIP, any of the transformers library.
+"""Captions, through pretrained text encoders that are never trained: CLIP, OpenCLIP, any of the transformers library.
 
 Latents cache what the encoder gives, so that training needs no encoder:
 
@@ -9,14 +9,15 @@ text_encoder.json       the encoder's configuration and the digest of its weight
 
 Padding that the encoder does not attend to is not stored, and the UNet does not see it either. CLIP's is stored: its
 attention is causal, so that the states at padding depend on the caption, and published models are fed all 77 of them.
-A second encoder has the same files under `text2`.
+A second encoder has the same files under `text2`. The UNet is fed both side by side, as SDXL is: a place of the context
+holds what each gives for its token there, zeros after the last one.
 """
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm_core.conditioning import Conditioner, Conditioning, drop
+from ldm_core.conditioning.frozen_text import FrozenClipConditioner, FrozenTextConditioner, JoinedTextConditioner
 from ldm_core.conditioning.interface import Encode
-from ldm_core.configs.conditioning import CONDITIONER_KINDS, ConditionerConfig, conditioner_kind
+from ldm_core.configs.conditioning import ConditionerConfig, conditioner_from_dict, conditioner_to_dict
 from ldm_core.configs.model import LatentDiffusionConfig
-from ldm_core.configs.text import FrozenTextConfig
+from ldm_core.configs.text import ClipTextConfig, FrozenTextConfig, JoinedTextConfig
 from ldm_core.configs.unet import UNetConfig
-from ldm_core.configs.values import component
 from ldm_core.pretrained import TextEncoder, open_clip_text_encoder, text_encoder
+from ldm_core.tokenizers.joined import JoinedTokenizer
 from pipelines.conditions.config import FrozenTextCondition, TextEncoderConfig
 from pipelines.conditions.kind import Cached, Encoder, Pair, Rows
 from pipelines.conditions.text import CaptionPrompts, captions_of, distinct_captions, first_caption
@@ -87,33 +89,40 @@ class FrozenText:
         }
 
     def conditioner(self, latents: Artifact, unet: UNetConfig) -> ConditionerConfig:
-        values = latents.storage.read_json(_about(0))["conditioner"]
-        kind = CONDITIONER_KINDS[values.pop("kind")]
-        config: ConditionerConfig = component(kind, values, "text_encoder.json")
-        return config
+        configs: list[Any] = [
+            conditioner_from_dict(latents.storage.read_json(_about(number))["conditioner"], _about(number))
+            for number in range(len(self.config.encoders))
+        ]
+        return JoinedTextConfig(encoders=tuple(configs)) if len(configs) > 1 else configs[0]
 
     def frozen(self, latents: Artifact, device: torch.device) -> Conditioner:
-        opened, known = _opened(self.config.encoders[0]), latents.storage.read_json(_about(0))
-        if opened.about != known:
-            raise UserError(
-                f"latents {latents.key} were made with another text encoder ({known['weights_sha256'][:12]}…) than "
-                f"{self.config.encoders[0].path} is ({opened.about['weights_sha256'][:12]}…): put that one back, or "
-                "run `ldm run RECIPE --from latents`"
-            )
-        return opened.conditioner.to(device)
+        opened = [_opened(encoder) for encoder in self.config.encoders]
+        for number, (config, each) in enumerate(zip(self.config.encoders, opened, strict=True)):
+            if each.about != (known := latents.storage.read_json(_about(number))):
+                raise UserError(
+                    f"latents {latents.key} were made with another text encoder ({known['weights_sha256'][:12]}…) "
+                    f"than {config.path} is ({each.about['weights_sha256'][:12]}…): put that one back, or run "
+                    "`ldm run RECIPE --from latents`"
+                )
+        if len(opened) == 1:
+            return opened[0].conditioner.to(device)
+        joined = JoinedTextConfig(encoders=tuple(each.config for each in opened))
+        return JoinedTextConditioner(joined, [each.conditioner for each in opened]).to(device)
 
     def examples(self, latents: Artifact) -> CaptionStateExamples:
-        length, _ = latents.details["text_shapes"][0]
-        conditioner = latents.storage.read_json(_about(0))["conditioner"]
+        encoders, storage = range(len(self.config.encoders)), latents.storage
+        about = [storage.read_json(_about(number))["conditioner"] for number in encoders]
         return CaptionStateExamples(
-            decode_npy(latents.storage.read_bytes(_null(0))),
-            length,
-            masked=conditioner.get("mask_padding", False),
+            joined_states([decode_npy(storage.read_bytes(_null(number))) for number in encoders]),
+            latents.details["text_shapes"][0][0],
+            masked=all(each.get("mask_padding", False) for each in about),
             dropout=self.config.dropout,
+            encoders=len(encoders),
         )
 
     def prompts(self, latents: Artifact, model: LatentDiffusionConfig) -> CaptionPrompts:
-        return CaptionPrompts(_opened(self.config.encoders[0]).tokenizer)
+        tokenizers = [_opened(encoder).tokenizer for encoder in self.config.encoders]
+        return CaptionPrompts(JoinedTokenizer(tokenizers) if len(tokenizers) > 1 else tokenizers[0])
 
     def preview_prompts(self, latents: Artifact, samples: Iterable[Mapping[str, Any]], count: int) -> list[str]:
         return distinct_captions(samples, count)
@@ -146,13 +155,14 @@ class OpenedEncoder:
     """A text encoder as a recipe names it.
 
     Attributes:
-        conditioner, tokenizer: its network and its tokenizer.
+        conditioner, config, tokenizer: its network, the configuration of that, and its tokenizer.
         about: its configuration and the digest of its weights, as JSON values.
     """
 
     def __init__(self, config: TextEncoderConfig) -> None:
         found = _load(config)
-        self.tokenizer, shape = found.tokenizer, found.conditioner.config
+        self.tokenizer = found.tokenizer
+        shape: ClipTextConfig | FrozenTextConfig = found.conditioner.config
         if isinstance(shape, FrozenTextConfig):
             # As the encoder was trained: what it does not attend to, the UNet does not either.
             masked = shape.pad_id is not None
@@ -168,10 +178,10 @@ class OpenedEncoder:
                 f"got {found.tokenizer.max_length}: leave it out"
             )
         self.masked = isinstance(shape, FrozenTextConfig) and shape.mask_padding
-        found.conditioner.config = shape
-        self.conditioner: Conditioner = found.conditioner
+        found.conditioner.config = self.config = shape
+        self.conditioner: FrozenClipConditioner | FrozenTextConditioner = found.conditioner
         self.about: dict[str, Any] = {
-            "conditioner": {"kind": conditioner_kind(shape), **asdict(shape)},
+            "conditioner": conditioner_to_dict(shape),
             "tokenizer_sha256": found.tokenizer.digest,
             "weights_sha256": found.digest,
         }
@@ -253,27 +263,31 @@ class CaptionStates:
 
 
 class CaptionStateExamples:
-    """Draws the states of one of a picture's captions, filled up to one length.
+    """Draws the states of one of a picture's captions, filled up to one length; those of two encoders side by side.
 
     Args:
         null: (n, D) states of the empty caption, which guidance needs (Ho & Salimans 2021).
         length: L, the longest that a caption can be.
         masked: whether the UNet does not attend to what is filled up.
         dropout: share of captions that are replaced by the empty one.
+        encoders: whose states are cached; D is the sum of their widths.
     """
 
-    def __init__(self, null: NDArray[np.float16], length: int, *, masked: bool, dropout: float) -> None:
-        self.length, self.masked, self.dropout = length, masked, dropout
+    def __init__(
+        self, null: NDArray[np.float16], length: int, *, masked: bool, dropout: float, encoders: int = 1
+    ) -> None:
+        self.length, self.masked, self.dropout, self.encoders = length, masked, dropout, encoders
         self.null = self._filled([null])
 
     def decode(self, files: Mapping[str, bytes]) -> Cached:
-        return decode_npy(files[_states(0)]), decode_npy(files[_lengths(0)])
+        names = (name for number in range(self.encoders) for name in (_states(number), _lengths(number)))
+        return tuple(decode_npy(files[name]) for name in names)
 
     def draw(self, cached: Cached, random: np.random.Generator) -> NDArray[Any]:
-        states, lengths = cached
-        number = random.integers(len(lengths))
-        end = int(lengths[: number + 1].sum())
-        return states[end - int(lengths[number]) : end]
+        # Of all encoders the same caption.
+        number = random.integers(len(cached[1]))
+        files = zip(cached[::2], cached[1::2], strict=True)
+        return joined_states([_of_caption(states, lengths, number) for states, lengths in files])
 
     def batch(self, drawn: Sequence[NDArray[Any]], uniform: Tensor) -> dict[str, Tensor]:
         filled = self._filled(drawn)
@@ -290,3 +304,16 @@ class CaptionStateExamples:
 
     def inputs(self, batch: Mapping[str, Tensor]) -> Conditioning:
         return Conditioning(context=batch["context"].float(), mask=batch.get("mask"))
+
+
+def _of_caption(states: NDArray[Any], lengths: NDArray[Any], number: int | np.integer[Any]) -> NDArray[Any]:
+    end = int(lengths[: number + 1].sum())
+    return states[end - int(lengths[number]) : end]
+
+
+def joined_states(of_encoders: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Return the (n, D) states of a caption by each encoder side by side, zeros after the last of each."""
+    if len(of_encoders) == 1:
+        return of_encoders[0]
+    longest = max(len(states) for states in of_encoders)
+    return np.concatenate([np.pad(each, ((0, longest - len(each)), (0, 0))) for each in of_encoders], axis=1)

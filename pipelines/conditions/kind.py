@@ -22,7 +22,7 @@ from ldm_core.conditioning.interface import Encode
 from ldm_core.configs.conditioning import ConditionerConfig
 from ldm_core.configs.model import LatentDiffusionConfig
 from ldm_core.configs.unet import UNetConfig
-from ldm_core.tokenizers.tokenizer import Tokenizer
+from ldm_core.tokenizers.joined import AnyTokenizer
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.ledger import Artifact
 from pipelines.store.storage import Storage
@@ -107,8 +107,8 @@ class Prompts(Protocol):
     guided: bool
 
     @property
-    def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer of the captions; None for a model that takes none."""
+    def tokenizer(self) -> AnyTokenizer | None:
+        """The tokenizer of the captions, or those of its text encoders; None for a model that takes none."""
         ...
 
     def inputs(self, prompts: Sequence[str]) -> Any:

@@ -19,6 +19,7 @@ from ldm_core.configs.model import LatentDiffusionConfig
 from ldm_core.configs.text import TextTransformerConfig
 from ldm_core.configs.unet import UNetConfig
 from ldm_core.model_files import VOCABULARY_FILE
+from ldm_core.tokenizers.joined import AnyTokenizer
 from ldm_core.tokenizers.tokenizer import Tokenizer
 from pipelines.conditions.config import TextCondition
 from pipelines.conditions.kind import Cached, Pair, Rows
@@ -133,7 +134,7 @@ class CaptionPrompts:
 
     guided = True
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: AnyTokenizer) -> None:
         self.tokenizer = tokenizer
 
     def inputs(self, prompts: Sequence[str]) -> Tensor:

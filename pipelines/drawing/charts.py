@@ -81,7 +81,7 @@ def loss_chart(steps: ArrayLike, losses: ArrayLike) -> Markup:
     smooth = running_mean(ys, reach=max(1, len(ys) // 40))
     low, high = ys.min(), ys.max()
     log = 1 / LARGEST_VALUE < low * LEAST_LOG_RATIO < high
-    with _style():
+    with style():
         figure = _figure(WIDE)
         axes = figure.add_subplot(xlabel="step", ylabel="loss (log scale)" if log else "loss")
         axes.plot(*_thinned(xs, ys), color=FAINT, linewidth=1, gid="raw")
@@ -121,7 +121,7 @@ def histogram(edges: Sequence[float], counts: Sequence[int], label: str) -> Mark
     upper = [f"{edges[i + 1]:g}" if i + 1 < len(edges) else "and more" for i in bins]
     tooltips = [f"{edges[i]:g} to {end}: {counts[i]:,}" for i, end in zip(bins, upper)]
     labelled = [i for i in range(bins.start, bins.stop + 1, math.ceil(len(bins) / MOST_BIN_LABELS)) if i < len(edges)]
-    with _style():
+    with style():
         figure = _figure(NARROW)
         axes = figure.add_subplot(xlabel=printable(label), ylabel="samples", xlim=(bins.start, bins.stop))
         for bar in axes.bar([i + 0.5 for i in bins], [counts[i] for i in bins], width=0.94, color=ACCENT):
@@ -154,7 +154,7 @@ def _thinned(xs: Floats, ys: Floats) -> tuple[Floats, Floats]:
 
 
 @contextlib.contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
     """Draw in our style, whatever matplotlibrc this machine has; the process's own settings come back afterwards."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()

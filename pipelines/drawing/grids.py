@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from pipelines.drawing.printable import printable
 
@@ -23,7 +23,7 @@ MAX_CAPTION_CHARACTERS = 400  # more never fit, and measuring a web page's worth
 MIN_FONT_PIXELS = 10
 MAX_FONT_PIXELS = 18
 LINE_HEIGHT = 1.25
-PAPER, INK = (255, 255, 255), (40, 40, 40)
+PAPER, INK, MOUNT = (255, 255, 255), (40, 40, 40), (238, 238, 238)
 
 
 def grid(
@@ -78,6 +78,21 @@ def grid(
                 draw.text(place, line, fill=INK, font=_font(font_pixels), anchor="ma")
         y += row_height
     return np.asarray(canvas)
+
+
+def mounted(image: Image.Image, side: int) -> Image8:
+    """Draw an RGB picture as large as a square cell allows, (side, side, 3) uint8; on grey if it has another shape."""
+    fitted = ImageOps.contain(image, (side, side), Image.Resampling.BICUBIC)
+    cell = Image.new("RGB", (side, side), MOUNT)
+    cell.paste(fitted, ((side - fitted.width) // 2, (side - fitted.height) // 2))
+    return np.asarray(cell)
+
+
+def stacked(images: Sequence[Image8]) -> Image8:
+    """Return pictures one below the other on white paper, as wide as the widest."""
+    width = max(image.shape[1] for image in images)
+    padded = [np.pad(each, ((0, 0), (0, width - each.shape[1]), (0, 0)), constant_values=255) for each in images]
+    return np.concatenate(padded)
 
 
 def encode_png(image: Image8) -> bytes:

@@ -63,7 +63,8 @@ def inspect_path(url: str) -> dict[str, Any]:
 
 
 def write_contact_sheet(url: str, target: Path) -> None:
-    """Draw random samples of an artifact (finished or not), of a root's newest pairs or of one shard into a PNG file.
+    """Draw samples of an artifact of pairs (finished or not) or latents, of a root's newest pairs or of one shard into
+    a PNG file.
 
     Raises:
         UserError: there are no samples with pictures, or the file cannot be written.
@@ -74,9 +75,15 @@ def write_contact_sheet(url: str, target: Path) -> None:
         storage = Storage(folder)
     elif storage.exists(LEDGER):
         storage = _newest_with_pictures(storage)
-    sheets = (stage.contact_sheet(storage, shard) for stage in STAGES if stage.contact_sheet)
+    drawn = [stage for stage in STAGES if stage.contact_sheet]
+    if storage.exists(MANIFEST):
+        drawn = [stage for stage in drawn if stage.name == read_manifest(storage).stage] or drawn
+    sheets = (stage.contact_sheet(storage, shard) for stage in drawn if stage.contact_sheet)
     if (sheet := next((sheet for sheet in sheets if sheet is not None), None)) is None:
-        raise UserError(f"{url} has no samples with pictures: give an artifact of pairs or a shard (.tar) of one")
+        raise UserError(
+            f"{url} has no samples with pictures: give an artifact of pairs, a finished one of latents, or a shard "
+            "(.tar) of one"
+        )
     try:
         target.write_bytes(encode_png(sheet))
     except OSError as error:
@@ -84,10 +91,15 @@ def write_contact_sheet(url: str, target: Path) -> None:
 
 
 def _newest_with_pictures(root: Storage) -> Storage:
-    """Return the artifact under a root whose samples can be drawn, the one finished last; the root if there is none."""
-    stages = [stage.name for stage in STAGES if stage.contact_sheet]
-    found = [artifact for artifact in finished_artifacts(root) if artifact.url.split("/")[-2] in stages]
-    return max(found, key=lambda artifact: artifact.modified_at(MANIFEST), default=root)
+    """Return the artifact under a root whose samples can be drawn: of the first such stage the one finished last; the
+    root if there is none.
+    """
+    finished = finished_artifacts(root)
+    for stage in STAGES:
+        found = [artifact for artifact in finished if artifact.url.split("/")[-2] == stage.name]
+        if stage.contact_sheet and found:
+            return max(found, key=lambda artifact: artifact.modified_at(MANIFEST))
+    return root
 
 
 def view(facts: dict[str, Any]) -> RenderableType | None:

@@ -90,6 +90,15 @@ class Artifact:
         additions = self.details.get("additions", 0)
         return f"{self.key}+{additions}" if additions else self.key
 
+    def upstream(self, stage: str) -> Artifact | None:
+        """Return the artifact of a stage that this one was made from; None if it is not under the same root any more.
+
+        Samples may have been added to it since.
+        """
+        key = self.manifest.upstream.get(stage, "").partition("+")[0]
+        root = self.storage.url.rstrip("/").rsplit("/", 2)[0]
+        return Ledger(Storage(root)).find(stage, key) if key else None
+
     def shards(self, suffix: str = ".tar") -> FileTable:
         """Return the committed shards whose names end with `suffix`, in order."""
         return self.files.shards(suffix)

@@ -29,6 +29,7 @@ from ldm_core.configs.text import ClipTextConfig, TextTransformerConfig
 from ldm_core.latent_diffusion import LatentDiffusion
 from ldm_core.model_files import CONFIG_FILE
 from ldm_core.networks.autoencoder import FirstStage, build_first_stage
+from ldm_core.tokenizers.joined import AnyTokenizer
 from ldm_core.tokenizers.tokenizer import Tokenizer
 from ldm_core.weights.clip_names import CLIP_TEXT_TABLE, current_clip_name
 from ldm_core.weights.name_mapping import Entry, entries, to_ours, to_theirs
@@ -89,7 +90,7 @@ def export_folder(
     model: LatentDiffusion | FirstStage,
     folder: str | Path,
     *,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: AnyTokenizer | None = None,
     max_shard_gib: float | None = None,
 ) -> str:
     """Write a model as a folder for diffusers' `from_pretrained`.
@@ -119,7 +120,7 @@ def export_folder(
     settings = _settings(model.config, pipeline)
     state = to_theirs(_entries(model, pipeline), model.state_dict())
     if pipeline.text:
-        if tokenizer is None:
+        if not isinstance(tokenizer, Tokenizer):
             raise ValueError(f"{kind} takes captions: give the tokenizer that the model was trained with")
         write = tokenizers.write_bert if pipeline.text == "bert" else tokenizers.write_clip
         write(tokenizer, _created(folder / "tokenizer"))

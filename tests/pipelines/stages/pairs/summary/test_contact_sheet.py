@@ -139,7 +139,7 @@ def test_a_picture_of_too_many_pixels_is_not_decoded(tmp_path: Path, monkeypatch
 def test_a_contact_sheet_needs_pictures(tmp_path: Path) -> None:
     target = tmp_path / "sheet.png"
     for url in (first_stage_artifact(tmp_path).storage.url, pairs_artifact(tmp_path, rows=(0,)).storage.url):
-        with pytest.raises(UserError, match="has no samples with pictures: give an artifact of pairs or a shard"):
+        with pytest.raises(UserError, match="has no samples with pictures: give an artifact of pairs, a finished one"):
             write_contact_sheet(url, target)
     with pytest.raises(UserError, match=r"no\.tar is missing"):
         write_contact_sheet(str(tmp_path / "no.tar"), target)

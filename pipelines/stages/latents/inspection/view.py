@@ -1,4 +1,4 @@
-"""A latents artifact on a terminal: what it is made of, its channels, and how their values are distributed."""
+"""A latents artifact on a terminal: what it is made of, its channels, and what a few samples hold."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipelines.drawing.formatting import format_bytes, format_count
-from pipelines.drawing.terminal import draw_histogram, table_of
+from pipelines.drawing.terminal import draw_bar, draw_histogram, table_of
 
 
 def view(facts: Mapping[str, Any]) -> RenderableType:
@@ -26,8 +26,17 @@ def view(facts: Mapping[str, Any]) -> RenderableType:
             draw_histogram(f"channel {number}, {looked_at['samples']} samples", looked_at["edges"], counts)
             for number, counts in enumerate(looked_at["counts"])
         ]
-        parts += [Text(), Columns(charts, padding=(1, 4))]
+        charts += [
+            draw_histogram(tokens_title(name, tokens), tokens["edges"], tokens["counts"])
+            for name, tokens in looked_at["tokens"].items()
+        ]
+        parts += [Text(), Columns(charts, padding=(1, 4)), Text(), _bytes_a_sample(looked_at["bytes_a_sample"])]
     return Group(*parts)
+
+
+def tokens_title(name: str, tokens: Mapping[str, Any]) -> str:
+    """Say of which captions a histogram of tokens is."""
+    return f"{name}: tokens of {format_count(tokens['captions'])} captions, {tokens['mean']:.1f} in the mean"
 
 
 def _heading(facts: Mapping[str, Any]) -> Iterator[str]:
@@ -55,4 +64,12 @@ def _channels(channels: Mapping[str, list[float]]) -> Table:
     table = table_of(("channel", "right"), *((name, "right") for name in names))
     for number, values in enumerate(zip(*(channels[name] for name in names), strict=True)):
         table.add_row(str(number), *(f"{value:.4f}" for value in values))
+    return table
+
+
+def _bytes_a_sample(parts: Mapping[str, float]) -> Table:
+    table = table_of(("bytes a sample", "left"), ("", "right"), ("share", "right"), ("", "left"))
+    total = sum(parts.values())
+    for name, count in parts.items():
+        table.add_row(name, format_bytes(count), f"{100 * count / total:.1f} %", Text(draw_bar(count / total), "green"))
     return table

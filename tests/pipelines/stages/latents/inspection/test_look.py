@@ -7,13 +7,17 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from pipelines.conditions.lengths import token_lengths
 from pipelines.errors import UserError
 from pipelines.inspection.inspect import inspect_path, view
-from pipelines.shards.format import decode_npy, read_shard
-from pipelines.stages.latents.look import SAMPLES_A_SHARD, SHARDS, look
+from pipelines.shards.format import decode_npy, encode_npy, read_shard
+from pipelines.stages.latents.inspection.look import SAMPLES_A_SHARD, SHARDS, look
 from pipelines.store.ledger import Artifact
 from tests.pipelines.stages.latents.in_this_process import make
+from tests.pipelines.stages.latents.inspection import encoded
 from tests.tiny_artifacts import first_stage_artifact, latents_artifact, pairs_artifact
+
+INDEXES = ("index/000000.arrow", "index/000002.arrow")
 
 
 @pytest.fixture
@@ -72,3 +76,33 @@ def test_a_damaged_sample_is_one_line(latents: Artifact) -> None:
     shard.write_bytes(data)
     with pytest.raises(UserError, match=r"000002.tar is damaged \(000020003.latent.npy is not what its index says\)"):
         look(latents)
+
+
+def test_tokens_are_counted_without_padding_and_bytes_add_up(tmp_path: Path) -> None:
+    artifact = encoded.latents(tmp_path, encoded.pictures(tmp_path), first_stage_artifact(tmp_path))
+    found = look(artifact)
+    tokens = found["tokens"]["text"]
+    # Two captions a sample, as long as its row and two more.
+    assert (tokens["captions"], tokens["most"], tokens["mean"]) == (22, 7, 4.27)
+    assert [tokens["counts"][tokens["edges"].index(length)] for length in range(8)] == [0, 0, 4, 4, 4, 4, 4, 2]
+    parts = found["bytes_a_sample"]
+    on_disk = [record.bytes for record in artifact.files if record.rows or record.name in INDEXES]
+    assert sum(parts.values()) == pytest.approx(sum(on_disk) / 11, abs=0.5)
+    assert parts["latent"] == 2 * 4 * 4 * 4 * 2 + 128
+    text = io.StringIO()
+    Console(file=text, width=200).print(view(inspect_path(artifact.storage.url)))
+    assert "text: tokens of 22 captions, 4.3 in the mean" in " ".join(text.getvalue().split())
+    assert "bytes a sample" in text.getvalue()
+
+
+def test_of_frozen_encoders_the_states_that_are_stored_are_counted() -> None:
+    lengths = {"text_lengths.npy": np.array([4, 9], np.uint16), "text2_lengths.npy": np.array([77, 77], np.uint16)}
+    files = {name: encode_npy(array) for name, array in lengths.items()}
+    assert token_lengths(files, {"condition": {"kind": "frozen_text"}}) == {"text": [4, 9], "text2": [77, 77]}
+    assert token_lengths({}, {"condition": {"kind": "class"}}) == {}
+
+
+def test_padding_inside_a_caption_counts_and_a_caption_of_padding_alone_has_no_token() -> None:
+    tokens = np.array([[5, 0, 5, 0], [0, 0, 0, 0], [5, 5, 5, 5]], np.uint16)
+    details = {"condition": {"kind": "text"}, "pad_id": 0}
+    assert token_lengths({"tokens.npy": encode_npy(tokens)}, details) == {"text": [3, 0, 4]}
