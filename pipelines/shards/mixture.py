@@ -32,8 +32,8 @@ from pipelines.shards.reader import ShardReader
 
 _Numbers = NDArray[np.int64]
 
-# Of all weights together: what is counted with them fits into 64 bits for any number of partitions up to this, too.
-MOST_WEIGHT = 1_000_000
+# Of the square of the sum of all weights, times the partitions: what is counted with them fits into 64 bits.
+MOST_WEIGHT = 2**62
 
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
@@ -59,7 +59,7 @@ class Mixture:
     `epoch` is that of a partition of the sample's set.
 
     Args:
-        parts: the sets; the sum of their weights is at most a million.
+        parts: the sets; the sum of their weights is at most a million, or more with few partitions.
         seed: the run's seed.
         window: number of shards of each set whose samples are mixed with each other at a time, over all partitions;
             each of these mixes at least one.
@@ -190,12 +190,13 @@ class Turns:
         partitions: number of partitions, P.
 
     Raises:
-        ValueError: a weight is not positive, or their sum is above MOST_WEIGHT.
+        ValueError: a weight is not positive, or they are too large.
     """
 
     def __init__(self, weights: Sequence[int], partitions: int) -> None:
-        if min(weights) < 1 or sum(weights) > MOST_WEIGHT:
-            raise ValueError(f"weights must be positive and their sum at most {MOST_WEIGHT}, got {list(weights)}")
+        if min(weights) < 1 or sum(weights) ** 2 * partitions > MOST_WEIGHT:
+            most = math.isqrt(MOST_WEIGHT // partitions)
+            raise ValueError(f"weights must be positive and their sum at most {most}, got {list(weights)}")
         self.partitions = partitions
         self._weights = list(weights)
         # From each stream on.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipelines.errors import MisuseError
-from pipelines.shards.mixture import MOST_WEIGHT, JoinedReader, Mixture, Part, Turns, joined
+from pipelines.shards.mixture import JoinedReader, Mixture, Part, Turns, joined
 from pipelines.shards.node_cache import cache_folder
 from pipelines.shards.order import SampleOrder, SamplePosition
 from pipelines.shards.reader import ShardReader
@@ -226,8 +226,8 @@ def test_there_are_no_more_partitions_than_the_smallest_set_has_samples() -> Non
     ("parts", "message"),
     [
         ([Part([3], (), 1), Part([0], (), 1)], "at least one sample, got none in 1 shards"),
-        ([Part([3], (), 0)], r"weights must be positive and their sum at most 1000000, got \[0\]"),
-        ([Part([3], (), 1), Part([3], (), MOST_WEIGHT)], "their sum at most 1000000"),
+        ([Part([3], (), 0)], r"weights must be positive and their sum at most 2147483648, got \[0\]"),
+        ([Part([3], (), 1), Part([3], (), 2**31)], "their sum at most 2147483648"),
     ],
 )
 def test_what_cannot_be_mixed_is_an_error(parts: list[Part], message: str) -> None:
