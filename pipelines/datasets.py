@@ -16,8 +16,7 @@ from pipelines.shards.format import decode_json, decode_npy, read_shard
 from pipelines.shards.tar_headers import shown
 from pipelines.stages.latents.artifact import FORMAT_VERSION
 from pipelines.stages.pairs.artifact import PAIRS_FORMAT, decode_image, image_of
-from pipelines.store.ledger import Artifact
-from pipelines.store.manifest import MANIFEST, read_manifest
+from pipelines.store.ledger import artifact_at
 from pipelines.store.storage import Storage
 
 Sample = dict[str, Any]
@@ -95,15 +94,8 @@ def _open(
     seed: int | None,
     nodesplitter: Callable[..., Any],
 ) -> Samples:
-    storage = Storage(str(url))
-    if not storage.exists(MANIFEST):
-        raise UserError(
-            f"{storage.url} is no finished artifact ({MANIFEST} is missing): give the folder ROOT/{stage}/KEY; "
-            "`ldm inspect ROOT` lists them"
-        )
-    # The key as the manifest has it: a data set that was copied to a folder of another name is as good.
-    artifact = Artifact(stage, read_manifest(storage).key, storage).require(stage, format_version)
-    shards = [record.name for record in artifact.shards() if record.rows]
+    artifact = artifact_at(str(url), stage).require(stage, format_version)
+    storage, shards = artifact.storage, [record.name for record in artifact.shards() if record.rows]
     if not shards:
         raise UserError(f"{storage.url} holds no samples")
     steps = [webdataset.SimpleShardList(shards), nodesplitter, _not_empty, webdataset.split_by_worker]

@@ -112,15 +112,32 @@ def first_stage_artifact(root: Path, *, preset: str = "tiny-kl-f8", name: str = 
 
 
 def latents_artifact(
-    root: Path, encoder_sha256: str, *, rows: tuple[int, ...] = (9, 0, 12), max_length: int = 8, name: str = "latents"
+    root: Path,
+    encoder_sha256: str,
+    *,
+    rows: tuple[int, ...] = (9, 0, 12),
+    max_length: int = 8,
+    name: str = "latents",
+    seed: int = 0,
+    **changes: Any,
 ) -> Artifact:
-    """Make random latents of 32-pixel pictures, with two captions each, as if that encoder had made them."""
+    """Make random latents of 32-pixel pictures, with two captions each, as if that encoder had made them.
+
+    Args:
+        root: the root of the artifact.
+        encoder_sha256: digest of the encoder.
+        rows: samples of each shard.
+        max_length: tokens of a caption.
+        name: the artifact's key.
+        seed: of what is random.
+        changes: facts in the manifest that are to be otherwise.
+    """
     from ldm_core.tokenizers.tokenizer import Tokenizer
     from ldm_core.tokenizers.wordpiece import build_vocabulary
 
     tokenizer = Tokenizer.from_vocabulary(build_vocabulary(WORDS, size=64), max_length=max_length)
     writer = ArtifactWriter("latents", name, Storage(str(root)) / "latents" / name)
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     for shard, count in enumerate(rows):
         samples = []
         for row in range(count):
@@ -153,7 +170,7 @@ def latents_artifact(
         "scale_factor": 0.5,
         "empty_tokens": tokenizer.encode([""])[0].tolist(),
     }
-    return finish(writer, details, LATENTS_FORMAT)
+    return finish(writer, details | changes, LATENTS_FORMAT)
 
 
 def latents_config(**changes: Any) -> LatentsConfig:

@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -95,12 +96,23 @@ def with_absolute_paths(recipe: Recipe, address: str) -> Recipe:
     }.items():
         for field in fields:
             *parents, name = field.split(".")
-            place = values.get(section, {})
-            for parent in parents:
-                place = (dict(enumerate(place)).get(int(parent)) if parent.isdigit() else place.get(parent)) or {}
-            if place.get(name) and "://" not in place[name]:
-                place[name] = str(Path(place[name]).expanduser().absolute())
+            for place in _places(values.get(section, {}), parents):
+                if place.get(name) and "://" not in place[name]:
+                    place[name] = str(Path(place[name]).expanduser().absolute())
     return parse_recipe(values)
+
+
+def _places(place: Any, names: list[str]) -> list[dict[str, Any]]:
+    """Return the mappings under some names; a number is a place in a list, and `*` stands for all of them."""
+    places = [place]
+    for name in names:
+        if name == "*":
+            places = [inner for each in places for inner in each]
+        elif name.isdigit():
+            places = [each[int(name)] for each in places if int(name) < len(each)]
+        else:
+            places = [each[name] for each in places if each.get(name)]
+    return places
 
 
 def _pack(folder: Path, recipe_yaml: str) -> None:

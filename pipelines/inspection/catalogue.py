@@ -72,8 +72,13 @@ class ArtifactFacts:
     @property
     def upstream(self) -> Iterator[tuple[str, str]]:
         """Stage and key of the artifacts that it was made from."""
-        references = self.manifest.upstream if self.manifest else {}
-        return ((stage, key_of(reference)) for stage, reference in references.items())
+        if self.manifest is None:
+            return
+        for stage, reference in self.manifest.upstream.items():
+            yield stage, key_of(reference)
+        # Named by their folders, not by a stage: they may be of another root.
+        for mixed in self.manifest.details.get("mix", ()):
+            yield mixed["stage"], mixed["key"]
 
 
 @dataclass(frozen=True)

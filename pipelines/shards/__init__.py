@@ -7,5 +7,6 @@ index                      where the samples of a shard lie, and their checksums
 reader                     samples of our shards by (shard, row), from any store
 tar_index                  samples of other people's tars by number
 tar_windows                a few samples out of tars that are not read whole
-order, randomness          which sample comes when, from (seed, position) alone
+order, mixture, buckets    which sample comes when, from (seed, position) alone
+randomness                 what is drawn for it, likewise
 """

@@ -19,7 +19,7 @@ sample further than another: small sets are not seen unevenly.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,72 @@ class SamplePosition(NamedTuple):
         return self.shard, self.row
 
 
+class Order(Protocol):
+    """An endless sequence of global batches, as training goes by it.
+
+    Attributes:
+        batch_size: samples of a global batch.
+        partitions: in how many streams the samples are; a number of workers that divides it can train on them.
+        samples_per_epoch: samples that there are; sets that are mixed have epochs of their own.
+    """
+
+    batch_size: int
+    partitions: int
+    samples_per_epoch: int
+
+    def slice(self, step: int, rank: int, world: int) -> list[SamplePosition]:
+        """Return the part of a step's global batch that belongs to one of `world` workers.
+
+        The parts of all ranks, joined in order, are the same global batch whatever their number.
+
+        Raises:
+            MisuseError: the partitions do not divide among the workers.
+        """
+        ...
+
+    def sample(self, position: int) -> SamplePosition:
+        """Return the sample at a position of the endless sequence."""
+        ...
+
+    def shards_ahead(self, step: int, rank: int, world: int) -> list[int]:
+        """Return the shards that one of `world` workers needs from a step on, in the order of need.
+
+        Raises:
+            MisuseError: the partitions do not divide among the workers.
+        """
+        ...
+
+
+class Ahead(NamedTuple):
+    """What a range of a partition's stream is read from, and what comes after it.
+
+    Attributes:
+        shards: those of each window that the range reads, and of the one after these, in order.
+        starts: where the need for each of these windows begins.
+        left: a range from here on no longer reads the first of them.
+        reached: a range to beyond here reads the last of them, too.
+    """
+
+    shards: list[_Numbers]
+    starts: list[int]
+    left: int
+    reached: int
+
+
+class Needed(NamedTuple):
+    """The shards that a worker needs from `step` on, in the order of need; unchanged until before `until`."""
+
+    rank: int
+    world: int
+    step: int
+    until: int
+    shards: list[int]
+
+    def holds(self, step: int, rank: int, world: int) -> bool:
+        """Tell whether a worker needs just these at a step."""
+        return (self.rank, self.world) == (rank, world) and self.step <= step < self.until
+
+
 class _Epoch(NamedTuple):
     """An epoch of a partition: `first` to `last` - 1 of its stream, and its pieces of shards as they are permuted.
 
@@ -72,16 +138,6 @@ class _Window(NamedTuple):
     first: int
     last: int
     samples: _Numbers
-
-
-class _Ahead(NamedTuple):
-    """What a worker needs from `step` on, unchanged until before `until`."""
-
-    rank: int
-    world: int
-    step: int
-    until: int
-    shards: list[int]
 
 
 class SampleOrder:
@@ -130,7 +186,7 @@ class SampleOrder:
         # The window in use of each partition, and its last two epochs: the one in use and the one fetched ahead.
         self._windows: dict[int, _Window] = {}
         self._epochs: dict[tuple[int, int], _Epoch] = {}
-        self._ahead: _Ahead | None = None
+        self._needed: Needed | None = None
 
     def slice(self, step: int, rank: int, world: int) -> list[SamplePosition]:
         """Return the part of a step's global batch that belongs to one of `world` workers.
@@ -145,14 +201,8 @@ class SampleOrder:
         epochs: list[int] = []
         served = self._served(rank, world)
         for partition in served:
-            first = step * share
-            while first < (step + 1) * share:
-                window = self._window_at(partition, first)
-                samples = window.samples[first - window.first : (step + 1) * share - window.first]
-                found.append(samples)
-                epochs += [window.epoch] * len(samples)
-                first += len(samples)
-        shards, rows = self._places(np.concatenate(found))
+            self.read(partition, step * share, (step + 1) * share, found, epochs)
+        shards, rows = self.places(np.concatenate(found))
         position = step * self.batch_size + served.start * share
         positions = range(position, position + len(shards))
         return list(map(SamplePosition, positions, epochs, shards.tolist(), rows.tolist()))
@@ -163,7 +213,7 @@ class SampleOrder:
         partition, offset = divmod(place, self.batch_size // self.partitions)
         offset += step * (self.batch_size // self.partitions)
         window = self._window_at(partition, offset)
-        shards, rows = self._places(window.samples[offset - window.first, None])
+        shards, rows = self.places(window.samples[offset - window.first, None])
         return SamplePosition(position, window.epoch, int(shards[0]), int(rows[0]))
 
     def shards_ahead(self, step: int, rank: int, world: int) -> list[int]:
@@ -174,35 +224,52 @@ class SampleOrder:
         Raises:
             MisuseError: the partitions do not divide among the workers.
         """
-        ahead = self._ahead
-        if ahead is None or (ahead.rank, ahead.world) != (rank, world) or not ahead.step <= step < ahead.until:
+        if self._needed is None or not self._needed.holds(step, rank, world):
             # Asked for at every step, while it changes only when a partition enters a window.
-            ahead = self._ahead = self._look_ahead(step, rank, world)
-        return ahead.shards
+            self._needed = self._look_ahead(step, rank, world)
+        return self._needed.shards
 
-    def _look_ahead(self, step: int, rank: int, world: int) -> _Ahead:
+    def read(self, partition: int, first: int, end: int, samples: list[_Numbers], epochs: list[int]) -> None:
+        """Append what a partition's stream has at `first` to `end` - 1: numbers for `places`, and the epoch of each."""
+        while first < end:
+            window = self._window_at(partition, first)
+            found = window.samples[first - window.first : end - window.first]
+            samples.append(found)
+            epochs += [window.epoch] * len(found)
+            first += len(found)
+
+    def places(self, samples: _Numbers) -> tuple[_Numbers, _Numbers]:
+        """Return shard and row of the samples that `read` has found."""
+        # They were counted without the excluded ones: those that lie before each are added again.
+        places = samples + np.searchsorted(self._kept_before, samples, side="right")
+        shards = np.searchsorted(self._starts, places, side="right") - 1
+        return shards, places - self._starts[shards]
+
+    def ahead(self, partition: int, first: int, end: int) -> Ahead:
+        """Return what a partition's stream at `first` to `end` - 1, and a window beyond, is read from."""
+        shards: list[_Numbers] = []
+        starts: list[int] = []
+        left, last = 0, first
+        while True:
+            epoch = self._epoch_at(partition, last)
+            index = int(np.searchsorted(epoch.starts, last - epoch.first, side="right")) - 1
+            shards.append(self._shards(epoch.firsts[index * self._window : (index + 1) * self._window]))
+            starts.append(last)
+            if left and last >= end:
+                return Ahead(shards, starts, left, last)
+            last = epoch.first + int(epoch.starts[index + 1])
+            left = left or last
+
+    def _look_ahead(self, step: int, rank: int, world: int) -> Needed:
         share = self.batch_size // self.partitions
         needed: list[tuple[int, _Numbers]] = []
         until = []
         for partition in self._served(rank, world):
-            first, end, windows = step * share, (step + 1) * share, 0
-            while True:
-                epoch = self._epoch_at(partition, first)
-                index = int(np.searchsorted(epoch.starts, first - epoch.first, side="right")) - 1
-                pieces = epoch.firsts[index * self._window : (index + 1) * self._window]
-                needed.append((max(first // share, step), self._shards(pieces)))
-                last = epoch.first + int(epoch.starts[index + 1])
-                # Something changes with the first step that has left this window, or that reads the one after.
-                if windows == 0:
-                    until.append(-(-last // share))
-                windows += 1
-                if first >= end:
-                    break
-                first = last
-                if last >= end:
-                    until.append(last // share)
-        shards = [int(shard) for _, shards in sorted(needed, key=lambda each: each[0]) for shard in shards]
-        return _Ahead(rank, world, step, min(until), list(dict.fromkeys(shards)))
+            ahead = self.ahead(partition, step * share, (step + 1) * share)
+            needed += [(start // share, shards) for start, shards in zip(ahead.starts, ahead.shards, strict=True)]
+            # Something changes with the first step that has left the first window, or that reads the last one.
+            until += [-(-ahead.left // share), ahead.reached // share]
+        return Needed(rank, world, step, min(until), in_order_of_need(needed))
 
     def _served(self, rank: int, world: int) -> range:
         """Return the partitions that a worker serves."""
@@ -210,13 +277,6 @@ class SampleOrder:
             check_workers(world, self.batch_size, self._most_partitions, self.samples_per_epoch)
         each = self.partitions // world
         return range(rank * each, (rank + 1) * each)
-
-    def _places(self, samples: _Numbers) -> tuple[_Numbers, _Numbers]:
-        """Return shard and row of kept samples."""
-        # They were counted without the excluded ones: those that lie before each are added again.
-        places = samples + np.searchsorted(self._kept_before, samples, side="right")
-        shards = np.searchsorted(self._starts, places, side="right") - 1
-        return shards, places - self._starts[shards]
 
     def _shards(self, samples: _Numbers) -> _Numbers:
         """Return the shards of kept samples."""
@@ -284,6 +344,12 @@ class SampleOrder:
         # Empty shards start where the next one does.
         edges = np.unique(self._kept_starts[shards[0] : shards[1] + 2].clip(begin, end))
         return edges[:-1], np.diff(edges)
+
+
+def in_order_of_need(needed: Iterable[tuple[int, _Numbers]]) -> list[int]:
+    """Return shards, each once, by the step from which on they are needed."""
+    by_step = sorted(needed, key=lambda each: each[0])
+    return list(dict.fromkeys(int(shard) for _, shards in by_step for shard in shards))
 
 
 def _ranges(firsts: _Numbers, sizes: _Numbers) -> _Numbers:

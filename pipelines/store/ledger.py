@@ -138,6 +138,23 @@ class Artifact:
         return self
 
 
+def artifact_at(url: str, stage: str) -> Artifact:
+    """Return the finished artifact in a folder, wherever that is; `require` tells whether it is one of the stage.
+
+    Raises:
+        UserError: there is none, or its manifest is damaged.
+        MisuseError: the URL holds a password or token.
+    """
+    storage = Storage(url)
+    if not storage.exists(MANIFEST):
+        raise UserError(
+            f"{storage.url} is no finished artifact ({MANIFEST} is missing): give the folder ROOT/{stage}/KEY; "
+            "`ldm inspect ROOT` lists them"
+        )
+    # The key as the manifest has it: a data set that was copied to a folder of another name is as good.
+    return Artifact(stage, read_manifest(storage).key, storage)
+
+
 class Ledger:
     """All artifacts under one root."""
 

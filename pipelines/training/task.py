@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from pipelines.shards.order import SampleOrder, SamplePosition
+    from pipelines.shards.order import Order, SamplePosition
     from pipelines.store.commits import ArtifactWriter
 
 
@@ -29,7 +29,9 @@ class Learner(Protocol):
     """
 
     network: nn.Module
-    order: SampleOrder
+
+    @property
+    def order(self) -> Order: ...
 
     def load(self, samples: Sequence[SamplePosition]) -> dict[str, Tensor]:
         """Return the CPU tensors of a batch, first dimension B. Runs in a background thread.

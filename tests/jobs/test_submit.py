@@ -96,14 +96,18 @@ def test_every_local_file_that_a_recipe_names_is_found_from_another_folder(
         tiny_recipe("pictures/metadata.jsonl", root="s3://bucket/run")
         | {"condition": {"tokenizer": {"vocabulary": "vocab.txt"}}, "evaluate": {"prompts_file": "prompts.txt"}}
     )
+    mix = [{"latents": "s3://bucket/latents/key", "weight": 0.1}, {"latents": "other/latents/key", "weight": 0.1}]
+    diffusion = recipe.diffusion.model_validate({**dict(recipe.diffusion), "mix": mix})
     scoring = Scoring(clip="models/clip", aesthetic_head="~/head.pth")
     pairs = recipe.pairs.model_copy(update={"scoring": scoring})
+    recipe = recipe.model_copy(update={"diffusion": diffusion})
     moved = with_absolute_paths(recipe.model_copy(update={"pairs": pairs}), "http://head:8265")
     assert moved.pairs.source == str(tmp_path / "pictures/metadata.jsonl")
     assert moved.pairs.scoring == Scoring(
         clip=str(tmp_path / "models/clip"), aesthetic_head=str(Path("~/head.pth").expanduser())
     )
     assert moved.condition.tokenizer.vocabulary == str(tmp_path / "vocab.txt")
+    assert [each.latents for each in moved.diffusion.mix] == [mix[0]["latents"], str(tmp_path / "other/latents/key")]
     assert moved.evaluate.prompts_file == str(tmp_path / "prompts.txt")
     in_a_bucket = recipe.model_copy(update={"pairs": pairs.model_copy(update={"source": "s3://bucket/pairs.parquet"})})
     assert with_absolute_paths(in_a_bucket, "http://head:8265").pairs.source == "s3://bucket/pairs.parquet"

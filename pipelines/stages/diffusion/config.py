@@ -11,6 +11,9 @@ from pipelines.conditions.config import Condition
 from pipelines.config import Config, expand_preset, runtime
 from pipelines.training.config import TrainingConfig
 
+# Shares are counted in millionths: in whole numbers, so that the order of samples is the same on every machine.
+MILLION = 1_000_000
+
 
 def _unet(value: Any) -> Any:
     return expand_preset(value, presets.unet)
@@ -32,6 +35,24 @@ class SamplingConfig(Config):
         return self
 
 
+class MixedLatents(Config):
+    """Latents of another artifact to train on, too.
+
+    Args:
+        latents: folder of the finished artifact, ROOT/latents/KEY, of this root or another. It is identified by its
+            content and may move.
+        weight: its share of the samples that are trained on, in steps of a millionth.
+    """
+
+    latents: str = runtime(min_length=1)
+    weight: float = Field(ge=1 / MILLION, lt=1)
+
+    @property
+    def millionths(self) -> int:
+        """The weight as a whole number."""
+        return round(self.weight * MILLION)
+
+
 class DiffusionSettings(Config):
     """The `diffusion` stage: the UNet and the network of its condition, trained together on cached latents.
 
@@ -43,7 +64,8 @@ class DiffusionSettings(Config):
         min_snr_gamma: clamp of the min-SNR loss weights (Hang et al. 2023); None weighs all timesteps equally.
         vlb_weight: weight of the variational lower bound beside the simple loss.
         shuffle_window: number of shards whose samples are mixed with each other at a time, over all partitions of the
-            training; each of them has at least one in use.
+            training; each of them has at least one in use. Of mixed latents, for each artifact.
+        mix: latents of other artifacts to train on, each with its share; the run's own have what is left of 1.
         training: optimisation.
         preview: how the preview grids during training are sampled.
         preview_prompts: number of prompts that a preview shows.
@@ -56,9 +78,24 @@ class DiffusionSettings(Config):
     min_snr_gamma: float | None = Field(None, gt=0)
     vlb_weight: float = Field(0.0, ge=0)
     shuffle_window: int = Field(16, ge=1)
+    mix: tuple[MixedLatents, ...] = ()
     training: TrainingConfig
     preview: SamplingConfig = runtime(SamplingConfig(num_steps=25))
     preview_prompts: int = runtime(8, ge=1)
+
+    @property
+    def own_millionths(self) -> int:
+        """The share of the run's own latents."""
+        return MILLION - sum(each.millionths for each in self.mix)
+
+    @model_validator(mode="after")
+    def _own_share(self) -> "DiffusionSettings":
+        if self.own_millionths < 1:
+            total = sum(each.weight for each in self.mix)
+            raise ValueError(
+                f"the weights in mix must add up to less than 1, which is left to the run's own latents, got {total:g}"
+            )
+        return self
 
 
 class DiffusionConfig(DiffusionSettings):

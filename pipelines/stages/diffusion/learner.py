@@ -27,11 +27,13 @@ from ldm_core.schedule import NoiseSchedule
 from pipelines.conditions.kind import Prompts
 from pipelines.conditions.kinds import kind_of
 from pipelines.drawing.grids import grid
-from pipelines.shards.order import SampleOrder, SamplePosition
+from pipelines.shards.mixture import Mixture
+from pipelines.shards.order import SamplePosition
 from pipelines.shards.randomness import Purpose, generator
 from pipelines.stages.autoencoder.artifact import load_first_stage
 from pipelines.stages.diffusion.artifact import FOLDER
 from pipelines.stages.diffusion.config import DiffusionConfig
+from pipelines.stages.diffusion.mix import weights
 from pipelines.stages.diffusion.sampling import sample_prompts
 from pipelines.stages.latents.artifact import Latents
 from pipelines.store.commits import ArtifactWriter
@@ -43,7 +45,12 @@ PREVIEW_CELL_PIXELS = 128
 
 @dataclass(frozen=True)
 class DiffusionTask:
-    """Train the UNet and the conditioner of a model on all cached latents but the held-out ones."""
+    """Train the UNet and the conditioner of a model on all cached latents but the held-out ones.
+
+    Attributes:
+        latents: the run's own, of which the model has its scale factor and its condition.
+        mixed: the other artifacts of `config.mix`.
+    """
 
     model: LatentDiffusionConfig
     config: DiffusionConfig
@@ -51,6 +58,7 @@ class DiffusionTask:
     latents: Artifact
     autoencoder: Artifact
     prompts: tuple[str, ...]
+    mixed: tuple[Artifact, ...] = ()
 
     def build(self, device: torch.device) -> DiffusionLearner:
         return DiffusionLearner(self, device)
@@ -65,14 +73,13 @@ class DiffusionLearner:
         self.network: nn.Module = self.diffusion_network
         self.kind = kind_of(task.config.condition)
         self.condition = self.kind.examples(task.latents)
-        self.latents = Latents(task.latents, self.kind.files, self.condition.decode)
-        self.order = SampleOrder(
-            self.latents.reader.rows_per_shard,
+        self.latents = Latents(task.latents, self.kind.files, self.condition.decode, mixed=task.mixed)
+        self.order = Mixture(
+            self.latents.parts(weights(task.config)),
             task.seed,
             task.config.shuffle_window,
             batch_size=task.config.training.batch_size,
             partitions=task.config.training.partitions,
-            excluded=self.latents.held_out,
         )
         self.objective = DiffusionObjective(
             NoiseSchedule(task.model.schedule, device=device),

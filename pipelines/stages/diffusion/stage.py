@@ -14,6 +14,7 @@ from ldm_core.configs.parameter_count import unet_parameters
 from pipelines.stage import Estimate, Section, Sections, Stage, StageContext
 from pipelines.stages.diffusion.artifact import FOLDER, FORMAT_VERSION, STAGE_NAME
 from pipelines.stages.diffusion.config import DiffusionConfig
+from pipelines.stages.diffusion.mix import mixed_latents
 from pipelines.store.ledger import Artifact
 from pipelines.training.outputs import LOGS
 
@@ -34,8 +35,12 @@ def _section(artifact: Artifact) -> Section:
 
 
 def _inputs(config: DiffusionConfig) -> dict[str, str]:
-    # A dropout mask is drawn for a worker's share of a batch, so that the number of workers changes what is trained.
-    return {"workers": str(config.training.workers)} if config.unet.dropout else {}
+    # By what is in it: neither where it lies nor the key that it was made under counts.
+    inputs = {f"mix/{number}": each.manifest.content for number, each in enumerate(mixed_latents(config))}
+    if config.unet.dropout:
+        # A dropout mask is drawn for a worker's share of a batch, so that their number changes what is trained.
+        inputs["workers"] = str(config.training.workers)
+    return inputs
 
 
 def _configure(sections: Sections) -> DiffusionConfig:
@@ -86,6 +91,7 @@ STAGE = Stage(
     estimate=_estimate,
     unit="steps",
     headlines=("final_loss", "images_per_s"),
+    local_inputs=("mix.*.latents",),
     logs=LOGS,
     outputs={"checkpoint": FOLDER},
 )

@@ -5,7 +5,7 @@ moments: (2, C, h, w) mean and log-variance of a KL first stage, (1, C, h, w) la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.shards.format import decode_json, decode_npy
+from pipelines.shards.mixture import Part, joined
 from pipelines.shards.reader import ShardReader
 from pipelines.stages.latents.encoding.views import latent_file
 from pipelines.stages.pairs.held_out import held_out_places
@@ -31,12 +32,13 @@ def _nothing(files: Mapping[str, bytes]) -> tuple[NDArray[Any], ...]:
 
 
 class Latents:
-    """The samples of a latents artifact.
+    """The samples of a latents artifact, and of others that it is mixed with.
 
     Args:
         artifact: a finished artifact of the `latents` stage.
         files: extensions of the condition's files to read.
         decode: decodes these files.
+        mixed: other such artifacts; their shards are numbered after those of the first.
         cache_bytes: how many bytes of decoded samples are kept in memory.
 
     Raises:
@@ -49,15 +51,27 @@ class Latents:
         files: tuple[str, ...] = (),
         decode: Callable[[Mapping[str, bytes]], tuple[NDArray[Any], ...]] = _nothing,
         *,
+        mixed: Sequence[Artifact] = (),
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        self.reader = ShardReader(artifact.storage, artifact.require("latents", FORMAT_VERSION).files)
+        self._artifacts = (artifact, *mixed)
+        self._readers = [
+            ShardReader(each.storage, each.require("latents", FORMAT_VERSION).files) for each in self._artifacts
+        ]
+        self.reader = joined(self._readers)
         self._files, self._decode = files, decode
         self._room = cache_bytes
         self._kept: dict[tuple[int, int, int], Cached] = {}
         self.views: int = artifact.details.get("views", 1)
-        # By ascending hash; nothing is trained on them.
+        # Of the first artifact, by ascending hash; nothing is trained on them.
         self.held_out = held_out_places(artifact)
+
+    def parts(self, weights: Sequence[int]) -> list[Part]:
+        """Return the samples of each artifact to train on, with its weight; without those that it holds out."""
+        return [
+            Part(reader.rows_per_shard, held_out_places(artifact), weight)
+            for artifact, reader, weight in zip(self._artifacts, self._readers, weights, strict=True)
+        ]
 
     def get(self, shard: int, row: int, view: int = 0) -> Cached:
         """Return the moments of one view of a sample, and what `decode` makes of the files of its condition."""

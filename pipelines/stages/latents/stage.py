@@ -74,7 +74,13 @@ def _configure(sections: Sections) -> LatentsConfig:
 
 
 def _check(sections: Sections) -> None:
-    """Raise ValueError if the pairs do not carry what the condition needs."""
+    """Raise ValueError if the pairs do not carry what the condition needs, or are of several sizes."""
+    if sections["pairs"].resize == "buckets":
+        # Said before anything is encoded: it would come out with the last shard.
+        raise ValueError(
+            "pairs.resize=buckets gives pictures of several sizes, and latents must be of one: set it to center_crop "
+            "or border, or add --to pairs"
+        )
     sections["condition"].check_pairs(sections)
     if sections["latents"].views and sections["condition"].follows_geometry:
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from pipelines.run.results import StageRow
 from pipelines.run.runs import begin
@@ -35,13 +36,19 @@ def begun(ledger: Ledger, stage: str, key: str, shards: int = 2) -> ArtifactWrit
     return writer
 
 
-def finished(ledger: Ledger, stage: str, key: str, upstream: dict[str, str] | None = None) -> Artifact:
+def finished(
+    ledger: Ledger,
+    stage: str,
+    key: str,
+    upstream: dict[str, str] | None = None,
+    details: dict[str, Any] | None = None,
+) -> Artifact:
     begun(ledger, stage, key).finish(
         format_version=1,
         config={},
         identity={},
         upstream=upstream or {},
-        details={},
+        details=details or {},
         seconds=1.0,
         code_version="test",
     )

@@ -132,6 +132,14 @@ def test_what_a_finished_artifact_was_made_from_stays_and_goes_with_it(ledger: L
     assert {each.place for each in read_catalogue(ledger.root).artifacts if each.manifest} == {"pairs/aa", "latents/cc"}
 
 
+def test_latents_that_a_model_was_trained_on_beside_its_own_stay(ledger: Ledger) -> None:
+    superseded(ledger, "latents", "aa")
+    mix = [{"stage": "latents", "key": "aa"}, {"stage": "latents", "key": "of-another-root"}]
+    finished(ledger, "diffusion", "bb", {}, {"mix": mix})
+    found = find_garbage(ledger.root, WEEK_S)
+    assert reasons(found) == {"latents/aa": "superseded, but diffusion bb was made from it"}
+
+
 def test_unfinished_work_goes_unless_a_run_can_go_on_with_it(ledger: Ledger) -> None:
     begun(ledger, "pairs", "aa")
     run = a_run(ledger, begins=("pairs", "aa"))

@@ -84,6 +84,25 @@ def test_a_recipe_of_pairs_alone_has_one_stage_and_refuses_the_others_by_name() 
         check(recipe, Selection(only="latents"))
 
 
+def test_pairs_of_several_sizes_are_refused_before_anything_is_encoded_and_can_be_made_alone() -> None:
+    recipe = load_recipe(DEMO, ("pairs.resize=buckets", "pairs.buckets.step=8"))
+    with pytest.raises(MisuseError, match=r"pairs.resize=buckets gives pictures of several sizes, and latents must be"):
+        check(recipe, Selection())
+    check(recipe, Selection(last="pairs"))
+
+
+def test_latents_are_mixed_by_shares_that_leave_something_to_the_runs_own() -> None:
+    mix = ({"latents": "somewhere", "weight": 0.25}, {"latents": "elsewhere", "weight": 0.5})
+    values = yaml.safe_load(DEMO.read_text())
+    diffusion = parse_recipe({**values, "diffusion": {**values["diffusion"], "mix": list(mix)}}).diffusion
+    assert diffusion is not None
+    assert [each.weight for each in diffusion.mix] == [0.25, 0.5]
+    with pytest.raises(MisuseError, match=r"diffusion: the weights in mix must add up to less than 1, .* got 1.25"):
+        parse_recipe({**values, "diffusion": {**values["diffusion"], "mix": [*mix, mix[1]]}})
+    with pytest.raises(MisuseError, match=r"unknown key 'diffusion.mix.0.wight'; did you mean 'weight'"):
+        parse_recipe({**values, "diffusion": {**values["diffusion"], "mix": [{"latents": "a", "wight": 0.1}]}})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
