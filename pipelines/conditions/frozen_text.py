@@ -24,9 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from ldm_core.conditioning import Conditioner, Conditioning, drop
+from ldm_core.conditioning import Conditioner
 from ldm_core.conditioning.interface import Encode
 from ldm_core.configs.conditioning import CONDITIONER_KINDS, ConditionerConfig, conditioner_kind
 from ldm_core.configs.model import LatentDiffusionConfig
@@ -35,7 +34,8 @@ from ldm_core.configs.unet import UNetConfig
 from ldm_core.configs.values import component
 from ldm_core.pretrained import TextEncoder, open_clip_text_encoder, text_encoder
 from pipelines.conditions.config import FrozenTextCondition, TextEncoderConfig
-from pipelines.conditions.kind import Cached, Encoder, Pair, Rows
+from pipelines.conditions.examples import CaptionStateExamples
+from pipelines.conditions.kind import Encoder, Pair, Rows
 from pipelines.conditions.text import CaptionPrompts, captions_of, distinct_captions, first_caption
 from pipelines.errors import UserError
 from pipelines.shards.format import decode_npy, encode_npy
@@ -106,6 +106,7 @@ class FrozenText:
         length, _ = latents.details["text_shapes"][0]
         conditioner = latents.storage.read_json(_about(0))["conditioner"]
         return CaptionStateExamples(
+            (_states(0), _lengths(0)),
             decode_npy(latents.storage.read_bytes(_null(0))),
             length,
             masked=conditioner.get("mask_padding", False),
@@ -250,43 +251,3 @@ class CaptionStates:
                 sample[_states(number)] = encode_npy(stored)
                 sample[_lengths(number)] = encode_npy(np.array([len(each) for each in of_sample], np.uint16))
         return files
-
-
-class CaptionStateExamples:
-    """Draws the states of one of a picture's captions, filled up to one length.
-
-    Args:
-        null: (n, D) states of the empty caption, which guidance needs (Ho & Salimans 2021).
-        length: L, the longest that a caption can be.
-        masked: whether the UNet does not attend to what is filled up.
-        dropout: share of captions that are replaced by the empty one.
-    """
-
-    def __init__(self, null: NDArray[np.float16], length: int, *, masked: bool, dropout: float) -> None:
-        self.length, self.masked, self.dropout = length, masked, dropout
-        self.null = self._filled([null])
-
-    def decode(self, files: Mapping[str, bytes]) -> Cached:
-        return decode_npy(files[_states(0)]), decode_npy(files[_lengths(0)])
-
-    def draw(self, cached: Cached, random: np.random.Generator) -> NDArray[Any]:
-        states, lengths = cached
-        number = random.integers(len(lengths))
-        end = int(lengths[: number + 1].sum())
-        return states[end - int(lengths[number]) : end]
-
-    def batch(self, drawn: Sequence[NDArray[Any]], uniform: Tensor) -> dict[str, Tensor]:
-        filled = self._filled(drawn)
-        return {name: drop(tensor, self.null[name], self.dropout, uniform) for name, tensor in filled.items()}
-
-    def _filled(self, drawn: Sequence[NDArray[Any]]) -> dict[str, Tensor]:
-        """Return (B, L, D) states and, if it is needed, (B, L) which of them are real."""
-        context = np.zeros((len(drawn), self.length, drawn[0].shape[1]), np.float16)
-        mask = np.zeros(context.shape[:2], bool)
-        for row, states in enumerate(drawn):
-            context[row, : len(states)] = states
-            mask[row, : len(states)] = True
-        return {"context": torch.from_numpy(context)} | ({"mask": torch.from_numpy(mask)} if self.masked else {})
-
-    def inputs(self, batch: Mapping[str, Tensor]) -> Conditioning:
-        return Conditioning(context=batch["context"].float(), mask=batch.get("mask"))

@@ -20,7 +20,7 @@ from ray.util.placement_group import PlacementGroup, PlacementGroupID, placement
 
 from pipelines.compute.host_memory import keep_freed_memory
 from pipelines.compute.resources import TELL_EVERY_S, alive, use_gpus
-from pipelines.errors import TransientError, UserError, explain, raised_as_user_error
+from pipelines.errors import LoaderDiedError, TransientError, UserError, explain, found_behind, raised_as_user_error
 from pipelines.notices import tell
 from pipelines.patience import expect_answers
 from pipelines.store.commits import ArtifactWriter
@@ -305,5 +305,10 @@ def _explained(error: Exception) -> Exception:
         return UserError(
             "training workers died more often than training.max_failures allows (killed, or out of memory?): "
             "run the same command again to go on from the newest checkpoint"
+        )
+    if (died := found_behind(error, LoaderDiedError)) is not None:
+        return UserError(
+            f"{died}, more often than training.max_failures allows: give the nodes more memory, or set "
+            "training.loader_workers lower, and run the same command again to go on from the newest checkpoint"
         )
     return error

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from pipelines.shards.order import SampleOrder, SamplePosition
     from pipelines.store.commits import ArtifactWriter
+    from pipelines.training.loader.source import Source
 
 
 class Learner(Protocol):
@@ -26,17 +27,17 @@ class Learner(Protocol):
     Attributes:
         network: the module that is optimised and averaged; its initial weights depend on the seed alone.
         order: the order of the training samples.
+        source: makes the same batches as `load` in another process.
     """
 
     network: nn.Module
     order: SampleOrder
 
-    def load(self, samples: Sequence[SamplePosition]) -> dict[str, Tensor]:
-        """Return the CPU tensors of a batch, first dimension B. Runs in a background thread.
+    @property
+    def source(self) -> Source: ...
 
-        Everything random about a sample is drawn here, from (seed, position) alone, so that neither the number of
-        workers nor a restart changes it.
-        """
+    def load(self, samples: Sequence[SamplePosition]) -> dict[str, Tensor]:
+        """Return the CPU tensors of a batch, first dimension B. Runs in a background thread."""
         ...
 
     def losses(self, network: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -45,7 +46,8 @@ class Learner(Protocol):
         Args:
             network: `self.network` as it is wrapped for this run. It must be called exactly once: DDP prepares its
                 reduction of the gradient in the forward pass.
-            batch: the tensors of `load`, on the device.
+            batch: the tensors of `load`, on the device. Whatever else is random about a sample is drawn from (seed,
+                position) too.
         """
         ...
 

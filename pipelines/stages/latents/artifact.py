@@ -1,18 +1,19 @@
-"""Reading the latent cache: posterior moments and conditions by (shard, row), kept in memory as long as they fit.
+"""Reading the latent cache: posterior moments and conditions by (shard, row). Torch is not imported.
 
 moments: (2, C, h, w) mean and log-variance of a KL first stage, (1, C, h, w) latent of a VQ one, float16
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from pipelines.shards.format import decode_json, decode_npy
+from pipelines.errors import UserError
+from pipelines.shards.format import decode_json, decode_npy, npy_header_bytes, parse_npy_header
 from pipelines.shards.order import Place
 from pipelines.shards.reader import ShardReader
 from pipelines.stages.pairs.held_out import held_out_places
@@ -20,13 +21,12 @@ from pipelines.store.ledger import Artifact
 
 # Raised when the bytes that the stage writes, or their meaning, change. Its writer and its readers go by this number.
 FORMAT_VERSION = 3
-CACHE_BYTES = 1 << 30
+LATENT = "latent.npy"
 
-# Of one sample: its moments, and what is cached of its condition.
-Cached = tuple[NDArray[np.float16], tuple[NDArray[Any], ...]]
+Condition = tuple[NDArray[Any], ...]
 
 
-def _nothing(files: Mapping[str, bytes]) -> tuple[NDArray[Any], ...]:
+def _nothing(files: Mapping[str, bytes]) -> Condition:
     return ()
 
 
@@ -37,7 +37,6 @@ class Latents:
         artifact: a finished artifact of the `latents` stage.
         files: extensions of the condition's files to read.
         decode: decodes these files.
-        cache_bytes: how many bytes of decoded samples are kept in memory.
 
     Raises:
         UserError: the artifact is another stage's, or of another format version.
@@ -47,29 +46,53 @@ class Latents:
         self,
         artifact: Artifact,
         files: tuple[str, ...] = (),
-        decode: Callable[[Mapping[str, bytes]], tuple[NDArray[Any], ...]] = _nothing,
-        *,
-        cache_bytes: int = CACHE_BYTES,
+        decode: Callable[[Mapping[str, bytes]], Condition] = _nothing,
     ) -> None:
         self.reader = ShardReader(artifact.storage, artifact.require("latents", FORMAT_VERSION).files)
         self._files, self._decode = files, decode
-        self._room = cache_bytes
-        self._kept: dict[Place, Cached] = {}
         # By ascending hash; nothing is trained on them.
         self.held_out = held_out_places(artifact)
 
-    def get(self, shard: int, row: int) -> Cached:
+    def get(self, shard: int, row: int) -> tuple[NDArray[np.float16], Condition]:
         """Return the moments of one sample, and what `decode` makes of the files of its condition."""
-        if (kept := self._kept.get((shard, row))) is not None:
-            return kept
-        files = self.reader.read(shard, row, ("latent.npy", *self._files))
-        sample = decode_npy(files["latent.npy"]), self._decode(files)
-        size = sample[0].nbytes + sum(array.nbytes for array in sample[1])
-        # Never evicted: every epoch visits all samples once, so that the least recently used one is needed soonest.
-        if size <= self._room:
-            self._kept[shard, row] = sample
-            self._room -= size
-        return sample
+        return decode_npy(self.reader.read(shard, row, (LATENT,))[LATENT]), self.condition(shard, row)
+
+    def condition(self, shard: int, row: int) -> Condition:
+        """Return what `decode` makes of the files of a sample's condition."""
+        return self._decode(self.reader.read(shard, row, self._files)) if self._files else ()
+
+    def moments(
+        self, places: Sequence[Place], new: Callable[[tuple[int, ...], DTypeLike], NDArray[Any]]
+    ) -> NDArray[np.float16]:
+        """Read the moments of several samples into one array, (B, 2 or 1, C, h, w).
+
+        Args:
+            places: B of them.
+            new: makes the array, from its shape and dtype.
+
+        Raises:
+            UserError: a shard is damaged, or the samples are of different shapes.
+        """
+        first = self.reader.read(*places[0], (LATENT,))[LATENT]
+        head = first[: npy_header_bytes(first)]
+        shape, dtype, order = parse_npy_header(head)
+        array = new((len(places), *shape), dtype)
+        # Files of one header hold arrays of one shape: it is compared, not parsed, and their values are read in place.
+        found, values = bytearray(len(head)), array.data.cast("B")
+        size = len(values) // len(places)
+        for number, (shard, row) in enumerate(places):
+            read = self.reader.read_into(shard, row, LATENT, found, values[number * size : (number + 1) * size])
+            if not read or found != head:
+                other = decode_npy(self.reader.read(shard, row, (LATENT,))[LATENT])
+                if other.shape != shape or other.dtype != dtype:
+                    raise UserError(
+                        f"latents of one batch must have one shape, but {self.reader.key(*places[0])} has {shape} and "
+                        f"{self.reader.key(shard, row)} {other.shape}: set pairs.resize=center_crop"
+                    )
+                array[number] = other
+            elif order == "F":
+                array[number] = array[number].ravel().reshape(shape, order="F")
+        return array
 
     def facts(self) -> Iterator[Mapping[str, Any]]:
         """Yield the facts of all samples: of the held-out ones, then of the others in the order of the shards."""
