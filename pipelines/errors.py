@@ -2,8 +2,11 @@
 
 import errno
 from collections.abc import Iterator
+from typing import TypeVar
 
 from pipelines.secrets import without_secrets
+
+E = TypeVar("E", bound=BaseException)
 
 # A full disk in the words of safetensors, and of torch.save, which never names its reason.
 DISK_FULL_WORDS = (("No space left on device",), ("inline_container.cc", "unexpected pos"))
@@ -36,6 +39,10 @@ class TransientError(UserError):
     """
 
 
+class LoaderDiedError(Exception):
+    """A process that makes batches is gone, killed by somebody or for want of memory: training begins anew."""
+
+
 def explain(error: BaseException) -> UserError | None:
     """Return the UserError behind an exception, looking through what Ray and `raise … from` wrap around it.
 
@@ -53,7 +60,12 @@ def explain(error: BaseException) -> UserError | None:
 
 def raised_as_user_error(error: BaseException) -> UserError | None:
     """Return the UserError that was raised as such behind an exception; not what `explain` makes of a full disk."""
-    return next((found for found in _chain(error) if isinstance(found, UserError)), None)
+    return found_behind(error, UserError)
+
+
+def found_behind(error: BaseException, kind: type[E]) -> E | None:
+    """Return the exception of a kind that is behind another one, or is it; None if there is none."""
+    return next((found for found in _chain(error) if isinstance(found, kind)), None)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

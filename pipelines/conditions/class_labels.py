@@ -11,18 +11,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from ldm_core.conditioning import drop
 from ldm_core.conditioning.interface import Encode
 from ldm_core.configs.conditioning import ClassConfig
 from ldm_core.configs.model import LatentDiffusionConfig
 from ldm_core.configs.unet import UNetConfig
 from pipelines.conditions.config import ClassCondition
-from pipelines.conditions.kind import Cached, Pair, Rows
+from pipelines.conditions.examples import ClassExamples
+from pipelines.conditions.kind import Pair, Rows
 from pipelines.errors import UserError
-from pipelines.shards.format import decode_npy, encode_npy
+from pipelines.shards.format import encode_npy
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.ledger import Artifact, digest_json
 from pipelines.store.storage import Storage, encode_json
@@ -93,7 +92,7 @@ class ClassLabels:
         return None
 
     def examples(self, latents: Artifact) -> ClassExamples:
-        return ClassExamples(latents.details["classes"], self.config.dropout)
+        return ClassExamples(CLASS, latents.details["classes"], self.config.dropout)
 
     def prompts(self, latents: Artifact, model: LatentDiffusionConfig) -> ClassPrompts:
         assert isinstance(model.conditioner, ClassConfig)
@@ -130,26 +129,6 @@ class ClassNumbers:
                 f"{len(self.numbers)} classes: run `ldm run RECIPE --force latents`"
             )
         return self.numbers[name]
-
-
-class ClassExamples:
-    """Labels of a batch; one more than there are classes stands for "no class" (Ho & Salimans 2021)."""
-
-    def __init__(self, classes: int, dropout: float) -> None:
-        self.no_class, self.dropout = torch.tensor([classes]), dropout
-
-    def decode(self, files: Mapping[str, bytes]) -> Cached:
-        return (decode_npy(files[CLASS]),)
-
-    def draw(self, cached: Cached, random: np.random.Generator) -> NDArray[Any]:
-        return cached[0]
-
-    def batch(self, drawn: Sequence[NDArray[Any]], uniform: Tensor) -> dict[str, Tensor]:
-        labels = torch.from_numpy(np.stack(drawn).astype(np.int64))
-        return {"labels": drop(labels, self.no_class, self.dropout, uniform)}
-
-    def inputs(self, batch: Mapping[str, Tensor]) -> Tensor:
-        return batch["labels"]
 
 
 class ClassPrompts:

@@ -25,9 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from ldm_core.conditioning import Conditioner, Conditioning, drop
+from ldm_core.conditioning import Conditioner
 from ldm_core.conditioning.frozen_text import FrozenClipConditioner, FrozenTextConditioner, JoinedTextConditioner
 from ldm_core.conditioning.interface import Encode
 from ldm_core.configs.conditioning import ConditionerConfig, conditioner_from_dict, conditioner_to_dict
@@ -37,7 +36,8 @@ from ldm_core.configs.unet import UNetConfig
 from ldm_core.pretrained import TextEncoder, open_clip_text_encoder, text_encoder
 from ldm_core.tokenizers.joined import JoinedTokenizer
 from pipelines.conditions.config import FrozenTextCondition, TextEncoderConfig
-from pipelines.conditions.kind import Cached, Encoder, Pair, Rows
+from pipelines.conditions.examples import CaptionStateExamples, joined_states
+from pipelines.conditions.kind import Encoder, Pair, Rows
 from pipelines.conditions.text import CaptionPrompts, captions_of, distinct_captions, first_caption
 from pipelines.errors import UserError
 from pipelines.shards.format import decode_npy, encode_npy
@@ -113,11 +113,11 @@ class FrozenText:
         encoders, storage = range(len(self.config.encoders)), latents.storage
         about = [storage.read_json(_about(number))["conditioner"] for number in encoders]
         return CaptionStateExamples(
+            self.files,
             joined_states([decode_npy(storage.read_bytes(_null(number))) for number in encoders]),
             latents.details["text_shapes"][0][0],
             masked=all(each.get("mask_padding", False) for each in about),
             dropout=self.config.dropout,
-            encoders=len(encoders),
         )
 
     def prompts(self, latents: Artifact, model: LatentDiffusionConfig) -> CaptionPrompts:
@@ -260,60 +260,3 @@ class CaptionStates:
                 sample[_states(number)] = encode_npy(stored)
                 sample[_lengths(number)] = encode_npy(np.array([len(each) for each in of_sample], np.uint16))
         return files
-
-
-class CaptionStateExamples:
-    """Draws the states of one of a picture's captions, filled up to one length; those of two encoders side by side.
-
-    Args:
-        null: (n, D) states of the empty caption, which guidance needs (Ho & Salimans 2021).
-        length: L, the longest that a caption can be.
-        masked: whether the UNet does not attend to what is filled up.
-        dropout: share of captions that are replaced by the empty one.
-        encoders: whose states are cached; D is the sum of their widths.
-    """
-
-    def __init__(
-        self, null: NDArray[np.float16], length: int, *, masked: bool, dropout: float, encoders: int = 1
-    ) -> None:
-        self.length, self.masked, self.dropout, self.encoders = length, masked, dropout, encoders
-        self.null = self._filled([null])
-
-    def decode(self, files: Mapping[str, bytes]) -> Cached:
-        names = (name for number in range(self.encoders) for name in (_states(number), _lengths(number)))
-        return tuple(decode_npy(files[name]) for name in names)
-
-    def draw(self, cached: Cached, random: np.random.Generator) -> NDArray[Any]:
-        # Of all encoders the same caption.
-        number = random.integers(len(cached[1]))
-        files = zip(cached[::2], cached[1::2], strict=True)
-        return joined_states([_of_caption(states, lengths, number) for states, lengths in files])
-
-    def batch(self, drawn: Sequence[NDArray[Any]], uniform: Tensor) -> dict[str, Tensor]:
-        filled = self._filled(drawn)
-        return {name: drop(tensor, self.null[name], self.dropout, uniform) for name, tensor in filled.items()}
-
-    def _filled(self, drawn: Sequence[NDArray[Any]]) -> dict[str, Tensor]:
-        """Return (B, L, D) states and, if it is needed, (B, L) which of them are real."""
-        context = np.zeros((len(drawn), self.length, drawn[0].shape[1]), np.float16)
-        mask = np.zeros(context.shape[:2], bool)
-        for row, states in enumerate(drawn):
-            context[row, : len(states)] = states
-            mask[row, : len(states)] = True
-        return {"context": torch.from_numpy(context)} | ({"mask": torch.from_numpy(mask)} if self.masked else {})
-
-    def inputs(self, batch: Mapping[str, Tensor]) -> Conditioning:
-        return Conditioning(context=batch["context"].float(), mask=batch.get("mask"))
-
-
-def _of_caption(states: NDArray[Any], lengths: NDArray[Any], number: int | np.integer[Any]) -> NDArray[Any]:
-    end = int(lengths[: number + 1].sum())
-    return states[end - int(lengths[number]) : end]
-
-
-def joined_states(of_encoders: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """Return the (n, D) states of a caption by each encoder side by side, zeros after the last of each."""
-    if len(of_encoders) == 1:
-        return of_encoders[0]
-    longest = max(len(states) for states in of_encoders)
-    return np.concatenate([np.pad(each, ((0, longest - len(each)), (0, 0))) for each in of_encoders], axis=1)

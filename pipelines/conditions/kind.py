@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ldm_core.conditioning import Conditioner
 from ldm_core.conditioning.interface import Encode
@@ -23,12 +22,10 @@ from ldm_core.configs.conditioning import ConditionerConfig
 from ldm_core.configs.model import LatentDiffusionConfig
 from ldm_core.configs.unet import UNetConfig
 from ldm_core.tokenizers.joined import AnyTokenizer
+from pipelines.conditions.examples import Examples
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.ledger import Artifact
 from pipelines.store.storage import Storage
-
-# What is cached of one sample, decoded.
-Cached = tuple[NDArray[Any], ...]
 
 
 @dataclass(frozen=True)
@@ -69,31 +66,6 @@ class Encoder(Protocol):
         Raises:
             UserError: a sample lacks what this condition needs.
         """
-        ...
-
-
-class Examples(Protocol):
-    """Makes the network's input from what is cached, in training."""
-
-    def decode(self, files: Mapping[str, bytes]) -> Cached:
-        """Decode the cached files of a sample, by extension, to what is kept in memory."""
-        ...
-
-    def draw(self, cached: Cached, random: np.random.Generator) -> NDArray[Any]:
-        """Return the condition of one sample in one epoch: one of its captions, for example."""
-        ...
-
-    def batch(self, drawn: Sequence[NDArray[Any]], uniform: Tensor) -> dict[str, Tensor]:
-        """Return the CPU tensors of a batch, first dimension B, some of them dropped for classifier-free guidance.
-
-        Args:
-            drawn: what `draw` returned, one a sample.
-            uniform: (B,) numbers drawn uniformly from [0, 1), which decide about what is dropped.
-        """
-        ...
-
-    def inputs(self, batch: Mapping[str, Tensor]) -> Any:
-        """Return what the network takes, from a batch on the device."""
         ...
 
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from ldm_core.conditioning.interface import Encode
 from ldm_core.configs.model import LatentDiffusionConfig
 from ldm_core.configs.unet import UNetConfig
 from pipelines.conditions.config import NoCondition
-from pipelines.conditions.kind import Cached, Pair, Rows
+from pipelines.conditions.examples import NoExamples
+from pipelines.conditions.kind import Pair, Rows
 from pipelines.errors import UserError
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.ledger import Artifact
@@ -22,7 +20,7 @@ from pipelines.store.storage import Storage
 
 
 class Unconditional:
-    """The kind `none`; also its own encoder and examples, since there is nothing to know."""
+    """The kind `none`; also its own encoder, since there is nothing to know."""
 
     files: tuple[str, ...] = ()
     from_facts = True
@@ -51,20 +49,8 @@ class Unconditional:
     def frozen(self, latents: Artifact, device: torch.device) -> None:
         return None
 
-    def examples(self, latents: Artifact) -> Unconditional:
-        return self
-
-    def decode(self, files: Mapping[str, bytes]) -> Cached:
-        return ()
-
-    def draw(self, cached: Cached, random: np.random.Generator) -> NDArray[Any]:
-        return np.empty(0)
-
-    def batch(self, drawn: Sequence[NDArray[Any]], uniform: Tensor) -> dict[str, Tensor]:
-        return {}
-
-    def inputs(self, batch: Mapping[str, Tensor]) -> None:
-        return None
+    def examples(self, latents: Artifact) -> NoExamples:
+        return NoExamples()
 
     def prompts(self, latents: Artifact, model: LatentDiffusionConfig) -> NoPrompts:
         return NoPrompts()

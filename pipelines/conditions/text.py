@@ -10,10 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from ldm_core.conditioning import drop
 from ldm_core.conditioning.interface import Encode
 from ldm_core.configs.model import LatentDiffusionConfig
 from ldm_core.configs.text import TextTransformerConfig
@@ -22,10 +20,11 @@ from ldm_core.model_files import VOCABULARY_FILE
 from ldm_core.tokenizers.joined import AnyTokenizer
 from ldm_core.tokenizers.tokenizer import Tokenizer
 from pipelines.conditions.config import TextCondition
-from pipelines.conditions.kind import Cached, Pair, Rows
+from pipelines.conditions.examples import CaptionExamples
+from pipelines.conditions.kind import Pair, Rows
 from pipelines.conditions.vocabulary import commit_vocabulary, load_vocabulary
 from pipelines.errors import UserError
-from pipelines.shards.format import decode_npy, encode_npy
+from pipelines.shards.format import encode_npy
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.ledger import Artifact, digest_json
 from pipelines.store.storage import Storage
@@ -72,7 +71,7 @@ class Text:
         return None
 
     def examples(self, latents: Artifact) -> CaptionExamples:
-        return CaptionExamples(torch.tensor(latents.details["empty_tokens"]), self.config.dropout)
+        return CaptionExamples(TOKENS, latents.details["empty_tokens"], self.config.dropout)
 
     def prompts(self, latents: Artifact, model: LatentDiffusionConfig) -> CaptionPrompts:
         storage = latents.storage
@@ -101,32 +100,6 @@ class CaptionTokens:
         tokens = self.tokenizer.encode([caption for each in captions for caption in each])
         ends = np.cumsum([len(each) for each in captions])
         return [{TOKENS: encode_npy(ids)} for ids in np.split(tokens, ends[:-1])]
-
-
-class CaptionExamples:
-    """Draws one of a picture's captions.
-
-    Args:
-        empty_tokens: (L,) ids of the empty caption, which guidance needs (Ho & Salimans 2021).
-        dropout: share of captions that are replaced by it.
-    """
-
-    def __init__(self, empty_tokens: Tensor, dropout: float) -> None:
-        self.empty_tokens, self.dropout = empty_tokens, dropout
-
-    def decode(self, files: Mapping[str, bytes]) -> Cached:
-        return (decode_npy(files[TOKENS]),)
-
-    def draw(self, cached: Cached, random: np.random.Generator) -> NDArray[Any]:
-        captions = cached[0]
-        return captions[random.integers(len(captions))]
-
-    def batch(self, drawn: Sequence[NDArray[Any]], uniform: Tensor) -> dict[str, Tensor]:
-        tokens = torch.from_numpy(np.stack(drawn).astype(np.int64))
-        return {"tokens": drop(tokens, self.empty_tokens, self.dropout, uniform)}
-
-    def inputs(self, batch: Mapping[str, Tensor]) -> Tensor:
-        return batch["tokens"]
 
 
 class CaptionPrompts:

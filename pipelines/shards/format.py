@@ -13,7 +13,7 @@ import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -150,6 +150,9 @@ def read_shard(file: BinaryIO | Path | str) -> Iterator[dict[str, Any]]:
 
 
 _READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_MAGIC_1_0 = np.lib.format.magic(1, 0)
+# Longer ones than any array here has are parsed anew each time, so that they do not fill the memory.
+_KNOWN_HEADER_BYTES = 256
 _MOST_VALUES = 2**20
 
 
@@ -166,16 +169,41 @@ def decode_npy(data: bytes) -> np.ndarray:
     Raises:
         ValueError: not an .npy file, truncated, or an array of Python objects.
     """
-    file = io.BytesIO(data)
-    version = np.lib.format.read_magic(file)
+    start = npy_header_bytes(data)
+    parse = parse_npy_header if start <= _KNOWN_HEADER_BYTES else parse_npy_header.__wrapped__
+    shape, dtype, order = parse(data[:start])
+    claimed, stored = math.prod(shape) * dtype.itemsize, len(data) - start
+    if claimed != stored:
+        raise ValueError(f"its header says {claimed} bytes of values, but it holds {stored}")
+    return np.ndarray(shape, dtype, data, start, order=order).copy(order="K")
+
+
+def npy_header_bytes(data: bytes) -> int:
+    """Return how many bytes stand before the values of an .npy file, of whose first bytes `data` has 12 at least.
+
+    Raises:
+        ValueError: not an .npy file, or of a version that has no values we would read.
+    """
+    if data.startswith(_MAGIC_1_0):
+        return 10 + int.from_bytes(data[8:10], "little")
+    version = np.lib.format.read_magic(io.BytesIO(data))
     if version not in _READ_HEADER:
         raise ValueError(f"an .npy file of version {version[0]}.{version[1]}")
-    shape, _, dtype = _READ_HEADER[version](file)
-    claimed, stored = math.prod(shape) * dtype.itemsize, len(data) - file.tell()
-    # Before memory is reserved for what the header promises. Of Python objects the size says nothing: NumPy refuses.
-    if not dtype.hasobject and claimed != stored:
-        raise ValueError(f"its header says {claimed} bytes of values, but it holds {stored}")
-    return cast(np.ndarray, np.load(io.BytesIO(data), allow_pickle=False))
+    return 12 + int.from_bytes(data[8:12], "little")
+
+
+@functools.lru_cache(1024)
+def parse_npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype, Literal["C", "F"]]:
+    """Return shape, dtype and order of an .npy file's array. To be asked once for all files of one header.
+
+    Raises:
+        ValueError: damaged, or of an array of Python objects.
+    """
+    file = io.BytesIO(header)
+    shape, fortran, dtype = _READ_HEADER[np.lib.format.read_magic(file)](file)
+    if dtype.hasobject:
+        raise ValueError("Object arrays are not read")
+    return shape, dtype, "F" if fortran else "C"
 
 
 def decode_json(data: bytes) -> Any:

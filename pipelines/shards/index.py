@@ -81,13 +81,18 @@ class ShardIndex:
 
     def spans(self, row: int, extensions: Iterable[str] | None = None) -> dict[str, Span]:
         """Return the files of one sample by extension; all of them, or those of the extensions named."""
-        wanted = self._files if extensions is None else [each for each in extensions if each in self._files]
-        spans = {}
-        for extension in wanted:
-            offset, size, crc32 = self._files[extension]
-            if offset[row] != _ABSENT:
-                spans[extension] = Span(int(offset[row]), int(size[row]), None if crc32 is None else int(crc32[row]))
-        return spans
+        wanted = self._files if extensions is None else extensions
+        found = ((extension, self.span(row, extension)) for extension in wanted)
+        return {extension: span for extension, span in found if span is not None}
+
+    def span(self, row: int, extension: str) -> Span | None:
+        """Return where one file of a sample lies; None if it has no such file."""
+        if (columns := self._files.get(extension)) is None:
+            return None
+        offset, size, crc32 = columns
+        if (first := int(offset[row])) == _ABSENT:
+            return None
+        return Span(first, int(size[row]), None if crc32 is None else int(crc32[row]))
 
     def encode(self) -> bytes:
         """Return the index as a file; equal indexes give equal bytes.

@@ -290,6 +290,11 @@ class JoinedReader:
         number, shard = self._find(shard)
         return self._readers[number].read(shard, row, extensions)
 
+    def read_into(self, shard: int, row: int, extension: str, head: bytearray, values: memoryview) -> bool:
+        """Read one file of a sample into memory that is there, as `ShardReader.read_into` does."""
+        number, shard = self._find(shard)
+        return self._readers[number].read_into(shard, row, extension, head, values)
+
     def fetch_ahead(self, shards: list[int]) -> None:
         """Start to fetch remote shards in the background, and let go of others."""
         wanted: list[list[int]] = [[] for _ in self._readers]

@@ -10,13 +10,14 @@ import os
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import BinaryIO
 
 from pipelines.errors import UserError
-from pipelines.shards.index import MOST_INDEX_BYTES, ShardIndex, index_name, scan_shard
+from pipelines.shards.index import MOST_INDEX_BYTES, ShardIndex, Span, index_name, scan_shard
 from pipelines.shards.node_cache import NodeCache, NotAsCommittedError
+from pipelines.shards.order import Place
 from pipelines.shards.tar_headers import TarError
 from pipelines.store.failures import MissingFileError
 from pipelines.store.file_table import FileRecord, FileTable
@@ -45,7 +46,7 @@ class ShardReader:
         storage: Storage,
         files: FileTable,
         *,
-        max_open: int = 64,
+        max_open: int = 256,
         cache_bytes: int | None = None,
     ) -> None:
         self.storage, self._files = storage, files
@@ -73,17 +74,32 @@ class ShardReader:
         """
         index, file = self._index(shard), self._file(shard)
         files = {}
-        for extension, (offset, size, crc32) in index.spans(row, extensions).items():
-            data = file.read(offset, size)
-            if len(data) != size or (crc32 is not None and zlib.crc32(data) != crc32):
-                found = f"has {len(data)} of {size} bytes" if len(data) != size else "does not have the CRC-32"
-                raise self._damaged(
-                    self._record(shard),
-                    f"is damaged, or another shard stands in its place: {extension} of sample {index.key(row)} "
-                    f"{found} that its index says",
-                )
+        for extension, span in index.spans(row, extensions).items():
+            data = file.read(span.offset, span.size)
+            self._check((shard, row), extension, span, len(data), zlib.crc32(data))
             files[extension] = data
         return files
+
+    def size(self, shard: int, row: int, extension: str) -> int:
+        """Return the bytes of a sample's file; 0 if it has none. Raises UserError as `read` does."""
+        span = self._index(shard).span(row, extension)
+        return 0 if span is None else span.size
+
+    def read_into(self, shard: int, row: int, extension: str, head: bytearray, values: memoryview) -> bool:
+        """Read one file of a sample into memory that is there: its first bytes into `head`, the rest into `values`.
+
+        Returns:
+            False if the file is missing or of another size than both together: nothing is read then.
+
+        Raises:
+            UserError: as `read` does.
+        """
+        span = self._index(shard).span(row, extension)
+        if span is None or span.size != len(head) + len(values):
+            return False
+        found = self._file(shard).read_into(span.offset, [head, values])
+        self._check((shard, row), extension, span, found, zlib.crc32(values, zlib.crc32(head)))
+        return True
 
     def fetch_ahead(self, shards: list[int]) -> None:
         """Start to fetch remote shards in the background, and let go of others; a no-op if storage is local.
@@ -199,6 +215,18 @@ class ShardReader:
             raise
         return file
 
+    def _check(self, place: Place, extension: str, span: Span, found: int, crc32: int) -> None:
+        """Refuse bytes of a file that are not those that its index says: how many were read, and their CRC-32."""
+        if found == span.size and span.crc32 in (None, crc32):
+            return
+        shard, row = place
+        what = f"has {found} of {span.size} bytes" if found != span.size else "does not have the CRC-32"
+        raise self._damaged(
+            self._record(shard),
+            f"is damaged, or another shard stands in its place: {extension} of sample {self.key(shard, row)} "
+            f"{what} that its index says",
+        )
+
     def _check_size(self, record: FileRecord, size: int) -> None:
         if size < 0:
             raise self._damaged(record, "is missing")
@@ -218,5 +246,11 @@ class _OpenShard:
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
 
+        self._number = file.fileno()
+
     def read(self, offset: int, size: int) -> bytes:
-        return os.pread(self._file.fileno(), size, offset)
+        return os.pread(self._number, size, offset)
+
+    def read_into(self, offset: int, buffers: Sequence[bytearray | memoryview]) -> int:
+        """Read as many bytes as the buffers hold, or as there are; return how many."""
+        return os.preadv(self._number, buffers, offset)

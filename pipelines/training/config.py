@@ -28,6 +28,8 @@ class TrainingConfig(Config):
         compile: use `torch.compile`; it needs a C++ compiler and pays on GPUs.
         activation_checkpointing: recompute blocks in the backward pass, which saves memory and costs time.
         workers: number of Ray Train workers, one per GPU or CPU core.
+        loader_workers: processes that make the batches of each worker; 0 makes them in a thread of its own process.
+            None takes two for a GPU, and the thread where a CPU trains.
         use_gpu: whether workers train on GPUs; None does if the cluster has one for each worker.
         checkpoint_every_steps: steps between checkpoints, the most that a restart can lose.
         keep_checkpoints: how many of the newest checkpoints are kept.
@@ -51,6 +53,7 @@ class TrainingConfig(Config):
     compile: bool = runtime(False)
     activation_checkpointing: bool = runtime(False)
     workers: int = runtime(1, ge=1)
+    loader_workers: int | None = runtime(None, ge=0)
     use_gpu: bool | None = runtime(None)
     checkpoint_every_steps: int = runtime(1000, ge=1)
     keep_checkpoints: int = runtime(2, ge=1)

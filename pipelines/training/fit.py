@@ -22,7 +22,7 @@ from ray.util.placement_group import PlacementGroup, PlacementGroupID, placement
 from pipelines.compute.host_memory import keep_freed_memory
 from pipelines.compute.nodes import on_every_node
 from pipelines.compute.resources import TELL_EVERY_S, alive, use_gpus
-from pipelines.errors import TransientError, UserError, explain, raised_as_user_error
+from pipelines.errors import LoaderDiedError, TransientError, UserError, explain, found_behind, raised_as_user_error
 from pipelines.notices import tell, told_to
 from pipelines.patience import expect_answers
 from pipelines.shards.node_cache import remove_unused_here
@@ -374,6 +374,13 @@ def _raised_for(error: Exception) -> Exception:
             UserError(
                 "training workers died more often than training.max_failures allows (killed, or out of memory?): "
                 "run the same command again to go on from the newest checkpoint"
+            )
+        )
+    if (died := found_behind(error, LoaderDiedError)) is not None:
+        return _FailedWorkersError(
+            UserError(
+                f"{died}, more often than training.max_failures allows: give the nodes more memory, or set "
+                "training.loader_workers lower, and run the same command again to go on from the newest checkpoint"
             )
         )
     return _FailedWorkersError(error)

@@ -17,13 +17,12 @@ from ldm_core.ema import EMA
 from pipelines.drawing.grids import encode_png
 from pipelines.errors import UserError
 from pipelines.shards.randomness import Purpose, generator
+from pipelines.training.loader.open import Loader, open_loader
 from pipelines.training.optimization import build_optimizer, clip_gradient, learning_rate, wrap
 from pipelines.training.outputs import DETAILS_FILE, HISTORY_FILE
-from pipelines.training.prefetch import Prefetcher
 from pipelines.training.relay import Message
 
 if TYPE_CHECKING:
-    from pipelines.shards.order import SamplePosition
     from pipelines.store.commits import ArtifactWriter
     from pipelines.training.checkpoints import Checkpoints
     from pipelines.training.config import TrainingConfig
@@ -45,12 +44,6 @@ class Rank:
     def leads(self) -> bool:
         """True on rank 0, which writes all files."""
         return self.index == 0
-
-
-@dataclass(frozen=True)
-class _Batch:
-    samples: list[SamplePosition]
-    tensors: dict[str, Tensor]
 
 
 class TrainingLoop:
@@ -98,7 +91,15 @@ class TrainingLoop:
         # Else the device would hold it until training ends.
         del state
         wrapped = wrap(self.network, self.config, self.rank.world_size)
-        batches = Prefetcher(self._load, self.step, self.config.steps)
+        batches = open_loader(
+            self.learner,
+            self.rank.index,
+            self.rank.world_size,
+            self.step,
+            self.config.steps,
+            processes=self.config.loader_workers,
+            device=self.rank.device,
+        )
         clock = _Clock(self.step)
         if self.rank.leads:
             self.relay.send(Message(self.step))
@@ -128,22 +129,11 @@ class TrainingLoop:
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.steps
 
-    def _load(self, step: int) -> _Batch:
-        # The whole state of the data is the step: the order is an endless sequence of batches.
-        order, rank = self.learner.order, self.rank
-        self.learner.fetch_ahead(order.shards_ahead(step, rank.index, rank.world_size))
-        samples = order.slice(step, rank.index, rank.world_size)
-        tensors = self.learner.load(samples)
-        if self.rank.device.type == "cuda":
-            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        return _Batch(samples, tensors)
-
-    def _train_step(self, wrapped: torch.nn.Module, batch: _Batch) -> None:
+    def _train_step(self, wrapped: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
         device = self.rank.device
         # Dropout, where a network has any, draws from the global generator: after a restart it must draw the same.
         torch.manual_seed(_dropout_seed(self.seed, self.step, self.rank.index))
         self.optimizer.param_groups[0]["lr"] = learning_rate(self.config, self.step)
-        tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.tensors.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             losses = self.learner.losses(wrapped, tensors)
         loss = losses.mean()
@@ -152,7 +142,7 @@ class TrainingLoop:
         norm = clip_gradient(self.weights, self.config.gradient_clip)
         # DDP has averaged the gradient, so that it is the same on all workers and all of them stop here together.
         if not torch.isfinite(norm):
-            self._stop(batch, losses.detach())
+            self._stop(losses.detach())
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update()
@@ -160,7 +150,7 @@ class TrainingLoop:
         self.norm_sum += norm
         self.step += 1
 
-    def _log(self, clock: _Clock, batches: Prefetcher[_Batch]) -> None:
+    def _log(self, clock: _Clock, batches: Loader) -> None:
         elapsed, steps = clock.lap(self.step)
         sums = torch.stack([self.loss_sum, self.norm_sum])
         if self.rank.world_size > 1:
@@ -199,12 +189,15 @@ class TrainingLoop:
             self.writer.commit_once(name, lambda path: path.write_bytes(png))
             self.relay.send(Message(self.step, preview=picture))
 
-    def _stop(self, batch: _Batch, losses: Tensor) -> None:
+    def _stop(self, losses: Tensor) -> None:
         """Save the state for debugging, then raise UserError with the keys of the samples to blame, of all workers."""
+        samples = self.learner.order.slice(self.step, self.rank.index, self.rank.world_size)
         bad = [
-            self.learner.key(s) for s, fine in zip(batch.samples, losses.isfinite().tolist(), strict=True) if not fine
+            self.learner.key(sample)
+            for sample, fine in zip(samples, losses.isfinite().tolist(), strict=True)
+            if not fine
         ]
-        gathered: list[Any] = [(bad, [self.learner.key(sample) for sample in batch.samples])]
+        gathered: list[Any] = [(bad, [self.learner.key(sample) for sample in samples])]
         if self.rank.world_size > 1:
             mine, gathered = gathered[0], [None] * self.rank.world_size
             dist.all_gather_object(gathered, mine)

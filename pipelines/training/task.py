@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from pipelines.shards.order import Order, SamplePosition
     from pipelines.store.commits import ArtifactWriter
+    from pipelines.training.loader.source import Source
 
 
 class Learner(Protocol):
@@ -26,6 +27,7 @@ class Learner(Protocol):
     Attributes:
         network: the module that is optimised and averaged; its initial weights depend on the seed alone.
         order: the order of the training samples.
+        source: makes the same batches as `load` in another process.
     """
 
     network: nn.Module
@@ -33,12 +35,11 @@ class Learner(Protocol):
     @property
     def order(self) -> Order: ...
 
-    def load(self, samples: Sequence[SamplePosition]) -> dict[str, Tensor]:
-        """Return the CPU tensors of a batch, first dimension B. Runs in a background thread.
+    @property
+    def source(self) -> Source: ...
 
-        Everything random about a sample is drawn here, from (seed, position) alone, so that neither the number of
-        workers nor a restart changes it.
-        """
+    def load(self, samples: Sequence[SamplePosition]) -> dict[str, Tensor]:
+        """Return the CPU tensors of a batch, first dimension B. Runs in a background thread."""
         ...
 
     def losses(self, network: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -47,7 +48,8 @@ class Learner(Protocol):
         Args:
             network: `self.network` as it is wrapped for this run. It must be called exactly once: DDP prepares its
                 reduction of the gradient in the forward pass.
-            batch: the tensors of `load`, on the device.
+            batch: the tensors of `load`, on the device. Whatever else is random about a sample is drawn from (seed,
+                position) too.
         """
         ...
 

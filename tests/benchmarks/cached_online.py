@@ -30,7 +30,7 @@ from pipelines.shards.order import SampleOrder
 from pipelines.shards.reader import ShardReader
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.storage import Storage
-from pipelines.training.prefetch import Prefetcher
+from pipelines.training.loader.prefetch import Prefetcher
 from tests.benchmarks.encoding import initial_first_stage
 from tests.benchmarks.shapes import Shape
 from tests.benchmarks.timing import count_flops, interleaved, machine, ratio

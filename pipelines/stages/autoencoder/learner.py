@@ -12,18 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ldm_core.networks.autoencoder import build_first_stage
-from pipelines.shards.order import SampleOrder, SamplePosition
-from pipelines.shards.randomness import Purpose, generator
+from pipelines.shards.order import SamplePosition
 from pipelines.stages.autoencoder.artifact import commit_first_stage
+from pipelines.stages.autoencoder.batches import PictureSource
 from pipelines.stages.autoencoder.config import AutoencoderConfig
 from pipelines.stages.autoencoder.reconstruction import SHOWN, ReconstructionLoss, ReconstructionTest, to_images
-from pipelines.stages.pairs.artifact import Pictures, open_pairs, training_places
-from pipelines.stages.pairs.held_out import held_out_places
+from pipelines.stages.pairs.artifact import training_places
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.ledger import Artifact
-
-# Number of shards whose pictures are mixed with each other at a time.
-SHUFFLE_WINDOW = 16
+from pipelines.training.loader.source import arrays_of
 
 
 @dataclass(frozen=True)
@@ -45,41 +42,32 @@ class AutoencoderLearner:
         self.task, self.device = task, device
         self.first_stage = build_first_stage(task.config.model)
         self.network: nn.Module = ReconstructionLoss(self.first_stage, task.config)
-        self.reader = open_pairs(task.pairs)
-        self.pictures = Pictures(self.reader)
-        self.held_out = held_out_places(task.pairs)
         training = task.config.training
         assert training is not None, "what is imported is not trained"
-        self.order = SampleOrder(
-            self.reader.rows_per_shard,
-            task.seed,
-            SHUFFLE_WINDOW,
+        self.source = PictureSource(
+            pairs=task.pairs,
+            seed=task.seed,
             batch_size=training.batch_size,
             partitions=training.partitions,
-            excluded=self.held_out,
+            embed_dim=task.config.model.embed_dim,
+            downsampling_factor=task.config.model.downsampling_factor,
         )
+        self.batches = self.source.open()
+        self.order = self.batches.order
         self._test: ReconstructionTest | None = None
 
     def load(self, samples: Sequence[SamplePosition]) -> dict[str, Tensor]:
-        """Return `pixels` (B, H, W, 3) uint8 and `noise` (B, C, h, w), which the posterior is sampled with."""
-        pixels = self.pictures.stack([sample.place for sample in samples])
-        factor = self.task.config.model.downsampling_factor
-        shape = (self.task.config.model.embed_dim, pixels.shape[1] // factor, pixels.shape[2] // factor)
-        noise = np.empty((len(samples), *shape), np.float32)
-        for index, sample in enumerate(samples):
-            random = generator(self.task.seed, Purpose.SAMPLE, sample.position)
-            random.standard_normal(out=noise[index], dtype=np.float32)
-        return {"pixels": torch.from_numpy(pixels), "noise": torch.from_numpy(noise)}
+        return {name: torch.from_numpy(array) for name, array in arrays_of(self.batches, samples).items()}
 
     def losses(self, network: Any, batch: dict[str, Tensor]) -> Tensor:
         losses: Tensor = network(to_images(batch["pixels"], self.device), batch["noise"])
         return losses
 
     def key(self, sample: SamplePosition) -> str:
-        return self.reader.key(*sample.place)
+        return self.batches.key(sample)
 
     def fetch_ahead(self, shards: list[int]) -> None:
-        self.reader.fetch_ahead(shards)
+        self.batches.fetch_ahead(shards)
 
     def preview(self) -> NDArray[np.uint8]:
         return self._reconstructions().grid(self.first_stage, self.device)
@@ -88,10 +76,10 @@ class AutoencoderLearner:
         return commit_first_stage(writer, self.first_stage, self._reconstructions(), self.device)
 
     def close(self) -> None:
-        self.reader.close()
+        self.batches.close()
 
     def _reconstructions(self) -> ReconstructionTest:
         if self._test is None:
             others = training_places(self.task.pairs, SHOWN)
-            self._test = ReconstructionTest(self.pictures, self.held_out, others)
+            self._test = ReconstructionTest(self.batches.pictures, self.batches.held_out, others)
         return self._test

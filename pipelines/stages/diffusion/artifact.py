@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pipelines.conditions.kind import Kind, Prompts
 
 STAGE_NAME = "diffusion"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 FOLDER = "model"
 
 

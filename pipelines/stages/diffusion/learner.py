@@ -1,6 +1,6 @@
 """The diffusion model's training task: see `pipelines.training.task`.
 
-Shapes: moments: (B, 2, C, h, w); noise, posterior_noise: (B, C, h, w); t: (B,).
+Shapes: moments: (B, 2, C, h, w); noise: (B, C, h, w); positions, t: (B,).
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ from ldm_core.schedule import NoiseSchedule
 from pipelines.conditions.kind import Prompts
 from pipelines.conditions.kinds import kind_of
 from pipelines.drawing.grids import grid
-from pipelines.shards.mixture import Mixture
 from pipelines.shards.order import SamplePosition
-from pipelines.shards.randomness import Purpose, generator
+from pipelines.shards.randomness import Purpose
 from pipelines.stages.autoencoder.artifact import load_first_stage
 from pipelines.stages.diffusion.artifact import FOLDER
+from pipelines.stages.diffusion.batches import LatentSource
 from pipelines.stages.diffusion.config import DiffusionConfig
 from pipelines.stages.diffusion.mix import weights
 from pipelines.stages.diffusion.sampling import sample_prompts
-from pipelines.stages.latents.artifact import Latents
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.ledger import Artifact
+from pipelines.training.loader.source import arrays_of
+from pipelines.training.noise import standard_normal
 
 PREVIEW_COLUMNS = 4
 PREVIEW_CELL_PIXELS = 128
@@ -72,15 +73,22 @@ class DiffusionLearner:
         self.diffusion_network = task.model.build_network()
         self.network: nn.Module = self.diffusion_network
         self.kind = kind_of(task.config.condition)
-        self.condition = self.kind.examples(task.latents)
-        self.latents = Latents(task.latents, self.kind.files, self.condition.decode, mixed=task.mixed)
-        self.order = Mixture(
-            self.latents.parts(weights(task.config)),
-            task.seed,
-            task.config.shuffle_window,
-            batch_size=task.config.training.batch_size,
-            partitions=task.config.training.partitions,
+        training = task.config.training
+        self.source = LatentSource(
+            latents=task.latents,
+            mixed=task.mixed,
+            weights=tuple(weights(task.config)),
+            files=self.kind.files,
+            examples=self.kind.examples(task.latents),
+            seed=task.seed,
+            shuffle_window=task.config.shuffle_window,
+            batch_size=training.batch_size,
+            partitions=training.partitions,
+            timesteps=task.model.schedule.timesteps,
         )
+        self.batches = self.source.open()
+        self.latents, self.order = self.batches.latents, self.batches.order
+        self.draw_noise = torch.compile(standard_normal, dynamic=False) if training.compile else standard_normal
         self.objective = DiffusionObjective(
             NoiseSchedule(task.model.schedule, device=device),
             parameterization=task.model.parameterization,
@@ -90,54 +98,31 @@ class DiffusionLearner:
         )
 
     def load(self, samples: Sequence[SamplePosition]) -> dict[str, Tensor]:
-        """Return the moments and conditions of a batch, and everything random about it.
-
-        The order of the draws for a sample is fixed: another order would be another training run.
-        """
-        cached = [self.latents.get(*sample.place, self._view(sample)) for sample in samples]
-        moments = np.stack([sample_moments for sample_moments, _ in cached])
-        shape = (len(samples), *moments.shape[2:])
-        posterior_noise, noise = np.empty(shape, np.float32), np.empty(shape, np.float32)
-        t, uniform = np.empty(len(samples), np.int64), np.empty(len(samples), np.float64)
-        conditions = []
-        for i, sample in enumerate(samples):
-            random = generator(self.task.seed, Purpose.SAMPLE, sample.position)
-            t[i] = random.integers(self.task.model.schedule.timesteps)
-            conditions.append(self.condition.draw(cached[i][1], random))
-            uniform[i] = random.random()
-            random.standard_normal(out=posterior_noise[i], dtype=np.float32)
-            random.standard_normal(out=noise[i], dtype=np.float32)
-        return {
-            "moments": torch.from_numpy(moments),
-            "posterior_noise": torch.from_numpy(posterior_noise),
-            "noise": torch.from_numpy(noise),
-            "t": torch.from_numpy(t),
-            **self.condition.batch(conditions, torch.from_numpy(uniform)),
-        }
-
-    def _view(self, sample: SamplePosition) -> int:
-        """Return which view of a sample is trained on at its position."""
-        views = self.latents.views
-        return int(generator(self.task.seed, Purpose.VIEW, sample.position).integers(views)) if views > 1 else 0
+        return {name: torch.from_numpy(array) for name, array in arrays_of(self.batches, samples).items()}
 
     def losses(self, network: Any, batch: dict[str, Tensor]) -> Tensor:
         """Return the (B,) losses of Eq. (3) on a fresh draw of the posterior, rescaled as in Sec. 4.3.2."""
         moments = batch["moments"].float()
+        noise = self.noise(Purpose.NOISE, batch)
         # Two for a KL first stage, mean and log-variance; a VQ one has no posterior to draw from.
         if moments.shape[1] == 2:
-            z0 = DiagonalGaussian.from_moments(moments).sample(noise=batch["posterior_noise"])
+            z0 = DiagonalGaussian.from_moments(moments).sample(noise=self.noise(Purpose.POSTERIOR, batch))
         else:
             z0 = moments[:, 0]
-        inputs = self.condition.inputs(batch)
+        inputs = self.source.examples.inputs(batch)
         return self.objective.loss(
-            lambda z_t, t: network(z_t, t, inputs), self.task.model.scale_factor * z0, batch["t"], batch["noise"]
+            lambda z_t, t: network(z_t, t, inputs), self.task.model.scale_factor * z0, batch["t"], noise
         )
 
+    def noise(self, purpose: Purpose, batch: dict[str, Tensor]) -> Tensor:
+        """Return (B, C, h, w) standard normal noise: that of these samples at their positions, whoever draws it."""
+        return self.draw_noise(self.task.seed, purpose, batch["positions"], batch["moments"].shape[2:])
+
     def key(self, sample: SamplePosition) -> str:
-        return self.latents.reader.key(*sample.place)
+        return self.batches.key(sample)
 
     def fetch_ahead(self, shards: list[int]) -> None:
-        self.latents.reader.fetch_ahead(shards)
+        self.batches.fetch_ahead(shards)
 
     def preview(self) -> NDArray[np.uint8] | None:
         """Sample the fixed prompts with fixed seeds, and return a grid of the pictures with their prompts."""
@@ -168,7 +153,7 @@ class DiffusionLearner:
         }
 
     def close(self) -> None:
-        self.latents.reader.close()
+        self.batches.close()
 
     @cached_property
     def _model(self) -> LatentDiffusion:

@@ -1,4 +1,4 @@
-"""Reading the latent cache: posterior moments and conditions by (shard, row), kept in memory as long as they fit.
+"""Reading the latent cache: posterior moments and conditions by (shard, row). Torch is not imported.
 
 moments: (2, C, h, w) mean and log-variance of a KL first stage, (1, C, h, w) latent of a VQ one, float16
 """
@@ -10,10 +10,12 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from pipelines.shards.format import decode_json, decode_npy
+from pipelines.errors import UserError
+from pipelines.shards.format import decode_json, decode_npy, npy_header_bytes, parse_npy_header
 from pipelines.shards.mixture import Part, joined
+from pipelines.shards.order import Place
 from pipelines.shards.reader import ShardReader
 from pipelines.stages.latents.encoding.views import latent_file
 from pipelines.stages.pairs.held_out import held_out_places
@@ -21,25 +23,26 @@ from pipelines.store.ledger import Artifact
 
 # Raised when the bytes that the stage writes, or their meaning, change. Its writer and its readers go by this number.
 FORMAT_VERSION = 3
-CACHE_BYTES = 1 << 30
 
-# Of one sample: its moments, and what is cached of its condition.
-Cached = tuple[NDArray[np.float16], tuple[NDArray[Any], ...]]
+Condition = tuple[NDArray[Any], ...]
 
 
-def _nothing(files: Mapping[str, bytes]) -> tuple[NDArray[Any], ...]:
+def _nothing(files: Mapping[str, bytes]) -> Condition:
     return ()
 
 
 class Latents:
-    """The samples of a latents artifact, and of others that it is mixed with.
+    """The samples of one or several latents artifacts.
 
     Args:
         artifact: a finished artifact of the `latents` stage.
         files: extensions of the condition's files to read.
         decode: decodes these files.
         mixed: other such artifacts; their shards are numbered after those of the first.
-        cache_bytes: how many bytes of decoded samples are kept in memory.
+
+    Attributes:
+        views: how many there are of each picture in each shard, (shards,) int64.
+        held_out: the places of the first artifact that nothing is trained on, by ascending hash.
 
     Raises:
         UserError: the artifact is another stage's, or of another format version.
@@ -49,10 +52,8 @@ class Latents:
         self,
         artifact: Artifact,
         files: tuple[str, ...] = (),
-        decode: Callable[[Mapping[str, bytes]], tuple[NDArray[Any], ...]] = _nothing,
-        *,
+        decode: Callable[[Mapping[str, bytes]], Condition] = _nothing,
         mixed: Sequence[Artifact] = (),
-        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self._artifacts = (artifact, *mixed)
         self._readers = [
@@ -60,10 +61,8 @@ class Latents:
         ]
         self.reader = joined(self._readers)
         self._files, self._decode = files, decode
-        self._room = cache_bytes
-        self._kept: dict[tuple[int, int, int], Cached] = {}
-        self.views: int = artifact.details.get("views", 1)
-        # Of the first artifact, by ascending hash; nothing is trained on them.
+        views = [each.details.get("views", 1) for each in self._artifacts]
+        self.views = np.repeat(np.array(views, np.int64), [len(each.rows_per_shard) for each in self._readers])
         self.held_out = held_out_places(artifact)
 
     def parts(self, weights: Sequence[int]) -> list[Part]:
@@ -73,19 +72,52 @@ class Latents:
             for artifact, reader, weight in zip(self._artifacts, self._readers, weights, strict=True)
         ]
 
-    def get(self, shard: int, row: int, view: int = 0) -> Cached:
+    def get(self, shard: int, row: int, view: int = 0) -> tuple[NDArray[np.float16], Condition]:
         """Return the moments of one view of a sample, and what `decode` makes of the files of its condition."""
-        if (kept := self._kept.get((shard, row, view))) is not None:
-            return kept
         latent = latent_file(view)
-        files = self.reader.read(shard, row, (latent, *self._files))
-        sample = decode_npy(files[latent]), self._decode(files)
-        size = sample[0].nbytes + sum(array.nbytes for array in sample[1])
-        # Never evicted: every epoch visits all samples once, so that the least recently used one is needed soonest.
-        if size <= self._room:
-            self._kept[shard, row, view] = sample
-            self._room -= size
-        return sample
+        return decode_npy(self.reader.read(shard, row, (latent,))[latent]), self.condition(shard, row)
+
+    def condition(self, shard: int, row: int) -> Condition:
+        """Return what `decode` makes of the files of a sample's condition."""
+        return self._decode(self.reader.read(shard, row, self._files)) if self._files else ()
+
+    def moments(
+        self,
+        places: Sequence[Place],
+        views: Sequence[int],
+        new: Callable[[tuple[int, ...], DTypeLike], NDArray[Any]],
+    ) -> NDArray[np.float16]:
+        """Read the moments of several samples into one array, (B, 2 or 1, C, h, w).
+
+        Args:
+            places: B of them.
+            views: which view of each.
+            new: makes the array, from its shape and dtype.
+
+        Raises:
+            UserError: a shard is damaged, or the samples are of different shapes.
+        """
+        files = list(map(latent_file, views))
+        first = self.reader.read(*places[0], files[:1])[files[0]]
+        head = first[: npy_header_bytes(first)]
+        shape, dtype, order = parse_npy_header(head)
+        array = new((len(places), *shape), dtype)
+        # Files of one header hold arrays of one shape: it is compared, not parsed, and their values are read in place.
+        found, values = bytearray(len(head)), array.data.cast("B")
+        size = len(values) // len(places)
+        for number, ((shard, row), file) in enumerate(zip(places, files, strict=True)):
+            read = self.reader.read_into(shard, row, file, found, values[number * size : (number + 1) * size])
+            if not read or found != head:
+                other = decode_npy(self.reader.read(shard, row, (file,))[file])
+                if other.shape != shape or other.dtype != dtype:
+                    raise UserError(
+                        f"latents of one batch must have one shape, but {self.reader.key(*places[0])} has {shape} and "
+                        f"{self.reader.key(shard, row)} {other.shape}: set pairs.resize=center_crop"
+                    )
+                array[number] = other
+            elif order == "F":
+                array[number] = array[number].ravel().reshape(shape, order="F")
+        return array
 
     def facts(self) -> Iterator[Mapping[str, Any]]:
         """Yield the facts of all samples: of the held-out ones, then of the others in the order of the shards."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from PIL import Image
 
 from pipelines.errors import UserError
@@ -87,8 +87,14 @@ class Pictures:
         self._kept: dict[Place, NDArray[np.uint8]] = {}
         self._lock = threading.Lock()
 
-    def stack(self, places: Sequence[Place]) -> NDArray[np.uint8]:
+    def stack(
+        self, places: Sequence[Place], new: Callable[[tuple[int, ...], DTypeLike], NDArray[Any]] = np.empty
+    ) -> NDArray[np.uint8]:
         """Return several pictures as uint8 (N, H, W, 3).
+
+        Args:
+            places: N of them.
+            new: makes the array, from its shape and dtype.
 
         Raises:
             UserError: the pictures differ in size.
@@ -98,7 +104,7 @@ class Pictures:
             raise UserError(
                 f"pictures must have one size to be trained on, got {sorted(sizes)}: set pairs.resize=center_crop"
             )
-        return np.stack(pixels)
+        return np.stack(pixels, out=new((len(pixels), *pixels[0].shape), np.uint8))
 
     def get(self, place: Place) -> NDArray[np.uint8]:
         """Return one picture as uint8 (H, W, 3)."""

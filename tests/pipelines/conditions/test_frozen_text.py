@@ -16,7 +16,8 @@ from ldm_core.configs.unet import UNetConfig
 from ldm_core.latent_diffusion import DiffusionNetwork
 from ldm_core.pretrained import text_encoder
 from pipelines.conditions.config import FrozenTextCondition, TextEncoderConfig
-from pipelines.conditions.frozen_text import CaptionStateExamples, FrozenText, OpenedEncoder
+from pipelines.conditions.examples import CaptionStateExamples
+from pipelines.conditions.frozen_text import FrozenText, OpenedEncoder
 from pipelines.errors import UserError
 from pipelines.shards.format import decode_npy
 from tests.pipelines.conditions.encoders import CAPTIONS, LENGTH, MINILM, UNET, cached, clip, live, prepared
@@ -72,9 +73,9 @@ def test_the_network_sees_in_training_what_the_whole_model_sees_when_it_is_sampl
         ).build_network()
     )
     assert model.conditioner is None, "a frozen encoder is no part of what is trained"
-    examples, random = kind.examples(latents), np.random.default_rng(0)
-    drawn = [examples.draw(examples.decode(sample), random) for sample in cached(*minilm)[1:]]
-    inputs = examples.inputs(examples.batch(drawn, torch.ones(1)))
+    examples = kind.examples(latents)
+    drawn = [examples.draw(examples.decode(sample), 0.6) for sample in cached(*minilm)[1:]]
+    inputs = examples.inputs(tensors(examples.batch(drawn, np.ones(1))))
     whole = DiffusionNetwork(model.unet, kind.frozen(latents, torch.device("cpu")))
     z, t = torch.randn(1, 4, 4, 4), torch.tensor([500])
     tokens = kind.prompts(latents, None).inputs(CAPTIONS[1])  # type: ignore[arg-type]
@@ -87,17 +88,21 @@ def test_the_network_sees_in_training_what_the_whole_model_sees_when_it_is_sampl
 def test_every_caption_is_drawn_and_some_are_dropped(minilm: tuple[FrozenText, Any]) -> None:
     kind, latents = minilm
     null = decode_npy(latents.storage.read_bytes("null_text.npy"))
-    examples = CaptionStateExamples(null, LENGTH, masked=True, dropout=0.25)
+    examples = CaptionStateExamples(("text.npy", "text_lengths.npy"), null, LENGTH, masked=True, dropout=0.25)
     sample = examples.decode(cached(kind, latents)[0])
     random = np.random.default_rng(0)
-    drawn = [examples.draw(sample, random) for _ in range(4000)]
+    drawn = [examples.draw(sample, chance) for chance in random.random(4000)]
     assert {len(states) for states in drawn} == set(sample[1].tolist())
-    batch = examples.batch(drawn, torch.from_numpy(random.random(4000)))
+    batch = tensors(examples.batch(drawn, random.random(4000)))
     # No caption has as few tokens as the empty one, [CLS] and [SEP].
     assert len(null) == 2
     dropped = batch["mask"].sum(1) == 2
     assert float(dropped.float().mean()) == pytest.approx(0.25, abs=0.03)
     torch.testing.assert_close(batch["context"][dropped][0, :2], torch.from_numpy(null))
+
+
+def tensors(arrays: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def test_of_clip_padding_is_stored_too_because_published_models_are_fed_it(tmp_path: Path) -> None:
@@ -112,7 +117,7 @@ def test_of_clip_padding_is_stored_too_because_published_models_are_fed_it(tmp_p
         torch.testing.assert_close(stored, context, rtol=2e-3, atol=2e-3)
     examples = kind.examples(latents)
     drawn = [examples.decode(sample)[0][:77] for sample in cached(kind, latents)]
-    assert examples.inputs(examples.batch(drawn, torch.ones(2))).mask is None
+    assert examples.inputs(tensors(examples.batch(drawn, np.ones(2)))).mask is None
     assert kind.conditioner(latents, UNetConfig(**UNET)) == ClipTextConfig(
         vocabulary_size=49_408, width=32, layers=2, heads=4, feed_forward_width=64
     )

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import psutil
@@ -54,11 +54,15 @@ class ToyTask:
     def build(self, device: torch.device) -> "ToyLearner":
         return ToyLearner(self)
 
+    def open(self) -> NoReturn:
+        raise AssertionError("a thread makes the batches of the toy")
+
 
 class ToyLearner:
     def __init__(self, task: ToyTask) -> None:
         self.task = task
         self.network: nn.Module = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.1), nn.Tanh(), nn.Linear(16, 2))
+        self.source = task
         self.order = SampleOrder(ROWS, SEED, window=2, batch_size=BATCH_SIZE, partitions=64)
         (task.log / f"started.{os.getpid()}").touch()
 

@@ -155,7 +155,7 @@ def test_reconstructions_are_measured_on_the_first_held_out_pictures(tmp_path: P
     pictures, held_out = Pictures(open_pairs(pairs)), held_out_places(pairs)
     assert len(held_out) == 4
     task = AutoencoderTask(config=config(training=TRAINING), seed=0, pairs=pairs)
-    assert task.build(torch.device("cpu")).held_out == held_out
+    assert task.build(torch.device("cpu")).batches.held_out == held_out
     every = [(shard, row) for shard in range(2) for row in range(150)]
     test = ReconstructionTest(pictures, held_out, every)
     assert test.held_out

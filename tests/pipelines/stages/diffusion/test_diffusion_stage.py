@@ -11,6 +11,7 @@ import torch
 from pipelines.conditions.kinds import kind_of
 from pipelines.errors import MisuseError, UserError
 from pipelines.shards.node_cache import cache_folder
+from pipelines.shards.randomness import Purpose
 from pipelines.stages.diffusion.artifact import load_model
 from pipelines.stages.diffusion.config import DiffusionConfig
 from pipelines.stages.diffusion.learner import DiffusionLearner, DiffusionTask
@@ -135,8 +136,8 @@ def test_each_epoch_draws_anew(upstream: dict[str, Artifact]) -> None:
     again = next(p for p in range(epoch, 3 * epoch) if trainer.order.sample(p)[2:] == place)
     first, second = (trainer.load([trainer.order.sample(position)]) for position in (5, again))
     assert torch.equal(first["moments"], second["moments"])
-    for name in ("noise", "posterior_noise"):
-        assert not torch.equal(first[name], second[name])
+    for purpose in (Purpose.NOISE, Purpose.POSTERIOR):
+        assert not torch.equal(trainer.noise(purpose, first), trainer.noise(purpose, second))
 
 
 def test_all_captions_are_used_and_some_are_dropped(upstream: dict[str, Artifact]) -> None:
@@ -172,9 +173,11 @@ def test_the_network_sees_scaled_draws_of_the_posterior(upstream: dict[str, Arti
 
     trainer.losses(network, batch)
     mean, logvar = batch["moments"].float().unbind(1)
-    z0 = 0.5 * (mean + (0.5 * logvar).exp() * batch["posterior_noise"])
+    z0 = 0.5 * (mean + (0.5 * logvar).exp() * trainer.noise(Purpose.POSTERIOR, batch))
     alpha_bar = trainer.objective.schedule.alphas_cumprod[batch["t"]].view(-1, 1, 1, 1)
-    torch.testing.assert_close(inputs[0], alpha_bar.sqrt() * z0 + (1 - alpha_bar).sqrt() * batch["noise"])
+    torch.testing.assert_close(
+        inputs[0], alpha_bar.sqrt() * z0 + (1 - alpha_bar).sqrt() * trainer.noise(Purpose.NOISE, batch)
+    )
 
 
 def test_latents_of_another_encoder_are_refused(tmp_path: Path, upstream: dict[str, Artifact]) -> None:

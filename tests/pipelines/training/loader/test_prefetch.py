@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from pipelines.training.prefetch import Prefetcher
+from pipelines.training.loader.prefetch import Prefetcher
 
 
 def test_results_come_in_order_and_are_made_ahead() -> None:

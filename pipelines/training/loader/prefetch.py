@@ -1,8 +1,8 @@
-"""Batches made by a background thread, a few steps ahead of training.
+"""Results made by a background thread, a few steps ahead.
 
 Why not torch's DataLoader: the position in the data is one integer, the step, and any step can be asked for at once.
 A DataLoader that resumes in the middle of an epoch draws again what came before, or needs a sampler with a state of its
-own. And its worker processes would each hold a copy of the cached samples, which this thread shares with training.
+own.
 """
 
 from __future__ import annotations
