@@ -62,8 +62,9 @@ def trained_on(prepared: Prepared, dropped: bool = False) -> Any:
     """Return the conditioning that training makes of the second sample's only caption."""
     kind, latents, samples = prepared
     examples = kind.examples(latents)
-    drawn = examples.draw(examples.decode(samples[1]), np.random.default_rng(0))
-    return examples.inputs(examples.batch([drawn], torch.tensor([0.0 if dropped else 1.0])))
+    drawn = examples.draw(examples.decode(samples[1]), 0.5)
+    arrays = examples.batch([drawn], np.array([0.0 if dropped else 1.0]))
+    return examples.inputs({name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
 def test_the_cache_of_one_of_two_encoders_is_that_of_the_encoder_alone(tmp_path: Path, both: Prepared) -> None:
@@ -89,7 +90,7 @@ def test_one_caption_is_drawn_from_both_and_dropped_from_both(both: Prepared) ->
     sample = examples.decode(samples[0])
     (first, second), _ = live(CAPTIONS[0], CLIP_LENGTH)
     for _ in range(20):
-        drawn = torch.from_numpy(examples.draw(sample, random)).float()
+        drawn = torch.from_numpy(examples.draw(sample, random.random())).float()
         number = int((drawn[1, :384] - first[1]).abs().max() > (drawn[1, :384] - second[1]).abs().max())
         own = sample[2][number * CLIP_LENGTH : (number + 1) * CLIP_LENGTH]
         np.testing.assert_array_equal(drawn[:, 384:], own.astype(np.float32))

@@ -195,9 +195,7 @@ def test_a_unet_of_another_size_is_refused(tmp_path: Path, upstream: dict[str, A
         run_stage(STAGE, config(condition=text), tmp_path, upstream)
 
 
-def test_a_truncated_latents_shard_is_refused_before_any_worker_starts(
-    tmp_path: Path, upstream: dict[str, Artifact]
-) -> None:
+def test_a_truncated_latents_shard_is_refused(ray_cluster: None, tmp_path: Path, upstream: dict[str, Artifact]) -> None:
     path = Path(upstream["latents"].storage.path("000002.tar"))
     path.write_bytes(path.read_bytes()[:-2048])
     with pytest.raises(UserError, match=r"000002.tar has \d+ bytes, but \d+ were committed: `ldm verify"):

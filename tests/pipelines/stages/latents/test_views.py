@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -165,6 +166,10 @@ def test_views_that_would_be_the_same_are_refused(values: dict[str, object]) -> 
 
 
 def test_conditions_that_show_the_picture_are_refused_with_views() -> None:
-    sections = {"latents": LatentsSettings(views=ViewsConfig()), "condition": MaskedImageCondition(kind="masked_image")}
+    sections = {
+        "pairs": SimpleNamespace(resize="center_crop"),
+        "latents": LatentsSettings(views=ViewsConfig()),
+        "condition": MaskedImageCondition(kind="masked_image"),
+    }
     with pytest.raises(ValueError, match=r"latents.views must be null with condition masked_image, .*leave views out"):
         STAGE.check(sections)
