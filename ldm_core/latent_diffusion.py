@@ -6,7 +6,8 @@ for cross-attention; inputs: what the conditioner takes, e.g. token ids (B, L).
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from ldm_core.configs.text import FrozenConfig
 from ldm_core.networks.autoencoder import build_first_stage
 from ldm_core.networks.unet import PreparedContext, UNet
 from ldm_core.schedule import NoiseSchedule
+
+# Steps of samplers that take a number of them.
+NUM_STEPS = 50
 
 
 def build_model(config: LatentDiffusionConfig, device: torch.device | str | None = None) -> "LatentDiffusion":
@@ -72,7 +76,8 @@ class LatentDiffusion(nn.Module):
     def __init__(self, config: LatentDiffusionConfig) -> None:
         super().__init__()
         self.config = config
-        self.first_stage = build_first_stage(config.first_stage)
+        # Frozen, as in the code release: who optimises `parameters()` means the other two.
+        self.first_stage = build_first_stage(config.first_stage).requires_grad_(False)
         self.unet = UNet(config.unet)
         self.conditioner = (
             build_conditioner(config.conditioner, encode=self._encode_mode) if config.conditioner else None
@@ -130,10 +135,10 @@ class LatentDiffusion(nn.Module):
         *,
         seeds: Sequence[int],
         unconditional: Any = None,
-        num_steps: int = 50,
+        num_steps: int | None = None,
         guidance_scale: float = 1.0,
         eta: float = 0.0,
-        sampler: samplers.FewStepSampler = samplers.ddim,
+        sampler: samplers.Sampler = samplers.ddim,
         size: tuple[int, int] | None = None,
         callback: samplers.Callback | None = None,
     ) -> Tensor:
@@ -146,10 +151,12 @@ class LatentDiffusion(nn.Module):
             seeds: B integers, one per image.
             unconditional: the null condition (1, ...), e.g. the empty caption's ids; required if guidance_scale is not
                 1, unless the conditioner has one of its own.
-            num_steps: number of timesteps visited; with zero terminal SNR the last timestep is always among them.
+            num_steps: number of timesteps visited; with zero terminal SNR the last timestep is always among them. None
+                is 50 for samplers that take a number.
             guidance_scale: strength of the guidance; 1 is the plain conditional model.
-            eta: from 0, deterministic, to 1, as random as DDPM; for DDIM only.
-            sampler: one of `samplers.FEW_STEP_SAMPLERS`.
+            eta: from 0, deterministic, to 1, as random as DDPM; for samplers that take it, DDIM of ours.
+            sampler: any of `samplers`, or another function of (denoise, x, schedule), which is given those of
+                num_steps, eta, noise and callback that it has arguments for; `partial(unipc, order=3)` sets others.
             size: height and width of the latent; None is the size of training. Larger ones are sampled
                 convolutionally (Sec. 4.3.2), multiples of the UNet's downsampling factor.
             callback: see `samplers.Callback`.
@@ -158,22 +165,17 @@ class LatentDiffusion(nn.Module):
             (B, 3, H, W) float32 in [-1, 1].
 
         Raises:
-            ValueError: inputs and seeds differ in number, guidance lacks the null condition, or a number is out of
-                range.
+            ValueError: inputs and seeds differ in number, guidance lacks the null condition, a number is out of range,
+                or the sampler does not take what is given.
         """
         if isinstance(inputs, Tensor) and len(inputs) != len(seeds):
             raise ValueError(f"sample needs one seed an input, got {len(seeds)} seeds for {len(inputs)} inputs")
-        _check_sampler(sampler, eta)
         shape = self._latent_shape(size)
         denoise = self.guided_denoiser(inputs, unconditional=unconditional, guidance_scale=guidance_scale)
         noise = samplers.seeded_noise(seeds, shape, self._device)
-        options: dict[str, Any] = {"eta": eta, "noise": noise} if sampler is samplers.ddim else {}
-        # With zero terminal SNR the last timestep must be visited: only there is z pure noise (Lin et al. 2024).
-        spacing: samplers.Spacing = "trailing" if self.config.schedule.zero_terminal_snr else "leading"
+        options = _options_of(sampler, {"num_steps": num_steps, "eta": eta or None, "callback": callback}, noise)
         with _evaluating(self):
-            z = sampler(
-                denoise, noise(), self.schedule, num_steps=num_steps, spacing=spacing, callback=callback, **options
-            )
+            z = sampler(denoise, noise(), self.schedule, **options)
             if not z.isfinite().all():
                 raise ValueError("sampling gave NaN or infinity: look at the weights with finite.check_finite(model)")
             return self.decode(z).float().clamp(-1.0, 1.0)
@@ -310,12 +312,24 @@ def _guidance_halves(
     return halves
 
 
-def _check_sampler(sampler: samplers.FewStepSampler, eta: float) -> None:
-    if sampler not in samplers.FEW_STEP_SAMPLERS:
-        known = ", ".join(each.__name__ for each in samplers.FEW_STEP_SAMPLERS)
-        raise ValueError(f"sampler must be one of {known}, got {getattr(sampler, '__name__', sampler)}")
-    if eta and sampler is not samplers.ddim:
-        raise ValueError(f"only DDIM has an eta, got eta={eta}: leave it 0")
+def _options_of(sampler: samplers.Sampler, given: Mapping[str, Any], noise: samplers.NoiseSource) -> dict[str, Any]:
+    """Return the options to call a sampler with: what is given, not None, and what it should not do without.
+
+    Raises:
+        ValueError: it does not take something that is given.
+    """
+    parameters = inspect.signature(sampler).parameters
+    options = {name: value for name, value in given.items() if value is not None}
+    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    if not takes_all and (unknown := [name for name in options if name not in parameters]):
+        name = getattr(sampler, "__name__", str(sampler))
+        raise ValueError(f"the sampler {name} takes no {unknown[0]}, got {options[unknown[0]]}: leave it out")
+    for name, value in {"num_steps": NUM_STEPS, "noise": noise}.items():
+        # A number of steps that is bound by `partial` stays.
+        bound = getattr(sampler, "keywords", {})
+        if name in parameters and name not in bound:
+            options.setdefault(name, value)
+    return options
 
 
 def _condition(conditioner: Conditioner | None, inputs: Any) -> Conditioning:

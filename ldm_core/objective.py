@@ -121,8 +121,8 @@ class DiffusionObjective:
             models are all trained with 0; see `vlb_weights`.
 
     Raises:
-        ValueError: for an unknown parameterization or loss, gamma <= 0, a negative or infinite vlb_weight, or eps
-            with a zero-terminal-SNR schedule.
+        ValueError: for an unknown parameterization or loss, gamma <= 0, a negative or infinite vlb_weight, or eps or
+            min-SNR weights with a zero-terminal-SNR schedule.
     """
 
     def __init__(
@@ -137,6 +137,11 @@ class DiffusionObjective:
         check_parameterization(parameterization, loss, zero_terminal_snr=schedule.config.zero_terminal_snr)
         if min_snr_gamma is not None and not min_snr_gamma > 0:
             raise ValueError(f"min_snr_gamma must be positive or None, got {min_snr_gamma}")
+        if min_snr_gamma is not None and schedule.config.zero_terminal_snr:
+            raise ValueError(
+                "min_snr_gamma gives the last timestep of a zero_terminal_snr schedule no weight, and sampling begins "
+                "there: leave it None"
+            )
         if not 0.0 <= vlb_weight < math.inf:
             raise ValueError(f"vlb_weight must be a finite number of at least 0, got {vlb_weight}")
         self.schedule = schedule

@@ -186,6 +186,8 @@ class UNet(nn.Module):
                 f"got {mask.dtype} of shape {tuple(mask.shape)}"
             )
 
+        context = self._like_weights(context)
+
         def keys_values(blocks: nn.ModuleList) -> tuple[tuple[KeysValues, ...], ...]:
             attentions = [block.attention for block in blocks]
             return tuple(
@@ -237,7 +239,7 @@ class UNet(nn.Module):
         h = self.conv_in((z if concat is None else torch.cat([z, concat], dim=1)).to(self.conv_in.weight.dtype))
         embedding = self.time_embedding(t)
         prepared = context if isinstance(context, PreparedContext) else None
-        shared: BlockContext = None if isinstance(context, PreparedContext) else context
+        shared: BlockContext = self._like_weights(context) if isinstance(context, Tensor) else None
         skips = [h]
         for i, block in enumerate(self.input_blocks):
             h = self._run(block, h, embedding, prepared.input_blocks[i] if prepared else shared)
@@ -248,6 +250,12 @@ class UNet(nn.Module):
             h = torch.cat([h, repeat_to_batch(skips.pop(), h.shape[0])], dim=1)
             h = self._run(block, h, embedding, prepared.output_blocks[i] if prepared else shared)
         return self.conv_out(activate(self.norm_out(h)))
+
+    def _like_weights(self, context: Tensor) -> Tensor:
+        """Return a context in the weights' precision, so that a UNet in bf16 takes what a conditioner in fp32 gives."""
+        weight = self.conv_in.weight
+        # Weights in half precision are never run under autocast; under it, a cast up would only cost.
+        return context if weight.dtype == torch.float32 else context.to(weight.dtype)
 
     def _run(self, block: nn.Module, h: Tensor, embedding: Tensor, context: BlockContext) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():

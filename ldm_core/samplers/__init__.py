@@ -21,22 +21,22 @@ from ldm_core.objective import Prediction
 from ldm_core.samplers.editing import img2img_start, masked
 from ldm_core.samplers.noise import NoiseSource, initial_noise, seeded_noise
 from ldm_core.samplers.solvers import ddim, ddpm, dpm_solver_pp_2m, plms, unipc
-from ldm_core.samplers.steps import Callback, Denoise, Spacing, timestep_grid
+from ldm_core.samplers.steps import Callback, Denoise, Spacing, default_spacing, timestep_grid
 
-FewStepSampler = Callable[..., Tensor]
-# These share their arguments, but for DDIM's eta and noise and UniPC's order. DDPM visits every timestep.
-FEW_STEP_SAMPLERS: tuple[FewStepSampler, ...] = (ddim, plms, dpm_solver_pp_2m, unipc)
+# (denoise, x, schedule, **options) -> clean latents of x's shape. The four few-step samplers share their options, but
+# for DDIM's eta and noise and UniPC's order. DDPM visits every timestep.
+Sampler = Callable[..., Tensor]
 
 __all__ = [
-    "FEW_STEP_SAMPLERS",
     "Callback",
     "Denoise",
-    "FewStepSampler",
     "NoiseSource",
     "Prediction",
+    "Sampler",
     "Spacing",
     "ddim",
     "ddpm",
+    "default_spacing",
     "dpm_solver_pp_2m",
     "img2img_start",
     "initial_noise",

@@ -18,7 +18,7 @@ def img2img_start(
     *,
     strength: float,
     num_steps: int = 50,
-    spacing: Spacing = "leading",
+    spacing: Spacing | None = None,
 ) -> tuple[Tensor, list[int]]:
     """Noise a latent part of the way, to sample back from there: image-to-image (SDEdit, Meng et al. 2022).
 

@@ -67,7 +67,7 @@ def ddim(
     schedule: NoiseSchedule,
     *,
     num_steps: int = 50,
-    spacing: Spacing = "leading",
+    spacing: Spacing | None = None,
     timesteps: Sequence[int] | None = None,
     eta: float = 0.0,
     noise: NoiseSource | None = None,
@@ -114,7 +114,7 @@ def plms(
     schedule: NoiseSchedule,
     *,
     num_steps: int = 50,
-    spacing: Spacing = "leading",
+    spacing: Spacing | None = None,
     timesteps: Sequence[int] | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
@@ -168,7 +168,7 @@ def dpm_solver_pp_2m(
     schedule: NoiseSchedule,
     *,
     num_steps: int = 20,
-    spacing: Spacing = "leading",
+    spacing: Spacing | None = None,
     timesteps: Sequence[int] | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
@@ -206,7 +206,7 @@ def unipc(
     *,
     num_steps: int = 20,
     order: int = 2,
-    spacing: Spacing = "leading",
+    spacing: Spacing | None = None,
     timesteps: Sequence[int] | None = None,
     callback: Callback | None = None,
 ) -> Tensor:

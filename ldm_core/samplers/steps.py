@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ldm_core.configs.schedule import ScheduleConfig
 from ldm_core.objective import Prediction
 from ldm_core.schedule import NoiseSchedule
 
@@ -32,7 +33,7 @@ class Step(NamedTuple):
     abar_next: float
 
 
-def timestep_grid(schedule: NoiseSchedule, num_steps: int, spacing: Spacing = "leading") -> list[int]:
+def timestep_grid(schedule: NoiseSchedule, num_steps: int, spacing: Spacing | None = None) -> list[int]:
     """Return the timesteps to visit, in descending order; the last step goes from the last of them to timestep 0.
 
     Args:
@@ -42,11 +43,12 @@ def timestep_grid(schedule: NoiseSchedule, num_steps: int, spacing: Spacing = "l
             it has a few more steps than asked for, as in the code release, and if it runs off the chain (e.g. all
             1000 of 1000 steps), it ends at T - 1. "trailing" counts down from T - 1 in steps of T / num_steps,
             "linspace" divides the way from T - 1 to 0 evenly; both start where the latent holds the least signal,
-            as schedules with zero terminal SNR need (Lin et al. 2024, Table 2).
+            as schedules with zero terminal SNR need (Lin et al. 2024, Table 2). None is `default_spacing`.
 
     Raises:
         ValueError: unless 1 <= num_steps <= T, or for an unknown spacing.
     """
+    spacing = spacing or default_spacing(schedule.config)
     total = schedule.timesteps
     if not 1 <= num_steps <= total:
         raise ValueError(f"num_steps must be between 1 and the schedule's {total} timesteps, got {num_steps}")
@@ -62,8 +64,13 @@ def timestep_grid(schedule: NoiseSchedule, num_steps: int, spacing: Spacing = "l
     return sorted(grid - {0}, reverse=True)
 
 
+def default_spacing(schedule: ScheduleConfig) -> Spacing:
+    """Return "leading", or "trailing" with zero terminal SNR: the last timestep, all noise, must be visited."""
+    return "trailing" if schedule.zero_terminal_snr else "leading"
+
+
 def plan_steps(
-    schedule: NoiseSchedule, num_steps: int, spacing: Spacing, timesteps: Sequence[int] | None
+    schedule: NoiseSchedule, num_steps: int, spacing: Spacing | None, timesteps: Sequence[int] | None
 ) -> list[Step]:
     """Return the steps through the given timesteps, or through `timestep_grid` if none are given.
 

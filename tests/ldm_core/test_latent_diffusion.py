@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -15,6 +16,7 @@ from ldm_core.configs.schedule import ScheduleConfig
 from ldm_core.configs.text import TextTransformerConfig
 from ldm_core.latent_diffusion import LatentDiffusion
 from ldm_core.objective import DiffusionObjective, Prediction
+from ldm_core.schedule import NoiseSchedule
 from tests.random_weights import without_zeros
 
 CONFIG = presets.get("tiny-txt2img")
@@ -170,8 +172,10 @@ def test_a_model_of_v_samples_from_pure_noise_under_zero_terminal_snr(model: Lat
     other.load_state_dict(model.state_dict())
     denoise = other.guided_denoiser(captions(1), unconditional=EMPTY, guidance_scale=2.0, rescale=0.7)
     noise = samplers.seeded_noise([0], latent_shape(other))
-    z = samplers.ddim(denoise, noise(), other.schedule, num_steps=3, spacing="trailing")
+    visited: list[int] = []
+    z = samplers.ddim(denoise, noise(), other.schedule, num_steps=3, callback=lambda step, t, x0: visited.append(t))
     assert z.isfinite().all()
+    assert visited == [999, 666, 332]
 
 
 def test_every_caption_needs_its_own_seed(model: LatentDiffusion) -> None:
@@ -245,17 +249,66 @@ def latent_shape(model: LatentDiffusion) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize("sampler", [samplers.plms, samplers.dpm_solver_pp_2m, samplers.unipc])
 def test_every_few_step_sampler_samples_and_only_ddim_takes_an_eta(
-    model: LatentDiffusion, sampler: samplers.FewStepSampler
+    model: LatentDiffusion, sampler: samplers.Sampler
 ) -> None:
     images = model.sample(captions(1), seeds=[0], num_steps=3, sampler=sampler)
     assert images.isfinite().all()
-    with pytest.raises(ValueError, match=r"only DDIM has an eta, got eta=0\.5"):
+    with pytest.raises(ValueError, match=rf"the sampler {sampler.__name__} takes no eta, got 0\.5: leave it out"):
         model.sample(captions(1), seeds=[0], num_steps=3, sampler=sampler, eta=0.5)
 
 
+def test_any_function_of_a_denoiser_samples_with_the_options_that_it_takes(model: LatentDiffusion) -> None:
+    calls: list[dict[str, object]] = []
+
+    def mine(denoise: samplers.Denoise, x: Tensor, schedule: NoiseSchedule, *, num_steps: int, strange: int) -> Tensor:
+        calls.append({"num_steps": num_steps, "strange": strange})
+        return samplers.unipc(denoise, x, schedule, num_steps=num_steps)
+
+    def sample(sampler: samplers.Sampler, **options: Any) -> Tensor:
+        return model.sample(captions(1), seeds=[0], sampler=sampler, **options)
+
+    torch.testing.assert_close(
+        sample(functools.partial(mine, strange=7), num_steps=3), sample(samplers.unipc, num_steps=3)
+    )
+    assert calls == [{"num_steps": 3, "strange": 7}]
+    first_order = sample(functools.partial(samplers.unipc, order=1, num_steps=3))
+    assert (first_order - sample(samplers.unipc, num_steps=3)).abs().max() > 1e-4
+    with pytest.raises(ValueError, match="takes no num_steps, got 3: leave it out"):
+        sample(samplers.ddpm, num_steps=3)
+
+
+def test_ddpm_samples_through_all_timesteps_from_seeds_alone(unconditional: LatentDiffusion) -> None:
+    schedule = dataclasses.replace(unconditional.config.schedule, timesteps=6, beta_end=0.5)
+    short = dataclasses.replace(unconditional.config, schedule=schedule).build().eval()
+    short.load_state_dict(unconditional.state_dict())
+    visited: list[int] = []
+    both = short.sample(seeds=[3, 4], sampler=samplers.ddpm, callback=lambda step, t, x0: visited.append(t))
+    assert visited == [5, 4, 3, 2, 1, 0]
+    torch.testing.assert_close(short.sample(seeds=[4], sampler=samplers.ddpm), both[1:], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("preset", "inputs", "guidance_scale"),
+    [
+        ("tiny-class", torch.tensor([3]), 2.0),
+        ("tiny-super-resolution", torch.linspace(-1, 1, 768).reshape(1, 3, 16, 16), 1.0),
+    ],
+)
+def test_a_unet_in_bf16_samples_what_it_does_in_float32(preset: str, inputs: Tensor, guidance_scale: float) -> None:
+    model = with_random_outputs(presets.get(preset))
+    expected = model.sample(inputs, seeds=[0], num_steps=2, guidance_scale=guidance_scale)
+    model.unet.to(torch.bfloat16)
+    found = model.sample(inputs, seeds=[0], num_steps=2, guidance_scale=guidance_scale)
+    assert found.dtype == torch.float32
+    assert (found - expected).abs().mean() < 0.05 * expected.std()
+
+
+def test_the_first_stage_is_not_among_what_is_trained(model: LatentDiffusion) -> None:
+    trained = {name.partition(".")[0] for name, weight in model.named_parameters() if weight.requires_grad}
+    assert trained == {"unet", "conditioner"}
+
+
 def test_sampling_refuses_settings_that_cannot_work(model: LatentDiffusion) -> None:
-    with pytest.raises(ValueError, match="sampler must be one of ddim, plms, dpm_solver_pp_2m, unipc, got ddpm"):
-        model.sample(captions(1), seeds=[0], sampler=samplers.ddpm)
     with pytest.raises(ValueError, match=r"size must be positive multiples of 2, in latent pixels, got \(0, 16\)"):
         model.sample(captions(1), seeds=[0], size=(0, 16))
     with pytest.raises(ValueError, match="seeds must be integers of 64 bits, got 18446744073709551616"):

@@ -31,6 +31,11 @@ REFUSED: dict[str, Callable[[], object]] = {
     r"latents must be floating point, got torch\.int64": lambda: noised(0, Z.long()),
     "must be eps, v or x0, got 'epsilon'": lambda: objective.to_eps("epsilon", SCHEDULE, Z, Z, torch.tensor([1])),  # type: ignore[arg-type]
     "must be eps, v or x0, got 'sample'": lambda: objective.target("sample", SCHEDULE, Z, Z, torch.tensor([1])),  # type: ignore[arg-type]
+    "min_snr_gamma gives the last timestep of a zero_terminal_snr schedule no weight": lambda: (
+        objective.DiffusionObjective(
+            NoiseSchedule(ScheduleConfig(zero_terminal_snr=True)), parameterization="v", min_snr_gamma=5.0
+        )
+    ),
     "min_snr_gamma must be positive": lambda: objective.DiffusionObjective(SCHEDULE, min_snr_gamma=float("nan")),
     "this module has none": lambda: EMA(nn.Identity()),
     r"moments must be \(B, 2, C, h, w\)": lambda: DiagonalGaussian.from_moments(torch.zeros(1, 1, 4, 8, 8)),

@@ -65,6 +65,16 @@ def test_each_sample_of_a_batch_is_noised_at_its_own_timestep() -> None:
         )
 
 
+def test_levels_of_latents_in_half_precision_are_exact() -> None:
+    schedule = NoiseSchedule(ScheduleConfig())
+    z0, noise, t = torch.randn(1000, 4).bfloat16(), torch.randn(1000, 4).bfloat16(), torch.arange(1000)
+    signal, sigma = schedule.levels(t, like=z0)
+    torch.testing.assert_close(signal.square() + sigma.square(), torch.ones(1000, 1), atol=1e-6, rtol=0)
+    noisy = schedule.add_noise(z0, noise, t)
+    assert noisy.dtype == torch.bfloat16
+    assert torch.equal(noisy, schedule.add_noise(z0.float(), noise.float(), t).bfloat16())
+
+
 def test_snr_is_signal_over_noise() -> None:
     schedule = NoiseSchedule(ScheduleConfig())
     t = torch.tensor([0, 999])

@@ -85,9 +85,13 @@ def quiet(pipeline: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("first_stage", "parameterization", "guidance_scale"),
-    [(presets.first_stage("tiny-kl-f8"), "eps", 3.0), (VQ_F8, "v", 1.0)],
-    ids=["kl, eps, guided", "vq, v, not guided"],
+    ("first_stage", "parameterization", "guidance_scale", "zero_terminal_snr"),
+    [
+        (presets.first_stage("tiny-kl-f8"), "eps", 3.0, False),
+        (VQ_F8, "v", 1.0, False),
+        (presets.first_stage("tiny-kl-f8"), "v", 3.0, True),
+    ],
+    ids=["kl, eps, guided", "vq, v, not guided", "kl, v, zero terminal SNR"],
 )
 def test_exported_text_pipeline_renders_the_same_image_from_the_same_noise(
     tokenizer: Tokenizer,
@@ -95,12 +99,13 @@ def test_exported_text_pipeline_renders_the_same_image_from_the_same_noise(
     first_stage: FirstStageConfig,
     parameterization: str,
     guidance_scale: float,
+    zero_terminal_snr: bool,
 ) -> None:
     model = build_model(
         conditioner=text(tokenizer.vocabulary_size),
         first_stage=first_stage,
         parameterization=parameterization,
-        schedule=ScheduleConfig(beta_start=0.0015, beta_end=0.0195),
+        schedule=ScheduleConfig(beta_start=0.0015, beta_end=0.0195, zero_terminal_snr=zero_terminal_snr),
     )
     export_folder(model, tmp_path, tokenizer=tokenizer)
     seeds = [3, 4]

@@ -9,6 +9,7 @@ from ldm_core.configs.objective import Parameterization
 from ldm_core.configs.schedule import ScheduleConfig, ScheduleKind
 from ldm_core.configs.text import ClipTextConfig, TextTransformerConfig
 from ldm_core.configs.unet import UNetConfig
+from ldm_core.samplers import default_spacing
 
 BETA_SCHEDULES: dict[ScheduleKind, str] = {
     "scaled_linear": "scaled_linear",
@@ -175,7 +176,7 @@ def scheduler_config(config: ScheduleConfig, *, parameterization: Parameterizati
         "beta_end": config.beta_end,
         "prediction_type": PREDICTION_TYPES[parameterization],
         "rescale_betas_zero_snr": config.zero_terminal_snr,
-        "timestep_spacing": "leading",
+        "timestep_spacing": default_spacing(config),
         "steps_offset": 1,
         "set_alpha_to_one": False,
         "clip_sample": False,

@@ -106,15 +106,18 @@ def test_the_compiler_sees_one_graph(prepared: bool) -> None:
         torch.testing.assert_close(compiled(z, t, context=given), unet(z, t, context=given))
 
 
-def test_half_precision_weights_take_full_precision_latents() -> None:
+def test_half_precision_weights_take_full_precision_latents_and_contexts() -> None:
     unet = randomized_unet(config(context_dim=6))
     z, t, context = torch.randn(2, 4, 8, 8), torch.tensor([5, 700]), torch.randn(2, 3, 6)
     with torch.no_grad():
         expected = unet(z, t, context=context)
-        half = copy.deepcopy(unet).bfloat16()(z, t, context=context.bfloat16())
+        half_unet = copy.deepcopy(unet).bfloat16()
+        half = half_unet(z, t, context=context)
+        prepared = half_unet(z, t, context=half_unet.prepare_context(context))
+        masked = half_unet(z, t, context=context, mask=torch.ones(2, 3, dtype=torch.bool))
         with torch.autocast("cpu", torch.bfloat16):
             autocast = unet(z, t, context=context)
-    for prediction in (half, autocast):
+    for prediction in (half, prepared, masked, autocast):
         assert prediction.dtype == torch.bfloat16
         assert (prediction.float() - expected).norm() < 0.05 * expected.norm()
 
