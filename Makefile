@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-faults lint format bench-core bench-pairs bench-ledger lock clean
+.PHONY: demo test test-faults lint format bench-core bench-pairs bench-ledger bench-latents lock clean
 
 demo: .venv/ready
 	$(BIN)/ldm demo
@@ -31,6 +31,9 @@ bench-pairs: .venv/ready
 
 bench-ledger: .venv/ready
 	$(BIN)/python -m tests.benchmarks.bench_ledger $(BENCH_ARGS)
+
+bench-latents: .venv/ready
+	$(BIN)/python -m tests.benchmarks.bench_latents $(BENCH_ARGS)
 
 lock: .venv/bin/uv
 	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --extra dev --no-header \
