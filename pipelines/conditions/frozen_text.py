@@ -113,11 +113,11 @@ class FrozenText:
         encoders, storage = range(len(self.config.encoders)), latents.storage
         about = [storage.read_json(_about(number))["conditioner"] for number in encoders]
         return CaptionStateExamples(
+            self.files,
             joined_states([decode_npy(storage.read_bytes(_null(number))) for number in encoders]),
             latents.details["text_shapes"][0][0],
             masked=all(each.get("mask_padding", False) for each in about),
             dropout=self.config.dropout,
-            encoders=len(encoders),
         )
 
     def prompts(self, latents: Artifact, model: LatentDiffusionConfig) -> CaptionPrompts:
@@ -266,22 +266,21 @@ class CaptionStateExamples:
     """Draws the states of one of a picture's captions, filled up to one length; those of two encoders side by side.
 
     Args:
+        files: extensions of the states and of their lengths, of each encoder.
         null: (n, D) states of the empty caption, which guidance needs (Ho & Salimans 2021).
         length: L, the longest that a caption can be.
         masked: whether the UNet does not attend to what is filled up.
         dropout: share of captions that are replaced by the empty one.
-        encoders: whose states are cached; D is the sum of their widths.
     """
 
     def __init__(
-        self, null: NDArray[np.float16], length: int, *, masked: bool, dropout: float, encoders: int = 1
+        self, files: tuple[str, ...], null: NDArray[np.float16], length: int, *, masked: bool, dropout: float
     ) -> None:
-        self.length, self.masked, self.dropout, self.encoders = length, masked, dropout, encoders
+        self.files, self.length, self.masked, self.dropout = files, length, masked, dropout
         self.null = self._filled([null])
 
     def decode(self, files: Mapping[str, bytes]) -> Cached:
-        names = (name for number in range(self.encoders) for name in (_states(number), _lengths(number)))
-        return tuple(decode_npy(files[name]) for name in names)
+        return tuple(decode_npy(files[name]) for name in self.files)
 
     def draw(self, cached: Cached, random: np.random.Generator) -> NDArray[Any]:
         # Of all encoders the same caption.

@@ -87,7 +87,7 @@ def test_the_network_sees_in_training_what_the_whole_model_sees_when_it_is_sampl
 def test_every_caption_is_drawn_and_some_are_dropped(minilm: tuple[FrozenText, Any]) -> None:
     kind, latents = minilm
     null = decode_npy(latents.storage.read_bytes("null_text.npy"))
-    examples = CaptionStateExamples(null, LENGTH, masked=True, dropout=0.25)
+    examples = CaptionStateExamples(kind.files, null, LENGTH, masked=True, dropout=0.25)
     sample = examples.decode(cached(kind, latents)[0])
     random = np.random.default_rng(0)
     drawn = [examples.draw(sample, random) for _ in range(4000)]
