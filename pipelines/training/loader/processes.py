@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from pipelines.errors import LoaderDiedError
+from pipelines.notices import tell
 from pipelines.training.loader.pinning import pin, unpin
 from pipelines.training.loader.slots import SlotReader, new_slot
 from pipelines.training.loader.source import Source
-from pipelines.training.loader.worker import BATCH, FREE, JOB, Job, receive, send
+from pipelines.training.loader.worker import BATCH, FREE, JOB, NOTICE, Job, receive, send
 
 # Of each process: one that is trained on, one that waits, one that is made.
 SLOTS = 3
@@ -93,15 +94,19 @@ class ProcessLoader:
         heard = select.poll()
         for each in self._workers:
             heard.register(each.connection, select.POLLIN if each is worker else select.POLLRDHUP)
-        heard.poll()
-        try:
-            # If another is gone, that is said now: its turn would come, but perhaps not before a long wait.
-            for number, _ in heard.poll(0):
-                if number != worker.connection.fileno():
-                    raise EOFError
-            kind, data = receive(worker.connection)
-        except EOFError:
-            raise self._death() from None
+        kind = NOTICE
+        while kind == NOTICE:
+            heard.poll()
+            try:
+                # If another is gone, that is said now: its turn would come, but perhaps not before a long wait.
+                for number, _ in heard.poll(0):
+                    if number != worker.connection.fileno():
+                        raise EOFError
+                kind, data = receive(worker.connection)
+            except EOFError:
+                raise self._death() from None
+            if kind == NOTICE:
+                tell(data.decode())
         if kind == BATCH:
             return data
         known, text = pickle.loads(data)

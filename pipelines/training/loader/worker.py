@@ -6,6 +6,7 @@ with the training process over a socket, and ends when nobody is at the other en
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import select
@@ -15,10 +16,12 @@ import struct
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipelines.errors import UserError
+from pipelines.notices import told_to
 from pipelines.patience import expect_answers
 from pipelines.training.loader.slots import SlotWriter
 
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
 
 # In front of each message: what it is, and how many bytes follow.
 HEAD = struct.Struct("<cI")
-JOB, BATCH, ERROR, FREE = b"J", b"B", b"E", b"F"
+JOB, BATCH, ERROR, FREE, NOTICE = b"J", b"B", b"E", b"F", b"N"
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,29 @@ def _end_with_training(connection: int) -> None:
 
 def _make_batches(job: Job, connection: socket.socket) -> None:
     expect_answers()
+    turn = threading.Lock()
+
+    def say(kind: bytes, data: bytes) -> None:
+        # Threads that fetch shards have something to tell, too.
+        with turn:
+            send(connection, kind, data)
+
     try:
-        batches = job.source.open()
+        with told_to(lambda line: say(NOTICE, line.encode())):
+            _fill_slots(job, connection, say)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        raise
+    except BaseException as error:
+        # One that a person can mend travels as it is: it is of this package, and holds nothing but its line.
+        known = error if isinstance(error, UserError) else None
+        say(ERROR, pickle.dumps((known, traceback.format_exc())))
+    # Not before the training process has taken what it wants: it reads the end of this process as its death.
+    while True:
+        receive(connection)
+
+
+def _fill_slots(job: Job, connection: socket.socket, say: Callable[[bytes, bytes], None]) -> None:
+    with contextlib.closing(job.source.open()) as batches:
         slots = [SlotWriter(file) for file in job.slots]
         free = len(slots)
         for number, step in enumerate(job.steps):
@@ -114,16 +138,7 @@ def _make_batches(job: Job, connection: socket.socket) -> None:
             slot.begin()
             batches.fetch_ahead(batches.order.shards_ahead(step, job.rank, job.world_size))
             batches.assemble(batches.order.slice(step, job.rank, job.world_size), slot.new)
-            send(connection, BATCH, slot.layout())
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        raise
-    except BaseException as error:
-        # One that a person can mend travels as it is: it is of this package, and holds nothing but its line.
-        known = error if isinstance(error, UserError) else None
-        send(connection, ERROR, pickle.dumps((known, traceback.format_exc())))
-    # Not before the training process has taken what it wants: it reads the end of this process as its death.
-    while True:
-        receive(connection)
+            say(BATCH, slot.layout())
 
 
 if __name__ == "__main__":

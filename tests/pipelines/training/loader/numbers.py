@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.errors import UserError
+from pipelines.notices import tell
 from pipelines.shards.order import SampleOrder, SamplePosition
 from pipelines.training.loader.source import NewArray
 
@@ -24,6 +25,7 @@ class Numbers:
         log: a line with the pid and the step for each batch that is begun.
         grows: whether each batch is larger than the one before.
         dies_at, fails_at, breaks_at: the step whose batch kills the process, or is a person's mistake, or a bug.
+        tells_at: the step at which it has something to say.
     """
 
     log: Path
@@ -31,6 +33,7 @@ class Numbers:
     dies_at: int | None = None
     fails_at: int | None = None
     breaks_at: int | None = None
+    tells_at: int | None = None
 
     def open(self) -> "NumberBatches":
         assert "torch" not in sys.modules, "a process that makes batches is to be small and quick"
@@ -50,6 +53,8 @@ class NumberBatches:
             os.kill(os.getpid(), signal.SIGKILL)
         if step == self.source.fails_at:
             raise UserError("shard 3 is damaged: remove it")
+        if step == self.source.tells_at:
+            tell("the cache is too small")
         if step == self.source.breaks_at:
             raise ZeroDivisionError("a bug")
         columns = 5000 * step if self.source.grows else 3

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from pipelines.errors import LoaderDiedError, UserError
+from pipelines.notices import told_to
 from pipelines.shards.format import encode_npy
 from pipelines.stages.diffusion.learner import DiffusionLearner
 from pipelines.training.loader.open import open_loader
@@ -70,6 +71,14 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor), name
+
+
+def test_what_a_process_tells_is_told_by_the_one_that_trains(tmp_path: Path) -> None:
+    lines: list[str] = []
+    with told_to(lines.append), loading(Numbers(tmp_path / "log", tells_at=3), last=6) as loader:
+        places = [loader.next()["places"].tolist() for _ in range(6)]
+    assert lines == ["the cache is too small"]
+    assert len(places) == 6
 
 
 def test_any_number_of_processes_makes_the_same_batches_wherever_training_begins(upstream: dict[str, Any]) -> None:
