@@ -149,6 +149,14 @@ class FileTable:
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self.position(name) is not None
 
+    def holds(self, names: Iterable[str]) -> list[bool]:
+        """Return of each of many names whether such a file is there: much faster than one after the other."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        found = pc.is_in(pa.array(names, pa.string()), value_set=self._table.column("name"))
+        return [bool(each) for each in found.to_pylist()]
+
     def __getitem__(self, name: str) -> FileRecord:
         if (position := self.position(name)) is None:
             raise KeyError(name)

@@ -45,9 +45,11 @@ class Committed:
     statistics: ShardStatistics
 
 
-def is_complete(shard: str, committed: FileTable) -> bool:
-    """Tell whether a shard is committed, and all that is kept beside it."""
-    return all(name in committed for name in _names(shard))
+def complete_shards(committed: FileTable) -> set[str]:
+    """Return the shards that are committed, and all that is kept beside them."""
+    shards = committed.shards().names
+    beside = (committed.holds(map(name_of, shards)) for name_of in (index_name, statistics_name))
+    return {shard for shard, *are_there in zip(shards, *beside, strict=True) if all(are_there)}
 
 
 def _names(shard: str) -> tuple[str, str, str]:

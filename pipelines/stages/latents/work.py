@@ -23,7 +23,7 @@ from pipelines.stages.latents.encoding.read import ReadShard
 from pipelines.stages.latents.encoding.write import WriteShard
 from pipelines.stages.latents.poison import Poisoned, poisoned_shards
 from pipelines.stages.latents.rows import PairsRows
-from pipelines.stages.latents.shard import is_complete
+from pipelines.stages.latents.shard import complete_shards
 from pipelines.stages.latents.statistics import LatentSums, ShardStatistics, scale_factor, statistics_name, total
 from pipelines.stages.latents.takeover import Encoding, take_over
 from pipelines.stages.pairs.artifact import PAIRS_FORMAT
@@ -60,9 +60,8 @@ def _encode_pending(context: StageContext[LatentsConfig], pairs: Artifact, first
     config, writer = context.config, context.writer
     shards, committed = pairs.shards(), writer.committed()
     poisoned = Poisoned(writer, len(shards), config.max_poisoned_share)
-    pending = [
-        record for record in shards if record.name not in poisoned.shards and not is_complete(record.name, committed)
-    ]
+    ready = complete_shards(committed) | poisoned.shards
+    pending = [record for record in shards if record.name not in ready]
     if not pending:
         return
     encoding = Encoding.of(first_stage, config, writer.storage)

@@ -39,6 +39,12 @@ def table(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     return FileTable.open(tmp_path / "files.parquet")
 
 
+def test_of_many_names_it_says_at_once_which_are_there(table: FileTable) -> None:
+    assert table.holds(["000007.tar", "missing.tar", "stats/000099.json", ""]) == [True, False, True, False]
+    assert table.holds([]) == []
+    assert FileTable.of([]).holds(["000007.tar"]) == [False]
+
+
 def test_it_is_the_table_that_was_written(table: FileTable) -> None:
     whole = FileTable.of(RECORDS)
     assert list(table) == list(whole) == sorted(RECORDS, key=lambda each: each.name)
