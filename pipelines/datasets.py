@@ -15,6 +15,7 @@ from pipelines.errors import UserError
 from pipelines.shards.format import decode_json, decode_npy, read_shard
 from pipelines.shards.tar_headers import shown
 from pipelines.stages.latents.artifact import FORMAT_VERSION
+from pipelines.stages.latents.encoding.views import latent_files
 from pipelines.stages.pairs.artifact import PAIRS_FORMAT, decode_image, image_of
 from pipelines.store.ledger import artifact_at
 from pipelines.store.storage import Storage
@@ -76,8 +77,8 @@ def open_latents(
     Returns:
         Samples with `__key__` and `__url__`; of a KL first stage the posterior's `mean` and `logvar`, of a VQ one
         `latent`, which is not quantized yet, each (C, h, w) float16 and not scaled (the manifest's `scale_factor` is
-        1/std); what is cached of the condition, such as `tokens`, (captions, L) uint16 ids, or `class`, an int32;
-        `captions` and `metadata` as for `open_pairs`.
+        1/std), of further views `mean.1` and so on; what is cached of the condition, such as `tokens`, (captions, L)
+        uint16 ids, or `class`, an int32; `captions` and `metadata` as for `open_pairs`.
 
     Raises:
         UserError: there is no such artifact; or, while it is read, a shard or a sample of it is damaged.
@@ -151,13 +152,12 @@ def _decode_pair(sample: Sample) -> Sample:
 
 def _decode_latents(sample: Sample) -> Sample:
     arrays = {name.removesuffix(".npy"): decode_npy(data) for name, data in sample.items() if name.endswith(".npy")}
-    moments = arrays.pop("latent")
-    names = ("mean", "logvar") if len(moments) == 2 else ("latent",)
-    return {
-        **dict(zip(names, moments, strict=True)),
-        **arrays,
-        **_decode_facts(sample),
-    }
+    decoded: Sample = {}
+    for number, name in enumerate(latent_files(sample)):
+        moments, view = arrays.pop(name.removesuffix(".npy")), f".{number}" if number else ""
+        names = ("mean", "logvar") if len(moments) == 2 else ("latent",)
+        decoded |= {f"{each}{view}": values for each, values in zip(names, moments, strict=True)}
+    return decoded | arrays | _decode_facts(sample)
 
 
 def _decode_facts(sample: Sample) -> Sample:

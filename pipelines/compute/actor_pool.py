@@ -27,7 +27,7 @@ def pool_size(
     who: str = "the work",
     check: Callable[[], None] = lambda: None,
 ) -> PoolSize:
-    """Return a pool of one actor per GPU of the cluster, or per CPU core if it has no GPU; never more than items.
+    """Return a pool for all GPUs of the cluster, or one actor per CPU core if it has no GPU; never more than items.
 
     Args:
         items: number of items to work on.
@@ -59,7 +59,7 @@ def pool_size(
             f"{who} needs a CPU core for its model and {cpus_of_tasks:g} for tasks beside it, but the cluster has "
             f"{alive('CPU')}: lower the CPUs of tasks (0 lets them run beside the model), or add a node"
         )
-    # No more when nodes join: whoever comes first, actors must not take the tasks' place.
+    # The pool does not grow when nodes join: its new actors might take the cores that tasks need.
     return PoolSize(min(available, most), False, min(available, most))
 
 

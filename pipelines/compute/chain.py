@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import json
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -116,8 +117,8 @@ def map_through(
 
     Args:
         items: what the first step is called with, plain values each.
-        steps: one of them on actors. Between steps anything that can be pickled may pass; large NumPy arrays are
-            mapped from the object store, read-only. The last one's results are plain values.
+        steps: at least one of them on actors. Between steps anything that can be pickled may pass; large NumPy arrays
+            are mapped from the object store, read-only. The last one's results are plain values.
         in_flight: items that may be under way for each actor, from the start of the first step to the end of the last;
             None leaves it to Ray Data, which is for values that take no memory.
         alone_tries: how often an item whose worker died is tried again.
@@ -181,7 +182,7 @@ class _Chain:
         Args:
             items: what the first step is called with.
             lost: gets those whose worker died, in each of their tries.
-            tries: how often each is tried, alone in its worker; None is once, one after the other.
+            tries: how often each is tried, alone in its worker; None is once, beside others.
         """
         if not items:
             return
@@ -203,6 +204,10 @@ class _Chain:
                     "models are loaded? See Ray's logs, then run the same command again"
                 ) from None
         lost += left.values()
+        if left:
+            # Ray Data holds a dead actor's pool in a cycle of references, and with it the CPUs of its other actors.
+            del rows
+            gc.collect()
 
     def _dataset(self, items: Sequence[dict[str, Any]], tries: int | None) -> ray.data.Dataset:
         # One block per item: Ray Data would otherwise hand several items to one actor while another is idle. The driver

@@ -32,7 +32,7 @@ class Examples(Protocol):
     """
 
     def decode(self, files: Mapping[str, bytes]) -> Cached:
-        """Decode the cached files of a sample, by extension, to what is kept in memory."""
+        """Decode the cached files of a sample, by extension, to arrays."""
         ...
 
     def draw(self, cached: Cached, chance: float) -> NDArray[Any]:

@@ -35,8 +35,8 @@ class Pair:
     Attributes:
         key: its key.
         facts: its json: `captions`, and the columns of the source.
-        image: the stored picture, (H, W, 3) uint8; None where latents are taken over from facts alone.
-        files: its files by extension, encoded.
+        image: the stored picture, (H, W, 3) uint8; None for kinds that are encoded from facts alone.
+        files: its files by extension, encoded, but for its picture; none for these kinds.
     """
 
     key: str

@@ -59,7 +59,7 @@ class Mixture:
     `epoch` is that of a partition of the sample's set.
 
     Args:
-        parts: the sets; the sum of their weights is at most a million, or more with few partitions.
+        parts: the sets; their weights are whole numbers, of which `Turns` takes sums up to some millions.
         seed: the run's seed.
         window: number of shards of each set whose samples are mixed with each other at a time, over all partitions;
             each of these mixes at least one.
@@ -68,7 +68,7 @@ class Mixture:
             above it nor above the number of samples of any set.
 
     Raises:
-        ValueError: a set has no sample at all, or a weight or the window is not positive.
+        ValueError: a set has no sample at all, a weight or the window is not positive, or the weights are too large.
     """
 
     def __init__(self, parts: Sequence[Part], seed: int, window: int, *, batch_size: int, partitions: int) -> None:

@@ -62,7 +62,7 @@ class ShardReader:
         self._cache = None if storage.is_local else NodeCache(storage, cache_bytes)
 
     def key(self, shard: int, row: int) -> str:
-        """Return the key of one sample."""
+        """Return the key of one sample. Raises as `read` does."""
         return self._index(shard).key(row)
 
     def read(self, shard: int, row: int, extensions: Iterable[str] | None = None) -> dict[str, bytes]:
@@ -71,6 +71,7 @@ class ShardReader:
         Raises:
             UserError: the shard or its index is missing, truncated, damaged or of another shard; names the shard and,
                 where a file of the sample is not what was written, the sample.
+            OSError: the disk for fetched shards is full.
         """
         index, file = self._index(shard), self._file(shard)
         files = {}
@@ -79,11 +80,6 @@ class ShardReader:
             self._check((shard, row), extension, span, len(data), zlib.crc32(data))
             files[extension] = data
         return files
-
-    def size(self, shard: int, row: int, extension: str) -> int:
-        """Return the bytes of a sample's file; 0 if it has none. Raises UserError as `read` does."""
-        span = self._index(shard).span(row, extension)
-        return 0 if span is None else span.size
 
     def read_into(self, shard: int, row: int, extension: str, head: bytearray, values: memoryview) -> bool:
         """Read one file of a sample into memory that is there: its first bytes into `head`, the rest into `values`.
@@ -228,8 +224,6 @@ class ShardReader:
         )
 
     def _check_size(self, record: FileRecord, size: int) -> None:
-        if size < 0:
-            raise self._damaged(record, "is missing")
         if size != record.bytes:
             raise self._damaged(record, f"has {size} bytes, but {record.bytes} were committed")
 

@@ -89,13 +89,13 @@ class ShardCommit:
             UserError: as `write` does; the shard that stands is damaged; or an index is committed of another one.
         """
         names, written = _names(self.shard), None
-        # Looked up again: Ray repeats what a dead actor had finished.
+        # Looked up again: Ray repeats what a dead worker had finished.
         if all(map(self.writer.is_committed, names)):
             statistics = ShardStatistics.from_json(self.writer.storage.read_json(statistics_name(self.shard)))
             return Committed([self.writer.commit(name) for name in names], statistics)
         if not self.writer.is_committed(self.shard):
-            # Two actors may be at one shard, where a node was taken for dead, and on another kind of GPU the last bits
-            # differ: the first file stands.
+            # There may be two writers of one shard, where a node was taken for dead, and on another kind of GPU the
+            # last bits differ: the first file stands.
             written = self.writer.storage.write_once(self.shard, write)
         return self.of(written or self._read_back())
 

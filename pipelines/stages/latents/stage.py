@@ -1,10 +1,11 @@
-"""The `latents` stage: every pair through the frozen encoders once, in a pool of Ray Data actors.
+"""The `latents` stage: every pair through the frozen encoders once. Tasks read, actors encode, tasks write.
 
-Writes for each pairs shard a `NNNNNN.tar` with the same keys (`KEY.latent.npy`, `KEY.json` and what the condition
-caches, such as `KEY.tokens.npy`), but for pictures whose latent is not finite; beside it `index/NNNNNN.arrow`, which
-says where its files lie and what their checksums are, and `stats/NNNNNN.json`, the sums that the scale factor is
-computed from and the pictures left out; what the condition has once for all samples, such as `vocab.txt`; and the
-pairs' `held_out/N.parquet`.
+Writes for each pairs shard a `NNNNNN.tar` with the same keys (`KEY.latent.npy`, of further views `KEY.latent.1.npy` and
+so on, `KEY.json`, and what the condition caches, such as `KEY.tokens.npy`), but for pictures whose latent is not
+finite; beside it `index/NNNNNN.arrow`, which says where its files lie and what their checksums are, and
+`stats/NNNNNN.json`, the sums that the scale factor is computed from and the pictures left out; what the condition has
+once for all samples, such as `vocab.txt`; and the pairs' `held_out/N.parquet`. `poison/NNNNNN.json` stands for a shard
+that could not be encoded.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 FP16_BYTES = 2
-# Three headers and padding for each of a sample's three members, and its JSON.
+# Headers and padding of a sample's three members, and its JSON.
 TAR_OVERHEAD_BYTES = 3_500
 
 

@@ -42,7 +42,6 @@ class Job:
         rank, world_size: whose part of the global batches.
         steps: of which steps, in order.
         slots: file descriptors of the slots, which are filled in turn.
-        patient: whether stores are known to answer.
     """
 
     source: Source

@@ -17,8 +17,8 @@ class DecodedShard:
         item: what is known of the shard; see `ReadShard`.
         keys: of its samples, in order.
         pictures: (views, samples, H, W, 3) uint8; None if its latents are in place, and need no encoding.
-        files: files of each sample by extension, without its picture: those that go with the latent, and those that the
-            condition is encoded from.
+        files: files of each sample by extension, without its picture: those that go with the latent, and the encoded
+            condition, or those that it is encoded from.
     """
 
     item: dict[str, Any]

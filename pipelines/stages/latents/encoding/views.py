@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from itertools import count, takewhile
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,14 +17,16 @@ from PIL import Image
 
 from pipelines.stages.latents.config import ViewsConfig
 
+T = TypeVar("T")
+
 
 def latent_file(view: int) -> str:
     """Return the extension of a view's latent: `latent.npy`, `latent.1.npy`, …"""
     return f"latent.{view}.npy" if view else "latent.npy"
 
 
-def latent_files(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Return the latents among the files of a sample, in the order of the views."""
+def latent_files(files: Mapping[str, T]) -> dict[str, T]:
+    """Return the latents among the files of a sample, by extension, in the order of the views."""
     return {name: files[name] for name in takewhile(files.__contains__, map(latent_file, count()))}
 
 

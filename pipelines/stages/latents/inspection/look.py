@@ -11,6 +11,7 @@ import numpy as np
 
 from pipelines.conditions.lengths import Lengths, token_lengths
 from pipelines.shards.index import ShardIndex, index_name
+from pipelines.stages.latents.encoding.views import latent_files
 from pipelines.stages.latents.inspection.samples import Sample, choose, read_index, read_samples
 from pipelines.store.file_table import FileRecord
 from pipelines.store.ledger import Artifact
@@ -85,12 +86,12 @@ def _bytes_a_sample(artifact: Artifact, shards: Sequence[tuple[FileRecord, Shard
         rows += len(index)
         contents = 0
         for row in range(len(index)):
-            for extension, span in index.spans(row).items():
-                sums[_PARTS.get(extension, "condition")] += span.size
+            spans = index.spans(row)
+            latents = latent_files(spans)
+            for extension, span in spans.items():
+                part = "latent" if extension in latents else "json" if extension == "json" else "condition"
+                sums[part] += span.size
                 contents += span.size
         sums["tar"] += record.bytes - contents
         sums["index"] += artifact.files[index_name(record.name)].bytes
     return {part: round(sums[part] / rows, 1) for part in ("latent", "condition", "json", "tar", "index")}
-
-
-_PARTS = {"latent.npy": "latent", "json": "json"}

@@ -31,7 +31,7 @@ from pipelines.stages.latents.inspection.samples import (
 from pipelines.store.ledger import Artifact
 
 # How far cached moments may be from those encoded again here, as a share of their standard deviation. Rounding to fp16
-# and the kernels of another device (TF32 among them) come to a tenth of these, another picture or encoder to about 1.
+# and the kernels of another device (TF32 among them) come to a small part of these, another picture or encoder to 1.
 TOLERANCES = {"fp32": 0.05, "bf16": 0.2}
 # A channel that hardly varies is rounded as coarsely as its values are large.
 LEAST_SPREAD = 0.05

@@ -114,7 +114,7 @@ def test_latents_that_decode_worse_than_the_first_stage_itself_are_wrong_however
 
 def test_bf16_latents_are_held_to_less(tmp_path: Path, pairs: Artifact, first_stage: Artifact) -> None:
     def rounded(shard: str, moments: Moments) -> Moments:
-        # About what a pass in bf16 loses: a tenth of the spread, which fp32 never does.
+        # More than a pass in bf16 loses, and far more than one in fp32: a tenth of the spread.
         noise = np.random.default_rng(0).standard_normal(moments[0].shape if moments else 0)
         return [(each + 0.1 * each.std() * noise).astype(np.float16) for each in moments]
 
