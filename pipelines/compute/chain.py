@@ -10,6 +10,7 @@ import contextlib
 import functools
 import gc
 import json
+import socket
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ from pipelines.notices import tell
 from pipelines.patience import expect_answers
 
 MAX_BLOCKS = 8192
+# Of several steps, items of a round for each actor: actors are started anew for every round.
+ITEMS_A_ROUND = 128
 # An item whose worker died is tried twice more, alone.
 ALONE_TRIES = 2
 GROUPS_OF_SUSPECTS = 4
@@ -146,7 +149,8 @@ def _in_rounds(
 ) -> Generator[dict[str, Any], None, None]:
     lost: list[dict[str, Any]] = []
     # A block of several items would be as large as all of them together.
-    for part in [items] if len(chain.steps) == 1 else chunks(items, MAX_BLOCKS):
+    most = max(MAX_BLOCKS, ITEMS_A_ROUND * chain.workers)
+    for part in [items] if len(chain.steps) == 1 else chunks(items, most):
         yield from chain.run(part, lost)
     if lost:
         tell(f"workers died while they were at {len(lost)} of {len(items)} items: these are done again, each alone")
@@ -213,7 +217,7 @@ class _Chain:
         # One block per item: Ray Data would otherwise hand several items to one actor while another is idle. The driver
         # keeps some thousand bytes per block, so that beyond a limit a block holds several items.
         dataset: ray.data.Dataset = ray.data.from_arrow(
-            pack_all(items), override_num_blocks=min(len(items), MAX_BLOCKS)
+            pack_all(items), override_num_blocks=min(len(items), MAX_BLOCKS) if len(self.steps) == 1 else len(items)
         )
         for step in self.steps:
             # Once for all workers: Ray would otherwise send each of them its own. Arrays a node's workers share.
@@ -312,7 +316,8 @@ def _failure(error: Exception) -> dict[str, Any]:
     """Return the line that a person should read, or else the exception itself with its traceback: it is a bug."""
     if (known := explain(error)) is not None:
         return {"error": str(known)}
-    text = "".join(traceback.format_exception(error))
+    # Of many nodes one may have a GPU that fails.
+    text = f"on {socket.gethostname()}:\n{''.join(traceback.format_exception(error))}"
     try:
         pickled = ray.cloudpickle.dumps(error)
         ray.cloudpickle.loads(pickled).add_note(text)

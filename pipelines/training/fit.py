@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from pipelines.store.storage import Storage
 
 POLL_S = 0.5
+# Of Ray Train's controller, which asks every worker how it is.
+POLLS_PER_S = 128
 LOOK_EVERY_S = 10.0
 # Between an attempt that a store ended, after minutes of patience, and the next one.
 RESTART_PAUSE_S = 10.0
@@ -256,7 +258,7 @@ class _StopOnUserError(UserCallback):
 
 def _trainer(job: _WorkerJob, attempt: Storage, scaling: ScalingConfig) -> TorchTrainer:
     # How soon a dead worker, and the end of training, are noticed.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(max(0.5, job.config.workers / POLLS_PER_S)))
     # The watcher is one more process, of no use here: a pre-empted worker is replaced like any other that dies.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     return TorchTrainer(

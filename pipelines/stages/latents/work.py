@@ -35,6 +35,8 @@ from pipelines.store.threads import map_in_threads
 SUMS_PER_TASK = 1024
 # Under way for each actor: one is encoded, one waits for that, the others are read or written.
 SHARDS_A_CORE, SHARDS_A_GPU = 3, 8
+# Of all object stores, for decoded shards: Ray moves to disk what is beyond 80 %, and copies are made between nodes.
+STORE_SHARE = 0.4
 ENCODERS_A_TASK = 4
 
 
@@ -156,8 +158,10 @@ def steps(
 def _shards_in_flight(config: LatentsConfig, pairs: Artifact, size: PoolSize) -> int:
     """Return how many shards may be under way for each actor; tell if a node's object store holds not even one."""
     views = config.views.count if config.views else 1
-    largest = max(record.rows for record in pairs.shards()) * views * 3 * pairs.details["image_size"] ** 2
-    if (room := smallest_object_store()) < largest:
+    rows = int(pairs.shards().table.column("rows").to_numpy().max())
+    largest = rows * views * 3 * pairs.details["image_size"] ** 2
+    # Where tasks put them; of an encoder elsewhere, its node's has a copy of what it is at.
+    if (room := smallest_object_store(config.task_nodes)) < largest:
         tell(
             f"latents: a decoded shard takes {largest / 2**20:.0f} MiB, but the object store of a node holds "
             f"{room / 2**20:.0f}: the rest goes to Ray's disk, slowly; set cluster.object_store_mib, or "
@@ -166,7 +170,8 @@ def _shards_in_flight(config: LatentsConfig, pairs: Artifact, size: PoolSize) ->
     if config.shards_in_flight is not None:
         return config.shards_in_flight
     wanted = SHARDS_A_GPU if size.use_gpu else SHARDS_A_CORE
-    return max(1, min(wanted, alive("object_store_memory") // max(largest * size.workers, 1)))
+    fit = int(STORE_SHARE * alive("object_store_memory", config.task_nodes)) // max(largest * size.workers, 1)
+    return max(1, min(wanted, fit))
 
 
 def _require_few(unencodable: int, rows: int, config: LatentsConfig, key: str) -> None:
