@@ -119,7 +119,8 @@ def _real_first(given: Conditioning) -> Conditioning:
     order = (~given.mask).long().argsort(dim=1, stable=True)
     mask = given.mask.gather(1, order)
     context = given.context.gather(1, order[..., None].expand_as(given.context))
-    return Conditioning(context=context * mask[..., None], mask=mask)
+    # Not by a product: of an encoder in half precision, what is not attended to may be infinite.
+    return Conditioning(context=context.masked_fill(~mask[..., None], 0), mask=mask)
 
 
 def _build(config: ClipTextConfig | FrozenTextConfig) -> FrozenClipConditioner | FrozenTextConditioner:

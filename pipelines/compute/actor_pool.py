@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from pipelines.compute.chain import ALONE_TRIES, ActorStep, PoolSize, Worker, map_through
 from pipelines.compute.host_memory import keep_freed_memory
-from pipelines.compute.resources import alive, use_gpus
+from pipelines.compute.resources import alive, cores_of_nodes, use_gpus
 from pipelines.errors import UserError
 
 # Kernels may sum in another order with another number of threads. With one thread a worker, results do not depend on
@@ -24,6 +25,7 @@ def pool_size(
     gpus_per_worker: float = 1.0,
     cpus_of_tasks: float = 0.0,
     labels: Mapping[str, str] = MappingProxyType({}),
+    labels_of_tasks: Mapping[str, str] = MappingProxyType({}),
     who: str = "the work",
     check: Callable[[], None] = lambda: None,
 ) -> PoolSize:
@@ -34,8 +36,9 @@ def pool_size(
         workers: number of actors that the recipe asks for; None takes all GPUs or cores.
         use_gpu: whether the recipe asks for GPUs; see `resources.use_gpus`.
         gpus_per_worker: how much of a GPU each takes.
-        cpus_of_tasks: cores that actors without a GPU leave to the tasks of other steps.
+        cpus_of_tasks: cores that actors without a GPU leave to a task of another step, wherever Ray places them.
         labels: of the nodes that the actors run on.
+        labels_of_tasks: of those that the tasks run on.
         who: the stage, for messages.
         check: called while it waits for a GPU.
 
@@ -52,8 +55,7 @@ def pool_size(
     cores = alive("CPU", labels)
     if not cpus_of_tasks:
         return PoolSize(min(max(cores, 1), most), False, most)
-    # Of the whole cluster: tasks may have nodes of their own.
-    available = min(cores, int(alive("CPU") - cpus_of_tasks))
+    available = min(cores, _beside_tasks(cpus_of_tasks, labels, labels_of_tasks))
     if available < 1:
         raise UserError(
             f"{who} needs a CPU core for its model and {cpus_of_tasks:g} for tasks beside it, but the cluster has "
@@ -61,6 +63,20 @@ def pool_size(
         )
     # The pool does not grow when nodes join: its new actors might take the cores that tasks need.
     return PoolSize(min(available, most), False, min(available, most))
+
+
+def _beside_tasks(cpus: float, labels: Mapping[str, str], labels_of_tasks: Mapping[str, str]) -> int:
+    """Return how many actors of one core leave some node with `cpus` for a task, wherever Ray places them."""
+    shared = cores_of_nodes({**labels, **labels_of_tasks}) if _agree(labels, labels_of_tasks) else []
+    if sum(cores >= cpus for cores in cores_of_nodes(labels_of_tasks)) > sum(cores >= cpus for cores in shared):
+        # Tasks have a node of their own.
+        return int(sum(cores_of_nodes(labels)))
+    # One less than what it takes to leave no node with room.
+    return sum(int(cores) - math.ceil(cpus) + 1 for cores in shared if cores >= cpus) - 1
+
+
+def _agree(some: Mapping[str, str], others: Mapping[str, str]) -> bool:
+    return all(others.get(name, value) == value for name, value in some.items())
 
 
 def map_on_actors(

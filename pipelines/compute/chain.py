@@ -156,9 +156,13 @@ def _in_rounds(
         tell(f"workers died while they were at {len(lost)} of {len(items)} items: these are done again, each alone")
     # In small groups, so that a stage in which every item kills its worker does not try all of them.
     for group in chunks([{**item, "alone": True} for item in lost], GROUPS_OF_SUSPECTS * chain.workers):
-        poisonous: list[dict[str, Any]] = []
-        yield from chain.run(group, poisonous, tries=alone_tries)
-        for item in poisonous:
+        suspects: Sequence[dict[str, Any]] = group
+        # In rounds, not by Ray's own retries: those come at once, and only after deaths, while a full disk may pass.
+        for _ in range(alone_tries):
+            lost_again: list[dict[str, Any]] = []
+            yield from chain.run(suspects, lost_again, alone=True)
+            suspects = lost_again
+        for item in suspects:
             if set_aside is None:
                 raise UserError(
                     f"the worker of {json.dumps(item)} died {1 + alone_tries} times: it is out of memory, or native "
@@ -179,20 +183,20 @@ class _Chain:
         return sum(step.size.workers for step in self.steps if isinstance(step, ActorStep))
 
     def run(
-        self, items: Sequence[dict[str, Any]], lost: list[dict[str, Any]], *, tries: int | None = None
+        self, items: Sequence[dict[str, Any]], lost: list[dict[str, Any]], *, alone: bool = False
     ) -> Iterator[dict[str, Any]]:
         """Yield results; append to `lost` the items without one.
 
         Args:
             items: what the first step is called with.
-            lost: gets those whose worker died, in each of their tries.
-            tries: how often each is tried, alone in its worker; None is once, beside others.
+            lost: gets those whose worker died.
+            alone: whether each is alone in its worker.
         """
         if not items:
             return
         left = dict(enumerate(items))
         # Closed at once: until then the actors work on, and an exception's traceback would keep them alive.
-        with contextlib.closing(iter(self._dataset(items, tries).iter_rows())) as rows:  # type: ignore[type-var]
+        with contextlib.closing(iter(self._dataset(items, alone).iter_rows())) as rows:  # type: ignore[type-var]
             try:
                 for row in rows:
                     if row["bug"]:
@@ -213,7 +217,7 @@ class _Chain:
             del rows
             gc.collect()
 
-    def _dataset(self, items: Sequence[dict[str, Any]], tries: int | None) -> ray.data.Dataset:
+    def _dataset(self, items: Sequence[dict[str, Any]], alone: bool) -> ray.data.Dataset:
         # One block per item: Ray Data would otherwise hand several items to one actor while another is idle. The driver
         # keeps some thousand bytes per block, so that beyond a limit a block holds several items.
         dataset: ray.data.Dataset = ray.data.from_arrow(
@@ -231,7 +235,7 @@ class _Chain:
                 dataset = dataset.map_batches(
                     _Reporting,
                     fn_constructor_kwargs={"worker": step.worker, "arguments": arguments},
-                    **_actor_options(step, len(items), tries, ahead=len(self.steps) > 1),
+                    **_actor_options(step, len(items), alone=alone, ahead=len(self.steps) > 1),
                     **options,
                 )
             else:
@@ -240,7 +244,7 @@ class _Chain:
                     compute=ray.data.TaskPoolStrategy(step.at_once),
                     num_cpus=step.num_cpus,
                     # As for actors. Ray Data would run a task that kills its worker again for ever.
-                    max_retries=(tries or 1) - 1,
+                    max_retries=0,
                     **options,
                 )
         # An item without a result is done again, not the end; errors of the worker itself come as results.
@@ -250,24 +254,24 @@ class _Chain:
         return dataset
 
 
-def _actor_options(step: ActorStep, items: int, tries: int | None, *, ahead: bool) -> dict[str, Any]:
+def _actor_options(step: ActorStep, items: int, *, alone: bool, ahead: bool) -> dict[str, Any]:
     size = step.size
-    calls_at_once = 1 if tries else step.calls_at_once
+    calls_at_once = 1 if alone else step.calls_at_once
     return {
         "compute": ray.data.ActorPoolStrategy(
             min_size=min(size.workers, items),
             max_size=min(size.most, items),
             max_concurrent_calls_per_actor=calls_at_once,
             # An actor that is told in advance what comes next, to fetch it, loses that too when it dies.
-            max_tasks_in_flight_per_actor=1 if tries else max(calls_at_once + ahead, 2),
+            max_tasks_in_flight_per_actor=1 if alone else max(calls_at_once + ahead, 2),
             enable_true_multi_threading=calls_at_once > 1,
         ),
         "num_cpus": 0 if size.use_gpu else 1,
         "num_gpus": size.gpus_per_worker if size.use_gpu else 0,
         # Ray Data's default is for ever: a worker that dies while it starts, and an item that kills its worker,
         # would be tried until somebody looks.
-        "max_restarts": MAX_RESTARTS + tries * items if tries else MAX_RESTARTS,
-        "max_task_retries": (tries or 1) - 1,
+        "max_restarts": MAX_RESTARTS + items if alone else MAX_RESTARTS,
+        "max_task_retries": 0,
     }
 
 

@@ -40,6 +40,11 @@ def alive(resource: str, labels: Mapping[str, str] = _ANYWHERE) -> int:
     return int(sum(node["Resources"].get(resource, 0) for node in _nodes(labels)))
 
 
+def cores_of_nodes(labels: Mapping[str, str] = _ANYWHERE) -> list[float]:
+    """Return the CPU cores of each node with these labels."""
+    return [node["Resources"].get("CPU", 0.0) for node in _nodes(labels)]
+
+
 def smallest_object_store(labels: Mapping[str, str] = _ANYWHERE) -> int:
     """Return the bytes of the smallest object store of the nodes with these labels; 0 if there are none."""
     return int(min((node["Resources"].get("object_store_memory", 0) for node in _nodes(labels)), default=0))

@@ -184,7 +184,8 @@ class NodeCache:
         """Begin to fetch shards that are not here; called with the lock held."""
         for digest in digests:
             record = self._wanted[digest]
-            if digest not in self._fetches and not self._path(record).exists():
+            under_way = self._fetches.get(digest)
+            if (under_way is None or under_way.done()) and not self._path(record).exists():
                 self._start(digest, self._fetcher.submit(self._fetch_early, record))
 
     def _fetch_early(self, record: FileRecord) -> None:
@@ -209,6 +210,9 @@ class NodeCache:
         """Fetch a shard in this thread, unless a thread is at it."""
         with self._lock:
             under_way = self._fetches.get(record.sha256)
+            if under_way is not None and under_way.done():
+                # One that is over, for want of room perhaps, and is about to be forgotten.
+                under_way = None
             # One that waits for a thread waits behind others, which are needed later.
             mine = under_way is None or under_way.cancel()
             if mine:

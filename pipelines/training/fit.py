@@ -84,7 +84,7 @@ def fit(task: Task, config: TrainingConfig, context: StageContext) -> dict[str, 
         return _train(task, config, context)
     finally:
         # What killed workers had fetched lies on their nodes until somebody comes who may remove it.
-        if not context.writer.storage.is_local and not isinstance(sys.exception(), KeyboardInterrupt):
+        if not isinstance(sys.exception(), KeyboardInterrupt):
             on_every_node(remove_unused_here)
 
 

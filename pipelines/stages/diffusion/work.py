@@ -10,6 +10,7 @@ from ldm_core.configs.model import LatentDiffusionConfig
 from pipelines.conditions.kind import Kind
 from pipelines.conditions.kinds import kind_of
 from pipelines.errors import MisuseError, UserError
+from pipelines.notices import tell
 from pipelines.stage import StageContext
 from pipelines.stages.autoencoder.artifact import first_stage_config
 from pipelines.stages.diffusion.config import MILLION, DiffusionConfig
@@ -40,6 +41,11 @@ def _train(context: StageContext[DiffusionConfig], mixed: Sequence[Artifact]) ->
     for each in mixed:
         _require_alike(each, latents, kind)
         each.check_sizes()
+    if mixed:
+        tell(
+            "diffusion: of each of the mixed latents its own held-out pictures are left out; if they share pictures, "
+            "some that evaluate takes as held out may be trained on"
+        )
     task = DiffusionTask(
         model=model,
         config=config,

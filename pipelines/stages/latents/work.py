@@ -112,6 +112,7 @@ def _encode(
         gpus_per_worker=config.gpus_per_worker,
         cpus_of_tasks=config.task_cpus or 0,
         labels=config.encoder_nodes,
+        labels_of_tasks=config.task_nodes,
         who="latents",
         check=context.check,
     )

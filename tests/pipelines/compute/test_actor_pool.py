@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import psutil
 import pytest
 import ray
 
-from pipelines.compute import chain
+from pipelines.compute import actor_pool, chain
 from pipelines.compute.actor_pool import map_on_actors, pool_size
 from pipelines.compute.cluster import connect
 from pipelines.compute.config import ClusterConfig
@@ -213,3 +213,29 @@ def test_no_actor_starts_for_a_driver_that_has_lost_its_root(tmp_path: Path) -> 
                 )
             )
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("cpus", "nodes", "expected"),
+    [
+        # By pool: the cores of each node. Encoders are on `a`, tasks on `a` or anywhere.
+        (1, {"a": [4]}, 3),
+        (2, {"a": [2, 2]}, 1),
+        (1, {"a": [4], "b": [4]}, 4),
+        (3, {"a": [4, 2]}, 1),
+        (8, {"a": [4]}, -1),
+    ],
+)
+def test_actors_leave_a_node_with_room_for_a_task_wherever_they_are_placed(
+    monkeypatch: pytest.MonkeyPatch, cpus: float, nodes: dict[str, list[float]], expected: int
+) -> None:
+    def cores_of_nodes(labels: Mapping[str, str]) -> list[float]:
+        return [each for pool, cores in nodes.items() if labels.get("pool", pool) == pool for each in cores]
+
+    monkeypatch.setattr(actor_pool, "cores_of_nodes", cores_of_nodes)
+    assert actor_pool._beside_tasks(cpus, {"pool": "a"}, {}) == expected
+    if "b" not in nodes:
+        assert actor_pool._beside_tasks(cpus, {"pool": "a"}, {"pool": "a"}) == expected
+    else:
+        assert actor_pool._beside_tasks(cpus, {"pool": "a"}, {"pool": "a"}) == 3
+        assert actor_pool._beside_tasks(cpus, {"pool": "a"}, {"pool": "b"}) == 4
