@@ -30,7 +30,7 @@ Batch = tuple[Any, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """Samples after the first batch, the seconds and CPU seconds they took, and the order of the first epoch."""
+    """Samples after the first epoch, the seconds and CPU seconds they took, and the order of that epoch."""
 
     samples: int
     seconds: float
@@ -149,21 +149,25 @@ def np_random(seed: int) -> Any:
 
 
 def read(batches: Iterator[Batch], samples: int, epoch: int) -> Run:
-    """Take at least `samples` samples; the order is that of the first `epoch`."""
+    """Take an epoch of about `epoch` samples, whose order is kept; then time at least `samples` more."""
     order: list[int] = []
     opened = time.perf_counter()
     moments, tokens = next(batches)
     order += numbers_of(tokens)
-    # What opening takes, a data set of this size would weigh too much. Full buffers are the readers' gain here.
+    first_batch_s = time.perf_counter() - opened
+    # What opening takes, a data set of this size would weigh too much. What was read ahead in the first epoch does not
+    # count either: each later one is read anew.
+    while len(order) + len(tokens) <= epoch:
+        _, tokens = next(batches)
+        order += numbers_of(tokens)
     count, started, cpu = 0, time.perf_counter(), time.process_time()
     while count < samples:
         moments, tokens = next(batches)
         assert moments.shape[1:] == SHAPE
-        if len(order) < epoch:
-            order += numbers_of(tokens)
         count += len(moments)
-    seconds, cpu_s = time.perf_counter() - started, time.process_time() - cpu
-    return Run(count, seconds, cpu_s, started - opened, peak_mib(), order[:epoch])
+    return Run(
+        count, time.perf_counter() - started, time.process_time() - cpu, first_batch_s, peak_mib(), order[:epoch]
+    )
 
 
 def peak_mib(process: int | str = "self") -> float:
@@ -214,7 +218,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--samples", type=int, required=True)
-    parser.add_argument("--epoch", type=int, default=0, help="samples of an epoch, whose order is told")
+    parser.add_argument("--epoch", type=int, default=0, help="samples of the epoch before, whose order is told")
     options = parser.parse_args()
     if options.reader == "write_mds":
         write_mds(options.folder / "mds", options.samples)

@@ -19,6 +19,7 @@ from pipelines.errors import LoaderDiedError, UserError
 from pipelines.notices import told_to
 from pipelines.shards.format import encode_npy
 from pipelines.stages.diffusion.learner import DiffusionLearner
+from pipelines.training.fit import _explained
 from pipelines.training.loader.open import open_loader
 from pipelines.training.loader.processes import SLOTS, ProcessLoader
 from pipelines.training.loader.source import Source
@@ -118,7 +119,7 @@ def test_a_batch_in_use_is_never_written_over(tmp_path: Path) -> None:
         before = {name: tensor.clone() for name, tensor in batch.items()}
         process = psutil.Process(loader._workers[0].process.pid)
         # The first slot was given back, and the one in use is not.
-        wait_until(lambda: len(begun(log)) == 1 + SLOTS and process.status() == psutil.STATUS_SLEEPING)
+        wait_until(lambda: len(begun(log)) > SLOTS and process.status() == psutil.STATUS_SLEEPING)
         assert_same(batch, before)
         assert len(begun(log)) == 1 + SLOTS
         assert float(loader.next()["values"][0, 0]) == 2 * BATCH_SIZE
@@ -177,8 +178,13 @@ def test_a_flipped_bit_is_named_and_never_trained_on(upstream: dict[str, Any]) -
         batches(trainer, 0, 1, 0, 6, 1)
 
 
-def test_processes_end_with_a_training_process_that_is_killed(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.pipelines.training.loader.killed_training", str(tmp_path / "log")]
+@pytest.mark.parametrize("busy", [False, True])
+def test_processes_end_with_a_training_process_that_is_killed(tmp_path: Path, busy: bool) -> None:
+    """Whether they wait for a free slot, or are busy with something that never ends."""
+    log = tmp_path / "log"
+    if busy:
+        os.mkfifo(log)
+    command = [sys.executable, "-m", "tests.pipelines.training.loader.killed_training", str(log)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as training:
         assert training.stdout is not None
         pids = list(map(int, training.stdout.readline().split()))
@@ -197,3 +203,14 @@ def test_nothing_is_left_when_training_ends(tmp_path: Path) -> None:
     loader.close()
     assert len(os.listdir("/proc/self/fd")) == files
     assert not any(map(psutil.pid_exists, pids))
+
+
+def test_training_that_gives_up_says_what_died_and_what_to_do() -> None:
+    error = RuntimeError("what Ray Train raises")
+    error.__cause__ = LoaderDiedError("a process of the loader on node-3 died (by signal 9: killed, or out of memory?)")
+    explained = _explained(error)
+    assert isinstance(explained, UserError)
+    assert str(explained).startswith(
+        "a process of the loader on node-3 died (by signal 9: killed, or out of memory?), "
+    )
+    assert "set training.loader_workers lower, and run the same command again" in str(explained)
