@@ -30,7 +30,6 @@ from tests.golden.test_golden_losses import train
 from tests.pipelines.stages.diffusion.test_diffusion_stage import config, learner
 from tests.pipelines.stages.diffusion.test_mix import train_here
 from tests.pipelines.stages.latents.in_this_process import make
-from tests.pipelines.stages.latents.inspection import encoded
 from tests.tiny_artifacts import latents_artifact, run_stage
 
 CPU = torch.device("cpu")
@@ -73,19 +72,21 @@ def test_an_imported_first_stage_is_measured_on_pictures_of_both_sizes(upstream:
         assert grid.width > 8 * 128, "eight originals, in the middle that both sizes have, above their reconstructions"
 
 
-def test_latents_have_the_shape_of_the_default_bucket_and_list_all(
-    upstream: Mapping[str, Artifact], root: Path
-) -> None:
+def test_latents_have_the_shape_of_the_default_bucket_and_list_all(upstream: Mapping[str, Artifact]) -> None:
     latents = upstream["latents"]
     assert latents.details["latent_shape"] == [4, 4, 4]
     assert latents.details["latent_shapes"] == [[4, 2, 8], [4, 4, 4]]
     assert [record.name for record in latents.shards()] == [record.name for record in upstream["pairs"].shards()]
     assert "4 × 2 × 8, 4 × 4 × 4" in section(latents).html
-    # The same in the root of artifacts that know what they were made from.
-    traced = encoded.latents(root, upstream["pairs"], upstream["autoencoder"], name="traced")
-    assert verify(traced, 6).facts["samples"] == 6
-    assert not verify(traced, 6).problems
-    assert contact_sheet(traced.storage) is not None
+
+
+def test_latents_of_both_sizes_are_held_against_their_pictures_and_shown(
+    own_threads: None, upstream: Mapping[str, Artifact]
+) -> None:
+    torch.set_num_threads(1)
+    found = verify(upstream["latents"], 6)
+    assert (found.facts["samples"], found.problems) == (6, [])
+    assert contact_sheet(upstream["latents"].storage) is not None
 
 
 @pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
