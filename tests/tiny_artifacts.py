@@ -37,12 +37,17 @@ from tests.tiny import TINY_TEXT, TINY_UNET
 WORDS = ("red", "green", "circle", "café", "square", "日本", "small", "large")
 
 
-def finish(writer: ArtifactWriter, details: dict[str, Any], format_version: int = 1) -> Artifact:
+def finish(
+    writer: ArtifactWriter,
+    details: dict[str, Any],
+    format_version: int = 1,
+    upstream: Mapping[str, Artifact] | None = None,
+) -> Artifact:
     writer.finish(
         format_version=format_version,
         config={},
         identity={},
-        upstream={},
+        upstream={stage: artifact.key for stage, artifact in (upstream or {}).items()},
         details=details,
         seconds=0.0,
         code_version="test",

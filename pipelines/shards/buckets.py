@@ -30,6 +30,12 @@ def bucket_of(shard: str) -> str:
     return found[1] if found else ""
 
 
+def buckets_of(shards: Iterable[str]) -> list[str]:
+    """Return the bucket of each shard by its name; an empty list where there are no buckets."""
+    found = list(map(bucket_of, shards))
+    return found if any(found) else []
+
+
 class BucketOrder:
     """An endless sequence of global batches, each of one bucket, in which no sample is ahead of others.
 

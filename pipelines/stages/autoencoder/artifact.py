@@ -126,7 +126,7 @@ def commit_first_stage(
         digest = sha256_file(file)
     return {
         "psnr_db": round(test.psnr_db(first_stage, device), 3),
-        "psnr_pictures": len(test.pixels),
+        "psnr_pictures": sum(map(len, test.pixels)),
         "psnr_held_out": test.held_out,
         "parameters": sum(weight.numel() for weight in first_stage.parameters()),
         "encoder_sha256": digest,

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
-from pipelines.shards.order import SampleOrder, SamplePosition
+from pipelines.shards.buckets import BucketOrder, buckets_of
+from pipelines.shards.order import Order, SampleOrder, SamplePosition
 from pipelines.shards.randomness import Purpose, generator
 from pipelines.stages.pairs.artifact import Pictures, open_pairs
 from pipelines.stages.pairs.held_out import held_out_places
@@ -28,7 +30,7 @@ class PictureSource:
 
     Attributes:
         pairs: the finished artifact.
-        seed, batch_size, partitions: see `SampleOrder`.
+        seed, batch_size, partitions: see `SampleOrder`, and `BucketOrder` for pairs with buckets.
         embed_dim, downsampling_factor: of the first stage.
     """
 
@@ -51,13 +53,17 @@ class PictureBatches:
         self.reader = open_pairs(source.pairs)
         self.pictures = Pictures(self.reader)
         self.held_out = held_out_places(source.pairs)
-        self.order = SampleOrder(
-            self.reader.rows_per_shard,
-            source.seed,
-            SHUFFLE_WINDOW,
-            batch_size=source.batch_size,
-            partitions=source.partitions,
-            excluded=self.held_out,
+        self.buckets = buckets_of(source.pairs.shards().names)
+        rows, seed = self.reader.rows_per_shard, source.seed
+        options: dict[str, Any] = {
+            "batch_size": source.batch_size,
+            "partitions": source.partitions,
+            "excluded": self.held_out,
+        }
+        self.order: Order = (
+            BucketOrder(rows, self.buckets, seed, SHUFFLE_WINDOW, **options)
+            if self.buckets
+            else SampleOrder(rows, seed, SHUFFLE_WINDOW, **options)
         )
 
     def assemble(self, samples: Sequence[SamplePosition], new: NewArray) -> None:

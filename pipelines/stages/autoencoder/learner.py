@@ -81,5 +81,5 @@ class AutoencoderLearner:
     def _reconstructions(self) -> ReconstructionTest:
         if self._test is None:
             others = training_places(self.task.pairs, SHOWN)
-            self._test = ReconstructionTest(self.batches.pictures, self.batches.held_out, others)
+            self._test = ReconstructionTest(self.batches.pictures, self.batches.held_out, others, self.batches.buckets)
         return self._test

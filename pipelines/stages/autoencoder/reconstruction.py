@@ -79,32 +79,42 @@ class ReconstructionTest:
         held_out: places of pictures that are not trained on; the first of them are measured and shown.
         others: places of some of the rest, at least one; they fill up the grid, and are measured if nothing is held
             out.
+        buckets: the bucket of each shard; empty if all pictures are of one size.
+
+    Attributes:
+        held_out: whether held-out pictures are measured.
+        pixels: the pictures that are measured, a (N, H, W, 3) uint8 array for each bucket.
     """
 
-    def __init__(self, pictures: Pictures, held_out: Sequence[Place], others: Sequence[Place]) -> None:
+    def __init__(
+        self, pictures: Pictures, held_out: Sequence[Place], others: Sequence[Place], buckets: Sequence[str]
+    ) -> None:
         first = pictures.get(others[0])
         count = min(MEASURED_PICTURES, max(SHOWN, MEASURED_PIXELS // (first.shape[0] * first.shape[1])))
         self.held_out = bool(held_out)
-        self.pixels = pictures.stack((held_out or others)[:count])
-        self._shown = pictures.stack([*held_out[:SHOWN], *others][:SHOWN])
+        self.pixels = _stacks(pictures, (held_out or others)[:count], buckets)
+        self._shown = _stacks(pictures, [*held_out[:SHOWN], *others][:SHOWN], buckets)
 
     @torch.no_grad()
     def psnr_db(self, first_stage: nn.Module, device: torch.device) -> float:
         """Return the mean PSNR in dB over the pictures, decoded from the mode of the posterior (paper, Table 8)."""
         values = [
             psnr(x, self._reconstruct(first_stage, x))
-            for x in (
-                to_images(self.pixels[start : start + BATCH], device) for start in range(0, len(self.pixels), BATCH)
-            )
+            for pixels in self.pixels
+            for x in (to_images(pixels[start : start + BATCH], device) for start in range(0, len(pixels), BATCH))
         ]
         return float(torch.cat(values).mean())
 
     @torch.no_grad()
     def grid(self, first_stage: nn.Module, device: torch.device) -> NDArray[np.uint8]:
-        """Return eight originals above their reconstructions as one picture, (height, width, 3) uint8."""
-        decoded = to_pixels(self._reconstruct(first_stage, to_images(self._shown, device)))
-        scale = max(1, GRID_CELL_PIXELS // decoded.shape[2])
-        return grid(np.concatenate([self._shown, decoded]), columns=len(decoded), scale=scale)
+        """Return eight originals above their reconstructions as one picture, (height, width, 3) uint8.
+
+        Of pictures of several sizes the middle that all of them have.
+        """
+        decoded = [to_pixels(self._reconstruct(first_stage, to_images(pixels, device))) for pixels in self._shown]
+        height, width = (min(pixels.shape[axis] for pixels in decoded) for axis in (1, 2))
+        shown = np.concatenate([_middle(pixels, height, width) for pixels in (*self._shown, *decoded)])
+        return grid(shown, columns=len(shown) // 2, scale=max(1, GRID_CELL_PIXELS // width))
 
     def grid_png(self, first_stage: nn.Module, device: torch.device) -> bytes:
         """Return the grid as a PNG file."""
@@ -115,3 +125,16 @@ class ReconstructionTest:
         # nn.Module: `encode` and `decode` are the first stages' own.
         decoded: Tensor = first_stage.decode(first_stage.encode(x).mode())  # type: ignore[operator]
         return decoded.float().clamp(-1, 1)
+
+
+def _stacks(pictures: Pictures, places: Sequence[Place], buckets: Sequence[str]) -> list[NDArray[np.uint8]]:
+    """Return pictures as an array for each bucket, or for all if there are no buckets."""
+    found: dict[str, list[Place]] = {}
+    for place in places:
+        found.setdefault(buckets[place[0]] if buckets else "", []).append(place)
+    return [pictures.stack(each) for each in found.values()]
+
+
+def _middle(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    top, left = (pixels.shape[1] - height) // 2, (pixels.shape[2] - width) // 2
+    return pixels[:, top : top + height, left : left + width]

@@ -50,13 +50,14 @@ def _estimate(sections: Sections, before: Mapping[str, Estimate]) -> Estimate:
     return Estimate(rows=0, bytes=FP32_BYTES * first_stage_parameters(sections[STAGE_NAME].model))
 
 
-def _check(sections: Sections) -> None:
+def check_sides(sections: Sections) -> None:
     """Raise ValueError if the first stage cannot halve the pictures as often as it must."""
     pairs, factor = sections["pairs"], sections[STAGE_NAME].model.downsampling_factor
-    if pairs.resize in ("center_crop", "border") and pairs.image_size % factor:
+    in_buckets = pairs.resize == "buckets"
+    field, side = ("buckets.step", pairs.buckets.step) if in_buckets else ("image_size", pairs.image_size)
+    if pairs.resize in ("center_crop", "border", "buckets") and side % factor:
         raise ValueError(
-            f"pairs.image_size must be a multiple of the first stage's downsampling factor, {factor}, "
-            f"got {pairs.image_size}"
+            f"pairs.{field} must be a multiple of the first stage's downsampling factor, {factor}, got {side}"
         )
 
 
@@ -66,7 +67,7 @@ STAGE = Stage(
     upstream=("pairs",),
     run=_run,
     section=_section,
-    check=_check,
+    check=check_sides,
     inputs=_inputs,
     self_contained=_self_contained,
     estimate=_estimate,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from pipelines.errors import UserError
+from pipelines.shards.buckets import buckets_of
 from pipelines.stage import StageContext
 from pipelines.stages.autoencoder.artifact import (
     commit_first_stage,
@@ -53,7 +54,8 @@ def _import(context: StageContext[AutoencoderConfig], config: AutoencoderConfig)
     held_out = held_out_places(context.upstream["pairs"])
     places = ((shard, row) for shard, rows in enumerate(reader.rows_per_shard) for row in range(rows))
     others = list(itertools.islice((place for place in places if place not in held_out), SHOWN))
-    test = ReconstructionTest(Pictures(reader), held_out, others)
+    buckets = buckets_of(context.upstream["pairs"].shards().names)
+    test = ReconstructionTest(Pictures(reader), held_out, others, buckets)
     reader.close()
     details = commit_first_stage(context.writer, first_stage, test, device)
     context.tracker.metrics({"reconstruction/psnr_db": details["psnr_db"]}, step=0)

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from pipelines.conditions.examples import Examples
+from pipelines.shards.buckets import BucketOrder, buckets_of
 from pipelines.shards.mixture import Mixture
-from pipelines.shards.order import SamplePosition
+from pipelines.shards.order import Order, SamplePosition
 from pipelines.shards.randomness import Purpose, words
 from pipelines.stages.latents.artifact import Latents
 from pipelines.store.ledger import Artifact
@@ -32,7 +34,8 @@ class LatentSource:
         mixed, weights: the other artifacts, and the shares of all, the run's own first.
         files: extensions of what is cached of the condition.
         examples: makes the condition's part of a batch.
-        seed, shuffle_window, batch_size, partitions: see `Mixture`.
+        seed, shuffle_window, batch_size, partitions: see `Mixture`, and `BucketOrder` for latents with buckets, which
+            are not mixed.
         timesteps: of the noise schedule.
     """
 
@@ -57,12 +60,13 @@ class LatentBatches:
     def __init__(self, source: LatentSource) -> None:
         self.source = source
         self.latents = Latents(source.latents, source.files, source.examples.decode, source.mixed)
-        self.order = Mixture(
-            self.latents.parts(source.weights),
-            source.seed,
-            source.shuffle_window,
-            batch_size=source.batch_size,
-            partitions=source.partitions,
+        buckets = buckets_of(source.latents.shards().names)
+        seed, window, parts = source.seed, source.shuffle_window, self.latents.parts(source.weights)
+        options: dict[str, Any] = {"batch_size": source.batch_size, "partitions": source.partitions}
+        self.order: Order = (
+            BucketOrder(parts[0].rows_per_shard, buckets, seed, window, excluded=parts[0].excluded, **options)
+            if buckets
+            else Mixture(parts, seed, window, **options)
         )
 
     def assemble(self, samples: Sequence[SamplePosition], new: NewArray) -> None:

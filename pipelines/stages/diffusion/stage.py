@@ -56,6 +56,17 @@ def _check(sections: Sections) -> None:
             f"pairs.image_size must be diffusion.unet.latent_size x the first stage's downsampling factor, "
             f"{unet.latent_size} x {factor}, got {size}"
         )
+    if (pairs := sections["pairs"]).resize == "buckets":
+        if pairs.buckets.step % (factor * unet.downsampling_factor):
+            raise ValueError(
+                f"pairs.buckets.step must be a multiple of the first stage's x the UNet's downsampling factor, "
+                f"{factor} x {unet.downsampling_factor}, got {pairs.buckets.step}"
+            )
+        if config.mix:
+            raise ValueError(
+                "diffusion.mix takes latents of one size, and pairs.resize=buckets gives several: leave mix out, or "
+                "set pairs.resize to center_crop or border"
+            )
     if unet.in_channels != first_stage.embed_dim:
         raise ValueError(
             f"diffusion.unet.in_channels must be autoencoder.model.embed_dim, {first_stage.embed_dim}, "

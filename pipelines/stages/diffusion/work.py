@@ -16,7 +16,7 @@ from pipelines.stages.autoencoder.artifact import first_stage_config
 from pipelines.stages.diffusion.config import MILLION, DiffusionConfig
 from pipelines.stages.diffusion.learner import DiffusionTask
 from pipelines.stages.diffusion.mix import mixed_latents
-from pipelines.stages.latents.artifact import Latents
+from pipelines.stages.latents.artifact import Latents, shown_shapes
 from pipelines.store.ledger import Artifact
 from pipelines.training.fit import finished, fit
 
@@ -73,7 +73,7 @@ def _require_alike(mixed: Artifact, own: Artifact, kind: Kind) -> None:
 # What must be the same of all latents that are trained on, from an artifact and the kind of the recipe's condition.
 _ALIKE: dict[str, Callable[[Artifact, Kind], str]] = {
     "encoder": lambda latents, kind: latents.details["encoder_sha256"][:12],
-    "latent shape": lambda latents, kind: "x".join(map(str, latents.details["latent_shape"])),
+    "latent shape": lambda latents, kind: shown_shapes(latents.details, "x"),
     "condition": lambda latents, kind: json.dumps(latents.details["condition"], sort_keys=True),
     "digest of what the condition caches": lambda latents, kind: kind.digest(latents.storage)[:12],
 }

@@ -31,6 +31,12 @@ def _nothing(files: Mapping[str, bytes]) -> Condition:
     return ()
 
 
+def shown_shapes(details: Mapping[str, Any], times: str = " × ") -> str:
+    """Return the shapes (C, h, w) of the latents of an artifact for people, from its details."""
+    shapes = details.get("latent_shapes", [details.get("latent_shape", [])])
+    return ", ".join(times.join(map(str, shape)) for shape in shapes)
+
+
 class Latents:
     """The samples of one or several latents artifacts.
 

@@ -4,17 +4,17 @@ from pipelines.drawing.formatting import format_bytes, format_count
 from pipelines.drawing.html import render
 from pipelines.drawing.sections import facts
 from pipelines.stage import Section
+from pipelines.stages.latents.artifact import shown_shapes
 from pipelines.store.ledger import Artifact
 
 
 def section(artifact: Artifact) -> Section:
     """Return the facts of the cache: shape, scale factor, encoder and condition."""
     details = artifact.details
-    shape = " × ".join(str(size) for size in details.get("latent_shape", []))
     bytes_per_sample = artifact.manifest.bytes / max(details.get("samples", 0), 1)
     shown = facts(
         ("Latents", format_count(details.get("samples"))),
-        ("Shape (C, h, w)", shape),
+        ("Shape (C, h, w)", shown_shapes(details)),
         ("Stored as", details.get("latent_dtype")),
         ("Scale factor 1/std", f"{details['scale_factor']:.5f}" if "scale_factor" in details else None),
         ("Size of one", format_bytes(bytes_per_sample)),

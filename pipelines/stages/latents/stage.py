@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pipelines.stage import Estimate, Section, Sections, Stage, StageContext, Verification
+from pipelines.stages.autoencoder.stage import check_sides
 from pipelines.stages.latents.artifact import FORMAT_VERSION
 from pipelines.stages.latents.config import LatentsConfig
 from pipelines.store.ledger import Artifact
@@ -75,13 +76,8 @@ def _configure(sections: Sections) -> LatentsConfig:
 
 
 def _check(sections: Sections) -> None:
-    """Raise ValueError if the pairs do not carry what the condition needs, or are of several sizes."""
-    if sections["pairs"].resize == "buckets":
-        # Said before anything is encoded: it would come out with the last shard.
-        raise ValueError(
-            "pairs.resize=buckets gives pictures of several sizes, and latents must be of one: set it to center_crop "
-            "or border, or add --to pairs"
-        )
+    """Raise ValueError if the pairs do not fit the first stage, or do not carry what the condition needs."""
+    check_sides(sections)
     sections["condition"].check_pairs(sections)
     if sections["latents"].views and sections["condition"].follows_geometry:
         raise ValueError(

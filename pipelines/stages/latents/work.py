@@ -17,6 +17,7 @@ from pipelines.errors import UserError
 from pipelines.notices import tell
 from pipelines.stage import RateMeter, StageContext
 from pipelines.stages.autoencoder.artifact import FORMAT_VERSION as AUTOENCODER_FORMAT
+from pipelines.stages.autoencoder.artifact import first_stage_config
 from pipelines.stages.latents.config import LatentsConfig
 from pipelines.stages.latents.encoding.encode import EncodeShard
 from pipelines.stages.latents.encoding.read import ReadShard
@@ -195,16 +196,19 @@ def _details(context: StageContext[LatentsConfig], pairs: Artifact, first_stage:
             f"latents: {found.unencodable:,} pictures are left out, {found.example} first: the first stage encodes "
             "them to values that are not finite in fp16"
         )
-    if len(found.shapes) > 1:
-        raise UserError(
-            f"latents differ in shape from shard to shard ({sorted(found.shapes)}): set pairs.resize=center_crop"
-        )
+    shapes, in_buckets = sorted(found.shapes), "buckets" in pairs.details
+    if len({shape[:2] if in_buckets else shape for shape in shapes}) > 1:
+        raise UserError(f"latents differ in shape from shard to shard ({shapes}): set pairs.resize=center_crop")
     sums = found.sums
     try:
         scale = scale_factor(sums)
     except ValueError as error:
         raise UserError(f"the first stage has collapsed: {error}; train it again with a smaller kl_weight") from error
-    moments, *latent_shape = found.shapes.pop()
+    moments, *latent_shape = shapes[0]
+    if in_buckets:
+        # That of the default bucket, which the UNet samples, whether there are such pictures or not.
+        side = pairs.details["image_size"] // first_stage_config(first_stage).downsampling_factor
+        latent_shape[1:] = [side, side]
     context.tracker.metrics({"latents/mean": sums.mean, "latents/std": sums.std, "latents/scale_factor": scale})
     return {
         "samples": encoded.rows - found.unencodable,
@@ -216,7 +220,8 @@ def _details(context: StageContext[LatentsConfig], pairs: Artifact, first_stage:
         "encoder_sha256": first_stage.details["encoder_sha256"],
         "condition": context.config.condition.cached_identity(),
         **kind_of(context.config.condition).details(context.writer.storage),
-        "latent_shape": list(latent_shape),
+        "latent_shape": latent_shape,
+        **({"latent_shapes": [list(shape[1:]) for shape in shapes]} if in_buckets else {}),
         "latent_dtype": "float16",
         "moments": moments,
         **({"views": context.config.views.count} if context.config.views else {}),

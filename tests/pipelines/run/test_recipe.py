@@ -9,7 +9,7 @@ import yaml
 from jobs.recipes import FOLDER, recipe_path
 from pipelines.errors import MisuseError, UserError
 from pipelines.run.plan import Selection, check, stages_of
-from pipelines.run.recipe import load_recipe, parse_recipe
+from pipelines.run.recipe import Recipe, load_recipe, parse_recipe
 
 DEMO = FOLDER / "demo.yaml"
 
@@ -84,11 +84,25 @@ def test_a_recipe_of_pairs_alone_has_one_stage_and_refuses_the_others_by_name() 
         check(recipe, Selection(only="latents"))
 
 
-def test_pairs_of_several_sizes_are_refused_before_anything_is_encoded_and_can_be_made_alone() -> None:
-    recipe = load_recipe(DEMO, ("pairs.resize=buckets", "pairs.buckets.step=8"))
-    with pytest.raises(MisuseError, match=r"pairs.resize=buckets gives pictures of several sizes, and latents must be"):
-        check(recipe, Selection())
-    check(recipe, Selection(last="pairs"))
+def test_the_sides_of_buckets_must_fit_the_first_stage_and_the_unet() -> None:
+    def buckets(step: int, *more: str) -> Recipe:
+        return load_recipe(DEMO, ("pairs.resize=buckets", f"pairs.buckets.step={step}", "pairs.image_size=64", *more))
+
+    check(buckets(16), Selection())
+    coarse = buckets(8, "autoencoder.model.channel_mult=[1,1,2,2,4]")
+    for stage in ("autoencoder", "latents"):
+        with pytest.raises(
+            MisuseError, match=r"pairs.buckets.step must be .* first stage's downsampling factor, 16, got 8"
+        ):
+            check(coarse, Selection(only=stage))
+    check(coarse, Selection(only="pairs"))
+    with pytest.raises(
+        MisuseError, match=r"step must be .* first stage's x the UNet's downsampling factor, 8 x 2, got 8"
+    ):
+        check(buckets(8), Selection())
+    check(buckets(8), Selection(last="latents"))
+    with pytest.raises(MisuseError, match=r"diffusion.mix takes latents of one size, and pairs.resize=buckets gives"):
+        check(buckets(16, "diffusion.mix=[{latents: elsewhere, weight: 0.5}]"), Selection())
 
 
 def test_latents_are_mixed_by_shares_that_leave_something_to_the_runs_own() -> None:

@@ -28,6 +28,9 @@ from pipelines.stages.latents.encoding.shards import DecodedShard, EncodedShard
 from pipelines.store.ledger import Artifact
 from pipelines.store.storage import Storage
 
+# Compiled for each size of pictures: beyond eight, torch would go on uncompiled.
+MOST_SHAPES = 64
+
 
 class EncodeShard:
     """Holds the frozen first stage, and the networks that encode conditions if there are any.
@@ -51,7 +54,7 @@ class EncodeShard:
         if self._compiled:
             for part in (self.first_stage.encoder, self.first_stage.quant_conv):
                 part.to(memory_format=torch.channels_last)
-                part.compile(dynamic=False)
+                part.compile(dynamic=False, recompile_limit=MOST_SHAPES)
         kind = kind_of(config.condition)
         self.condition = None if kind.from_facts else kind.encoder(storage, device, self._encode_mode)
         self._forward = threading.Lock()

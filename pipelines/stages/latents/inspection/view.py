@@ -12,6 +12,7 @@ from rich.text import Text
 
 from pipelines.drawing.formatting import format_bytes, format_count
 from pipelines.drawing.terminal import draw_bar, draw_histogram, table_of
+from pipelines.stages.latents.artifact import shown_shapes
 
 
 def view(facts: Mapping[str, Any]) -> RenderableType:
@@ -49,7 +50,7 @@ def _heading(facts: Mapping[str, Any]) -> Iterator[str]:
     yield f"latents {facts['key']}, finished"
     yield facts["url"]
     samples = details.get("samples")
-    shape = " × ".join(map(str, details.get("latent_shape", [])))
+    shape = shown_shapes(details)
     yield f"{format_count(samples)} samples in {format_count(facts['shards'])} shards, latents of {shape} in fp16"
     if samples:
         yield f"{format_bytes(facts['bytes'])}, {format_bytes(facts['bytes'] / samples)} a sample"

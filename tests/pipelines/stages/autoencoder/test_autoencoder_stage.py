@@ -157,11 +157,11 @@ def test_reconstructions_are_measured_on_the_first_held_out_pictures(tmp_path: P
     task = AutoencoderTask(config=config(training=TRAINING), seed=0, pairs=pairs)
     assert task.build(torch.device("cpu")).batches.held_out == held_out
     every = [(shard, row) for shard in range(2) for row in range(150)]
-    test = ReconstructionTest(pictures, held_out, every)
+    test = ReconstructionTest(pictures, held_out, every, [])
     assert test.held_out
-    assert np.array_equal(test.pixels, pictures.stack(held_out))
-    assert len(ReconstructionTest(pictures, every, every).pixels) == MEASURED_PICTURES
-    assert not ReconstructionTest(pictures, [], every[:8]).held_out
+    assert np.array_equal(test.pixels[0], pictures.stack(held_out))
+    assert len(ReconstructionTest(pictures, every, every, []).pixels[0]) == MEASURED_PICTURES
+    assert not ReconstructionTest(pictures, [], every[:8], []).held_out
 
 
 def test_an_imported_first_stage_is_measured_on_held_out_pictures(tmp_path: Path, weights: Path) -> None:

@@ -37,11 +37,12 @@ def make(
 ) -> Artifact:
     """Run the stage, with actors that are objects of this process."""
     writer = ArtifactWriter("latents", key, Storage(str(root)) / "latents" / key)
+    upstream = {"pairs": pairs, "autoencoder": first_stage}
     context = StageContext(
         config=config,
         seed=0,
         writer=writer,
-        upstream={"pairs": pairs, "autoencoder": first_stage},
+        upstream=upstream,
         tracker=null_stage_tracker(),
         progress=lambda done, total, **facts: None,
         scratch=root,
@@ -58,7 +59,7 @@ def make(
             details = work.run(context)
     finally:
         torch.set_num_threads(threads)
-    return finish(writer, details, FORMAT_VERSION)
+    return finish(writer, details, FORMAT_VERSION, upstream)
 
 
 def call_all(items: list[dict[str, Any]], steps: list[TaskStep | ActorStep], **_: Any) -> Iterator[Any]:
