@@ -42,8 +42,6 @@ from pipelines.training.noise import standard_normal
 
 PREVIEW_COLUMNS = 4
 PREVIEW_CELL_PIXELS = 128
-# Compiled for each size of latents and each purpose: beyond eight, torch would go on uncompiled.
-MOST_SHAPES = 64
 
 
 @dataclass(frozen=True)
@@ -90,11 +88,8 @@ class DiffusionLearner:
         )
         self.batches = self.source.open()
         self.latents, self.order = self.batches.latents, self.batches.order
-        self.draw_noise = (
-            torch.compile(standard_normal, dynamic=False, recompile_limit=MOST_SHAPES)
-            if training.compile
-            else standard_normal
-        )
+        # Compiled for one shape, and if buckets bring others for any.
+        self.draw_noise = torch.compile(standard_normal) if training.compile else standard_normal
         self.objective = DiffusionObjective(
             NoiseSchedule(task.model.schedule, device=device),
             parameterization=task.model.parameterization,

@@ -52,9 +52,10 @@ class EncodeShard:
         self.first_stage: Any = load_first_stage(first_stage, device)
         self._compiled = config.compile and device == "cuda"
         if self._compiled:
+            torch._dynamo.config.recompile_limit = MOST_SHAPES
             for part in (self.first_stage.encoder, self.first_stage.quant_conv):
                 part.to(memory_format=torch.channels_last)
-                part.compile(dynamic=False, recompile_limit=MOST_SHAPES)
+                part.compile(dynamic=False)
         kind = kind_of(config.condition)
         self.condition = None if kind.from_facts else kind.encoder(storage, device, self._encode_mode)
         self._forward = threading.Lock()
