@@ -91,7 +91,8 @@ class DiffusionLearner:
         self.batches = self.source.open()
         self.latents, self.order = self.batches.latents, self.batches.order
         self.draw_noise = (
-            torch.compile(standard_normal, dynamic=False, recompile_limit=MOST_SHAPES)
+            # torch documents this option, but leaves it out of the overloads that types are checked by.
+            torch.compile(standard_normal, dynamic=False, recompile_limit=MOST_SHAPES)  # type: ignore[call-overload]
             if training.compile
             else standard_normal
         )
