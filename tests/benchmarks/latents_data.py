@@ -120,6 +120,8 @@ def _finish(writer: ArtifactWriter) -> Artifact:
 def source_of(artifact: Artifact, *, batch_size: int, window: int = 16, partitions: int = 64) -> LatentSource:
     """Return what training would make its batches from."""
     return LatentSource(
+        mixed=(),
+        weights=(1,),
         latents=artifact,
         files=("tokens.npy",),
         examples=CaptionExamples("tokens.npy", [0] * LENGTH, 0.0),
