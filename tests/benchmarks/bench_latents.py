@@ -1,8 +1,8 @@
-"""Reading latents against webdataset, mosaicml-streaming and Ray Data: `make bench-latents`.
+"""Encoding latents and reading them, the latter against webdataset, streaming and Ray Data: `make bench-latents`.
 
-Everything is in the page cache. The readers run in turn, each in a process of its own; then what our loader costs the
-training process, several training processes at once, and artifacts of up to 4*10^5 shards. Prints a line a run; the
-last line of stdout is one JSON object, see DEFINITIONS.
+Reading is from the page cache. The readers run in turn, each in a process of its own; then what our loader costs the
+training process, several training processes at once, and artifacts of up to 4*10^5 shards. Before that the PARTS that
+are programs of their own. Prints a line a run; the last line of stdout is one JSON object, see DEFINITIONS.
 """
 
 from __future__ import annotations
@@ -32,7 +32,16 @@ OURS_EPOCHS, EPOCHS = 8, 2
 SIZES = (100, 10_000, 400_000)
 LARGE_ROWS = 2_600
 POSITION = 10**9
+# Their ratio, and the module that measures it.
+PARTS = {
+    "encode_vs_bare": "encode_latents",
+    "bytes_per_node": "node_bytes",
+    "cached_vs_online": "cached_online",
+}
 GOALS = {
+    "encode_vs_bare": 0.92,
+    "bytes_per_node": 1.1,
+    "cached_vs_online": 1.4,
     "read_vs_best_peer": 2.0,
     "main_thread_ms_per_1000": 5.0,
     "resume_s": 2.0,
@@ -40,6 +49,7 @@ GOALS = {
     "overhead": 0.15,
 }
 DEFINITIONS = {
+    "parts": "each with its own definitions: python -m tests.benchmarks.MODULE",
     "sample": "moments (2, 4, 32, 32) fp16 and 77 token ids, of incompressible bytes; batches of 256 as tensors",
     "samples_per_s": "of whole epochs after the first: neither opening nor what was read ahead counts; medians",
     "ours": "CRC-32 of every byte, timestep, caption and dropout drawn, resumable at any step; in the thread that asks",
@@ -66,13 +76,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=1024, help="samples of a shard")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", type=lambda text: tuple(filter(None, text.split(","))), default=PEERS)
+    parser.add_argument("--parts", type=lambda text: tuple(filter(None, text.split(","))), default=tuple(PARTS))
     parser.add_argument("--sizes", type=lambda text: tuple(map(int, text.split(","))), default=SIZES)
     parser.add_argument("--consumers", type=int, default=8, help="training processes at once")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "bench-latents")
     options = parser.parse_args(arguments)
     options.scratch.mkdir(parents=True, exist_ok=True)
+    parts = {name: _part(name) for name in options.parts}
     with tempfile.TemporaryDirectory(prefix="data-", dir=options.scratch) as folder:
         result = measure(Path(folder), options)
+    result["ratios"] |= {name: part[name] for name, part in parts.items()}
+    result["parts"] = parts
     print(dump({**result, "goals": GOALS, "definitions": DEFINITIONS, "machine": machine(torch.device("cpu"))}))
 
 
@@ -168,6 +182,15 @@ def layouts(folder: Path, count: int) -> dict[str, float]:
         if (folder / name).exists():
             found[name] = folder_bytes(folder / name) / count
     return found
+
+
+def _part(name: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", f"tests.benchmarks.{PARTS[name]}"], stdout=subprocess.PIPE, check=True, text=True
+    )
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(f"  {name:17s} {dump(figures[name])}", flush=True)
+    return figures
 
 
 def _read(python: Path, reader: str, folder: Path, *arguments: object) -> dict[str, Any] | None:

@@ -52,7 +52,7 @@ def test_ratios_are_medians_over_rounds_against_the_best_peer_of_each() -> None:
 
 
 def test_the_last_line_is_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    scratch = ["--scratch", str(tmp_path), "--peers", "webdataset", "--sizes", "3,5", "--consumers", "2"]
+    scratch = ["--scratch", str(tmp_path), "--peers", "webdataset", "--sizes", "3,5", "--consumers", "2", "--parts", ""]
     bench_latents.main(["--shards", "2", "--rows", "300", "--rounds", "1", *scratch])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert all(value > 0 for value in result["ratios"].values())
