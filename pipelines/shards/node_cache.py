@@ -51,6 +51,10 @@ MOST_FETCHES = 5
 POLL_S = 0.05
 # How often it is tried again to fetch ahead what had no room, or could not be fetched.
 RETRY_S = 1.0
+# To look through a full cache takes long, and everybody else waits: room for several files is made at once where there
+# are many, and whoever finds room takes a part of it for what comes next.
+MANY_FILES = 1024
+ROOM_AT_ONCE, PART_OF_ROOM = 1 / 16, 1 / 64
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 _thread = threading.local()
@@ -86,6 +90,8 @@ class NodeCache:
         self._missed: set[str] = set()
         self._try_again_at = 0.0
         self._told_of_size = False
+        # Bytes that may be fetched before it is looked again what is in the cache.
+        self._granted = 0
         # Those that wait for a thread, and those under way.
         self._fetches: dict[str, Future[None]] = {}
         self._end = threading.Event()
@@ -242,7 +248,7 @@ class NodeCache:
                 if is_ours:
                     # It may have come since we looked.
                     is_there = whole.exists()
-                    if is_there or (not self._make_room(self._most_bytes) and ahead):
+                    if is_there or (not self._has_room(record) and ahead):
                         partial.unlink(missing_ok=True)
                         return is_there
                     try:
@@ -276,6 +282,14 @@ class NodeCache:
         if (found := sha256_file(partial)) != record.sha256:
             raise NotAsCommittedError(f"has the sha256 {found[:12]}… instead of {record.sha256[:12]}…")
 
+    def _has_room(self, record: FileRecord) -> bool:
+        """Tell whether there is room for a file, whose fetch has begun; remove others if there was none."""
+        with self._lock:
+            if record.bytes <= self._granted:
+                self._granted -= record.bytes
+                return True
+        return self._make_room(self._most_bytes)
+
     def _make_room(self, most_bytes: int) -> bool:
         """Remove the shards used longest ago that nobody has in use, until the rest fits; tell whether it does."""
         with _alone(self._folder):
@@ -285,13 +299,18 @@ class NodeCache:
             kept = sum(status.st_size for status in shards.values())
             # Each counts as what it will be.
             kept += sum(int(path.suffixes[0][1:]) for path in _fetched(self._folder))
+            enough = most_bytes
+            if kept > most_bytes and len(shards) >= MANY_FILES:
+                enough -= int(ROOM_AT_ONCE * most_bytes)
             for path in sorted(shards, key=lambda path: shards[path].st_mtime_ns):
-                if kept <= most_bytes:
+                if kept <= enough:
                     break
                 if path.stem not in in_use:
                     # It takes nothing from whoever reads it: an open file outlives its name.
                     path.unlink(missing_ok=True)
                     kept -= shards[path].st_size
+            with self._lock:
+                self._granted = int(PART_OF_ROOM * max(0, most_bytes - kept))
             return kept <= most_bytes
 
     def _tell_of_size(self, needed_bytes: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -85,7 +86,9 @@ def fit(task: Task, config: TrainingConfig, context: StageContext) -> dict[str, 
     finally:
         # What killed workers had fetched lies on their nodes until somebody comes who may remove it.
         if not isinstance(sys.exception(), KeyboardInterrupt):
-            on_every_node(remove_unused_here)
+            # A cluster that is gone must not hide what ended training.
+            with contextlib.suppress(Exception):
+                on_every_node(remove_unused_here)
 
 
 def _train(task: Task, config: TrainingConfig, context: StageContext) -> dict[str, Any]:

@@ -37,10 +37,10 @@ def server() -> Iterator[FastS3]:
         yield running
 
 
-def write(storage: Storage) -> list[FileRecord]:
+def write(storage: Storage, shards: int = SHARDS) -> list[FileRecord]:
     """Commit shards of one size, each with one sample."""
     writer = ArtifactWriter("latents", "key", storage)
-    for shard in range(SHARDS):
+    for shard in range(shards):
         with storage.writer(f"{shard:06d}.tar") as path:
             write_shard(path, [(f"{shard:05d}", {"txt": f"shard {shard}".encode(), "npy": bytes(20_000)})])
         writer.commit(f"{shard:06d}.tar", rows=1)
@@ -264,6 +264,30 @@ def test_what_could_not_be_fetched_ahead_is_tried_again(
                 and names(cache, ".file") == {records[shard].sha256 for shard in (1, 2)}
             )
         )
+
+
+def test_a_cache_of_many_files_is_looked_through_seldom_and_never_grows_beyond_its_size(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage("memory://many-files")
+    records = write(storage, shards=60)
+    monkeypatch.setattr(node_cache, "MANY_FILES", 10)
+    monkeypatch.setattr(node_cache, "ROOM_AT_ONCE", 0.5)
+    monkeypatch.setattr(node_cache, "PART_OF_ROOM", 0.5)
+    looks, used_shards = list[int](), node_cache._used_shards
+
+    def looked(folder: Path) -> dict[str, int]:
+        looks.append(len(list(folder.glob("*.file"))))
+        return used_shards(folder)
+
+    monkeypatch.setattr(node_cache, "_used_shards", looked)
+    with contextlib.closing(NodeCache(storage, 20 * records[0].bytes)) as shards:
+        for record in records:
+            shards.open(record).close()
+            assert len(names(cache, ".file")) <= 20
+        # Those read last are there, but for a part of the room that was made.
+        assert {record.sha256 for record in records[-10:]} <= names(cache, ".file")
+    assert len(looks) < 40
 
 
 def test_a_shard_with_other_bytes_than_were_committed_is_named_and_not_kept(
