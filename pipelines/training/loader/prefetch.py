@@ -33,7 +33,7 @@ class Prefetcher(Generic[T]):
         self.waited_s = 0.0
         self._results: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(make, first, last), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(make, first, last), name="prefetch", daemon=True)
         self._thread.start()
 
     def next(self) -> T:
