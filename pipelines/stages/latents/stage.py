@@ -77,13 +77,13 @@ def _configure(sections: Sections) -> LatentsConfig:
 
 def _check(sections: Sections) -> None:
     """Raise ValueError if the pairs do not fit the first stage, or do not carry what the condition needs."""
-    check_sides(sections)
-    sections["condition"].check_pairs(sections)
     if sections["latents"].views and sections["condition"].follows_geometry:
         raise ValueError(
             f"latents.views must be null with condition {sections['condition'].kind}, which is cached for the picture "
             "as it is: leave views out"
         )
+    check_sides(sections)
+    sections["condition"].check_pairs(sections)
 
 
 def _estimate(sections: Sections, before: Mapping[str, Estimate]) -> Estimate:

@@ -19,7 +19,7 @@ from pipelines.errors import LoaderDiedError, UserError
 from pipelines.notices import told_to
 from pipelines.shards.format import encode_npy
 from pipelines.stages.diffusion.learner import DiffusionLearner
-from pipelines.training.fit import _explained
+from pipelines.training.fit import _FailedWorkersError, _raised_for
 from pipelines.training.loader.open import open_loader
 from pipelines.training.loader.processes import SLOTS, ProcessLoader
 from pipelines.training.loader.source import Source
@@ -206,9 +206,15 @@ def test_nothing_is_left_when_training_ends(tmp_path: Path) -> None:
 
 
 def test_training_that_gives_up_says_what_died_and_what_to_do() -> None:
-    error = RuntimeError("what Ray Train raises")
-    error.__cause__ = LoaderDiedError("a process of the loader on node-3 died (by signal 9: killed, or out of memory?)")
-    explained = _explained(error)
+    # As Ray Train raises it: by rank, what a worker's own code raised behind it.
+    error, failure = RuntimeError("of the workers"), RuntimeError("of rank 3")
+    error.worker_failures = {3: failure}  # type: ignore[attr-defined]
+    failure._base_exc = LoaderDiedError(  # type: ignore[attr-defined]
+        "a process of the loader on node-3 died (by signal 9: killed, or out of memory?)"
+    )
+    raised = _raised_for(error)
+    assert isinstance(raised, _FailedWorkersError), "training may go on from a newer checkpoint"
+    explained = raised.shown
     assert isinstance(explained, UserError)
     assert str(explained).startswith(
         "a process of the loader on node-3 died (by signal 9: killed, or out of memory?), "
