@@ -117,7 +117,7 @@ class ProcessLoader:
     def _death(self) -> LoaderDiedError:
         self.close()
         killed = [-code for worker in self._workers if (code := worker.process.returncode) < 0]
-        how = f"by signal {killed[0]}: killed, or out of memory?" if killed else "see its output above"
+        how = f"by signal {killed[0]}: killed, or out of memory?" if killed else "see Ray's logs there"
         return LoaderDiedError(f"a process of the loader on {socket.gethostname()} died ({how})")
 
 
