@@ -13,7 +13,6 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +219,7 @@ class ArtifactWriter:
         segments = self.storage / SEGMENTS
         names = segments.names("*.parquet")
         tables += map_in_threads(lambda name: _decode(segments, name), names, _READERS)
-        known = reduce(FileTable.union, tables, FileTable.of([]))
+        known = FileTable.of([]).union(*tables)
         records = self.storage / COMMITS
         fresh = sorted(set(records.names("*.json")) - {_record_name(name).rpartition("/")[2] for name in known.names})
         # On a local disk threads only cost.
@@ -244,7 +243,7 @@ class ArtifactWriter:
     def _merge_segments(self) -> None:
         """Put the segments that this driver has written into one."""
         names = [name for name, _ in self._segments]
-        merged = reduce(FileTable.union, (table for _, table in self._segments))
+        merged = FileTable.of([]).union(*(table for _, table in self._segments))
         self._segments = [(self._write_segment(merged), merged)]
         (self.storage / SEGMENTS).remove_files(names)
 

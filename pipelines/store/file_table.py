@@ -220,12 +220,17 @@ class FileTable:
         given = pa.array(names, pa.string())
         return FileTable(self._table.filter(pc.invert(pc.is_in(self._table.column("name"), value_set=given))))
 
-    def union(self, other: FileTable) -> FileTable:
-        """Return the files of both; of a name that both have, this table's record counts."""
+    def union(self, *others: FileTable) -> FileTable:
+        """Return the files of all; of a name that several have, the first table's record counts."""
         import pyarrow as pa
+        import pyarrow.compute as pc
 
-        added = other.without(self._table.column("name").combine_chunks())._table
-        return FileTable(pa.concat_tables([self._table, added]).sort_by("name"))
+        # One sort however many tables there are: a driver that goes on reads dozens of segments. It is stable.
+        every = pa.concat_tables([self._table, *(other._table for other in others)])
+        every = every.take(pc.sort_indices(every, sort_keys=[("name", "ascending")]))
+        names = every.column("name").combine_chunks()
+        new = pc.not_equal(names[1:], names[:-1])
+        return FileTable(every.filter(pa.concat_arrays([pa.array([True] * min(len(names), 1), pa.bool_()), new])))
 
     def digest(self, leave_out: tuple[str, ...] = ()) -> str:
         """Return a digest of names and contents, equal for two tables of the same bytes under the same names.

@@ -65,9 +65,11 @@ def test_shards_are_in_order(table: FileTable) -> None:
     assert [table.at(int(position)) for position in table.positions()] == list(table.shards())
     np.testing.assert_array_equal(table.positions(".tar"), np.arange(100))
     added = FileTable.of([record("000050.tar", 7), record("000500.tar", 7)])
-    union = table.union(added)
-    assert len(union) == 301
-    assert (union["000050.tar"].rows, union["000500.tar"].rows) == (50, 7)
+    again = FileTable.of([record("000500.tar", 8), record("000501.tar", 8)])
+    union = table.union(added, again)
+    assert len(union) == 302
+    assert union.names == sorted(union.names)
+    assert (union["000050.tar"].rows, union["000500.tar"].rows, union["000501.tar"].rows) == (50, 7, 8)
     assert len(table.without([f"{number:06d}.tar" for number in range(100)])) == 200
 
 
