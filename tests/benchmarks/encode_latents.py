@@ -4,9 +4,10 @@ ours    the stage's operators, from tars of JPEGs to committed shards: reading a
         committing, on a Ray with as many logical CPUs as there are encoders
 bare    the same encoder in as many processes, pictures decoded in memory, latents thrown away
 
-Both have one thread an encoder, the same batches, and the same cores, on which ours does all else too. In turn, ours
-first in one round and last in the next. The starts (processes, imports, weights, a first batch) are left out: ours
-counts from the first shard of each encoder, bare from when all are ready.
+On CPUs both have one thread an encoder, the same batches, and the same cores, on which ours does all else too. On a
+GPU (`--device cuda`; one encoder a GPU, compiled, bf16) bare has its pictures in the GPU's memory, and ours takes what
+CPU cores it needs. In turn, ours first in one round and last in the next. The starts (processes, imports, weights, a
+first batch) are left out: ours counts from the first shard of each encoder, bare from when all are ready.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 
@@ -43,14 +45,14 @@ from pipelines.stages.autoencoder.artifact import FORMAT_VERSION as AUTOENCODER_
 from pipelines.stages.latents.config import LatentsConfig
 from pipelines.stages.latents.encoding.encode import EncodeShard
 from pipelines.stages.latents.rows import PairsRows
-from pipelines.stages.latents.work import SHARDS_A_CORE, steps
+from pipelines.stages.latents.work import SHARDS_A_CORE, SHARDS_A_GPU, steps
 from pipelines.stages.pairs.artifact import PAIRS_FORMAT
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.ledger import Artifact
 from pipelines.store.storage import Storage
 from pipelines.tracking import null_stage_tracker
 from tests.benchmarks.photographs import make_photographs
-from tests.benchmarks.timing import machine
+from tests.benchmarks.timing import machine, synchronize
 from tests.benchmarks.tool_run import dump
 from tests.tiny_artifacts import finish
 
@@ -59,7 +61,8 @@ DEFINITIONS = {
     "encode_vs_bare": "images/s of ours over those of bare, median of the rounds' ratios",
     "ours": "the stage's operators, from tars of JPEGs to committed shards, from the first shard of each encoder on",
     "bare": "the same encoder in as many processes, pictures decoded in memory, from when all are ready to the last",
-    "cores": "encoders of one thread each, on as many cores; ours reads, decodes, writes and schedules on these too",
+    "cores": "on CPUs: encoders of one thread each, on as many cores; ours does all else on these too",
+    "cores_busy": "CPU cores that the whole machine kept busy while ours was timed",
 }
 
 
@@ -68,6 +71,7 @@ class Work:
     """What is encoded: shards for each encoder, pictures a shard, and the width of kl-f8 (128 is the published one)."""
 
     encoders: int
+    device: str = "cpu"
     shards: int = 5
     rows: int = 24
     batch_size: int = 4
@@ -85,6 +89,7 @@ def encode_vs_bare(work: Work, *, rounds: int = 3) -> dict[str, Any]:
         The median ratio, the images/s of each round and their medians, and what was measured.
     """
     found: dict[str, list[float]] = {"ours": [], "bare": []}
+    busy = []
     with tempfile.TemporaryDirectory(prefix="bench-encode-") as scratch:
         root = Path(scratch)
         pairs, pictures = _pairs(root, work)
@@ -92,7 +97,8 @@ def encode_vs_bare(work: Work, *, rounds: int = 3) -> dict[str, Any]:
         for number in range(rounds):
             for name in ("ours", "bare") if number % 2 == 0 else ("bare", "ours"):
                 if name == "ours":
-                    rate = _ours(root / f"round-{number}", pairs, first_stage, work)
+                    rate, cores = _ours(root / f"round-{number}", pairs, first_stage, work)
+                    busy.append(cores)
                 else:
                     rate = _bare(first_stage, pictures, work)
                 found[name].append(rate)
@@ -102,6 +108,7 @@ def encode_vs_bare(work: Work, *, rounds: int = 3) -> dict[str, Any]:
         "encode_vs_bare": statistics.median(ratios),
         "ratios_of_rounds": ratios,
         "images_per_s": {name: statistics.median(rates) for name, rates in found.items()},
+        "cores_busy": statistics.median(busy),
         "work": dataclasses.asdict(work) | {"side": SIDE},
     }
 
@@ -140,12 +147,14 @@ def _first_stage(root: Path, work: Work) -> Artifact:
 
 
 def _config(work: Work) -> LatentsConfig:
+    on_gpu = work.device == "cuda"
     settings = {"condition": {"kind": "none"}, "batch_size": work.batch_size, "workers": work.encoders}
-    return LatentsConfig.model_validate({**settings, "use_gpu": False})
+    fast = {"precision": "bf16", "compile": True} if on_gpu else {}
+    return LatentsConfig.model_validate({**settings, **fast, "use_gpu": on_gpu})
 
 
-def _ours(root: Path, pairs: Artifact, first_stage: Artifact, work: Work) -> float:
-    """Return the images/s of the operators of the stage."""
+def _ours(root: Path, pairs: Artifact, first_stage: Artifact, work: Work) -> tuple[float, float]:
+    """Return the images/s of the operators of the stage, and the cores that were busy meanwhile."""
     config = _config(work)
     writer = ArtifactWriter("latents", "latents", Storage(str(root)))
     kind_of(config.condition).prepare(PairsRows(pairs), writer)
@@ -159,12 +168,21 @@ def _ours(root: Path, pairs: Artifact, first_stage: Artifact, work: Work) -> flo
         scratch=root,
     )
     items = [{"shard": record.name, "rows": record.rows, "sha256": record.sha256} for record in pairs.shards()]
-    size = pool_size(len(items), workers=config.workers, use_gpu=False)
+    size = pool_size(len(items), workers=config.workers, use_gpu=config.use_gpu)
+    in_flight = SHARDS_A_GPU if size.use_gpu else SHARDS_A_CORE
     done = []
-    for _ in map_through(items, steps(context, pairs, first_stage, size), in_flight=SHARDS_A_CORE):
-        done.append(time.perf_counter())
+    for _ in map_through(items, steps(context, pairs, first_stage, size), in_flight=in_flight):
+        done.append((time.perf_counter(), _cpu_s()))
     assert len(writer.committed().shards()) == len(items)
-    return work.rows * (len(done) - work.encoders) / (done[-1] - done[work.encoders - 1])
+    (began, cpu_before), (ended, cpu_after) = done[work.encoders - 1], done[-1]
+    rate = work.rows * (len(done) - work.encoders) / (ended - began)
+    return rate, (cpu_after - cpu_before) / (ended - began)
+
+
+def _cpu_s() -> float:
+    """Return the CPU seconds of all processes of this machine since it started, without waiting for disks."""
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system)
 
 
 def _bare(first_stage: Artifact, pictures: np.ndarray, work: Work) -> float:
@@ -186,29 +204,35 @@ def _bare(first_stage: Artifact, pictures: np.ndarray, work: Work) -> float:
 
 def _encode_bare(first_stage: Artifact, pictures: np.ndarray, work: Work, begin: Barrier, end: Barrier) -> None:
     storage = Storage(first_stage.storage.url)
-    encoder = EncodeShard(first_stage=first_stage, storage=storage, config=_config(work), device="cpu")
-    batches = torch.from_numpy(pictures).split(work.batch_size)
+    encoder = EncodeShard(first_stage=first_stage, storage=storage, config=_config(work), device=work.device)
+    batches = torch.from_numpy(pictures).to(work.device).split(work.batch_size)
     encoder._encode(batches[0])
+    synchronize(torch.device(work.device))
     begin.wait()
     for _ in range(work.shards - 1):
         for batch in batches:
             encoder._encode(batch)
+    synchronize(torch.device(work.device))
     end.wait()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure on the CPU, and print the JSON line."""
+    """Measure, and print the JSON line."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.encode_latents", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--encoders", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=Work.device)
+    parser.add_argument("--encoders", type=int, help="a core each, or a GPU; all by default")
+    parser.add_argument("--batch-size", type=int, default=Work.batch_size, help="of a forward pass; 64 suits a GPU")
     parser.add_argument("--shards", type=int, default=Work.shards, help="for each encoder")
     parser.add_argument("--rows", type=int, default=Work.rows, help="pictures a shard")
     parser.add_argument("--base-channels", type=int, default=Work.base_channels, help="of kl-f8; 128 is published")
     options = vars(parser.parse_args(arguments))
     rounds = options.pop("rounds")
-    with connect(ClusterConfig(cpus=max(2, options["encoders"]))):
+    cores, device = len(os.sched_getaffinity(0)), torch.device(options["device"])
+    options["encoders"] = options["encoders"] or (torch.cuda.device_count() if device.type == "cuda" else cores)
+    with connect(ClusterConfig(cpus=cores if device.type == "cuda" else max(2, options["encoders"]))):
         result = encode_vs_bare(Work(**options), rounds=rounds)
-    print(dump({**result, "definitions": DEFINITIONS, "machine": machine(torch.device("cpu"))}))
+    print(dump({**result, "definitions": DEFINITIONS, "machine": machine(device)}))
 
 
 if __name__ == "__main__":
