@@ -31,25 +31,58 @@ if TYPE_CHECKING:
     import torch
 
     from ldm_core.latent_diffusion import LatentDiffusion
+    from ldm_core.tokenizers.joined import AnyTokenizer
 
-__all__ = ["load"]
+__all__ = ["load", "load_tokenizer"]
 
 
-def load(folder: str | Path, *, device: "torch.device | str | None" = None) -> "LatentDiffusion":
-    """Read a model from a folder that training, `ldm import` or `checkpoint.save` wrote.
+def load(
+    source: str | Path,
+    *,
+    preset: str | None = None,
+    config: str | Path | None = None,
+    device: "torch.device | str | None" = None,
+) -> "LatentDiffusion":
+    """Read a model: from a folder of ours, a checkpoint of the paper's code release, or a folder of diffusers.
+
+    Nothing in the files is run. Weights come one by one: float32 on the CPU stays in the file's pages until it is
+    changed, so leave the file as it is while the model lives.
 
     Args:
-        folder: holds model.safetensors (or its shards) and config.json.
+        source: a folder that training, `ldm import` or `checkpoint.save` wrote, or that diffusers did; a file of the
+            release, .ckpt or .safetensors, or a folder with it. Content decides, not names. Averaged weights are taken
+            if a checkpoint has them.
+        preset: name of the model in a file of the release; None takes the configuration beside it (model.yaml beside
+            model.ckpt, or config.yaml), or infers the preset from names and shapes of the weights, which cannot tell
+            the number of attention heads.
+        config: configuration to use instead: a YAML file as the release has it, or a config.json of ours.
         device: where to put the weights; None is torch's default device.
 
     Returns:
-        The model in evaluation mode.
+        The model in evaluation mode, its weights float32.
 
     Raises:
-        FileNotFoundError: the folder or one of its files is missing.
-        ValueError: a file is damaged, or the weights are not those of the config; names the tensors.
+        FileNotFoundError: a folder or file is missing.
+        ValueError: a file is damaged, unknown, not what it is said to be, or holds a first stage alone; or the weights
+            are not those of the configuration; names the tensors.
     """
     # Imported on call: recipes and `ldm --help` import this package, and must not wait for torch.
-    from ldm_core import checkpoint
+    from ldm_core.checkpoint_formats import importing
 
-    return checkpoint.load(folder, device=device)
+    return importing.load(source, preset=preset, config=config, device=device)
+
+
+def load_tokenizer(
+    source: str | Path, *, preset: str | None = None, config: str | Path | None = None
+) -> "AnyTokenizer":
+    """Read the captions' tokenizer of what `load` reads: the one in the folder or beside the file.
+
+    Without one, CLIP's as OpenAI published it is taken for a model with its vocabulary, from the open_clip package.
+
+    Raises:
+        FileNotFoundError: as `load`; or a folder of ours holds none.
+        ValueError: as `load`; or there is none, or the model takes no captions.
+    """
+    from ldm_core.checkpoint_formats import importing
+
+    return importing.load_tokenizer(source, preset=preset, config=config)

@@ -94,13 +94,32 @@ def load(folder: str | Path, *, device: torch.device | str | None = None) -> Lat
         FileNotFoundError: the folder or one of its files is missing.
         ValueError: a file is damaged, or the weights are not those of the config; names the tensors.
     """
-    config = load_config(folder)
+    return model_with(load_config(folder), open_weights(folder, device=device), device=device)
+
+
+def model_with(
+    config: LatentDiffusionConfig, weights: NamedTensors, *, device: torch.device | str | None = None
+) -> LatentDiffusion:
+    """Build a model around given weights, in evaluation mode.
+
+    Weights on the CPU that are float32 in their file stay in its pages, which are read when they are first needed and
+    copied when they are written to; all others are in memory once, as float32.
+
+    Args:
+        config: the model's configuration.
+        weights: its weights, read here one by one.
+        device: where to put them; None is torch's default device.
+
+    Raises:
+        ValueError: the weights are not those of the config, or not finite; names the tensors.
+    """
+    device = device or torch.get_default_device()
     # On the meta device nothing is initialized only to be overwritten.
     model = config.build(device="meta")
     if isinstance(config.conditioner, FrozenTextConfig | JoinedTextConfig):
         # Encoders of the transformers library keep tables outside of their state dict: these must be real.
-        model.conditioner = build_conditioner(config.conditioner).to(device or torch.get_default_device())
-    _fill(model, open_weights(folder, device=device))
+        model.conditioner = build_conditioner(config.conditioner).to(device)
+    _fill(model, weights, device)
     return model
 
 
@@ -241,11 +260,14 @@ def weight_shapes(config: Config) -> dict[str, Shape]:
     return NamedTensors.of_module(model).shapes
 
 
-def _fill(model: nn.Module, weights: NamedTensors) -> None:
-    """Give a model that was built on the meta device its weights, as float32."""
+def _fill(model: nn.Module, weights: NamedTensors, device: torch.device | str | None = None) -> None:
+    """Give a model that was built on the meta device its weights, as float32; None leaves them where they are read."""
     if wrong := differences(NamedTensors.of_module(model).shapes, weights.shapes):
         raise ValueError(f"the weights in {weights.source} must be those of its config.json, {wrong}")
-    tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    tensors = {}
+    for name, tensor in weights.items():
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        tensors[name] = tensor.to(device, dtype).contiguous()
     model.load_state_dict(tensors, assign=True)
     check_finite(model)
     model.eval()

@@ -35,7 +35,8 @@ def build_model(config: LatentDiffusionConfig, device: torch.device | str | None
 def build_network(config: LatentDiffusionConfig, device: torch.device | str | None = None) -> "DiffusionNetwork":
     """Build the part that the diffusion stage trains, with random weights: the UNet, and a conditioner that is trained.
 
-    A frozen text encoder is no part of it: the network takes the `Conditioning` that it gave.
+    A frozen text encoder is no part of it: the network takes the `Conditioning` that it gave. Nor is the first stage:
+    a network for inpainting takes a `MaskedLatent`.
     """
     frozen = isinstance(config.conditioner, FrozenConfig)
     conditioner = None if frozen else config.conditioner

@@ -1,4 +1,4 @@
-"""Open any checkpoint that we can read as a model of ours; `ldm import` does it from the command line.
+"""Open any checkpoint that we can read as a model of ours: `ldm_core.load` builds it, `ldm import` writes our folder.
 
 >>> from ldm_core import checkpoint
 >>> from ldm_core.checkpoint_formats.importing import open_checkpoint
@@ -10,19 +10,54 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ldm_core import presets
+import torch
+
+from ldm_core import checkpoint, presets
 from ldm_core.checkpoint_formats import compvis, diffusers
 from ldm_core.checkpoint_formats.imported import Imported
+from ldm_core.configs.first_stage import FirstStageConfig
 from ldm_core.configs.model import Config, takes_captions
 from ldm_core.configs.text import ClipTextConfig, TextTransformerConfig
+from ldm_core.latent_diffusion import LatentDiffusion
 from ldm_core.model_files import CONFIG_FILE, TOKENIZER_FILE, VOCABULARY_FILE, WEIGHTS_FILE, WEIGHTS_INDEX_FILE
 from ldm_core.tokenizers.clip import CLIP_END, open_clip_tokenizer
 from ldm_core.tokenizers.from_folder import tokenizer_from_folder
+from ldm_core.tokenizers.joined import AnyTokenizer
 from ldm_core.tokenizers.tokenizer import Tokenizer
 from ldm_core.weights.weights_files import open_tensors, read_json
 
 RELEASE_CHECKPOINTS = ("*.ckpt", "*.safetensors", "*.pt")
 RELEASE_CONFIGS = ("*.yaml", "*.yml", CONFIG_FILE)
+
+
+def load(
+    source: str | Path,
+    *,
+    preset: str | None = None,
+    config: str | Path | None = None,
+    device: torch.device | str | None = None,
+) -> LatentDiffusion:
+    """Build the model of any checkpoint, or of a folder of ours; see `ldm_core.load`."""
+    if _is_ours(Path(source), preset, config):
+        return checkpoint.load(source, device=device)
+    found = open_checkpoint(source, preset=preset, config=config)
+    if isinstance(found.config, FirstStageConfig):
+        raise ValueError(f"{source} holds a first stage alone, no model: `ldm import` makes of it what a recipe takes")
+    return checkpoint.model_with(found.config, found.weights, device=device)
+
+
+def load_tokenizer(source: str | Path, *, preset: str | None = None, config: str | Path | None = None) -> AnyTokenizer:
+    """Read the tokenizer of any checkpoint, or of a folder of ours; see `ldm_core.load_tokenizer`."""
+    if _is_ours(Path(source), preset, config):
+        return checkpoint.load_tokenizer(source)
+    found = open_checkpoint(source, preset=preset, config=config)
+    if found.tokenizer is None:
+        raise ValueError(
+            f"{source} comes without a tokenizer: put its {VOCABULARY_FILE} or {TOKENIZER_FILE} beside it"
+            if takes_captions(found.config)
+            else f"the model in {source} takes no captions: sample it without a prompt"
+        )
+    return found.tokenizer
 
 
 def open_checkpoint(
@@ -38,8 +73,8 @@ def open_checkpoint(
     Args:
         source: a file of the code release (.ckpt, .safetensors), a folder with such a file and its configuration, or
             a folder of diffusers.
-        preset: name of the published model or first stage in a file of the release; None infers it from the weights'
-            names and shapes.
+        preset: name of the published model or first stage in a file of the release; None takes the configuration beside
+            it (model.yaml beside model.ckpt, or config.yaml) or infers the preset from the weights' names and shapes.
         config: configuration to use instead of a preset: a YAML file as the release has it, or a config.json of ours.
         weights: which weights to take from a file of the release, see `compvis.import_checkpoint`.
         tokenizer: a vocab.txt, a tokenizer.json, or a folder with either, for a model of captions that comes without.
@@ -51,7 +86,7 @@ def open_checkpoint(
     source = Path(source)
     if not source.exists():
         raise FileNotFoundError(f"no checkpoint at {source}")
-    if any((source / name).is_file() for name in (WEIGHTS_FILE, WEIGHTS_INDEX_FILE)):
+    if _holds_our_weights(source):
         raise ValueError(f"{source} is a model folder of ours already: use it as it is")
     if _is_diffusers(source):
         if preset or config or weights:
@@ -62,6 +97,20 @@ def open_checkpoint(
     else:
         found = _open_release(source, preset, config, weights)
     return found.with_tokenizer(_tokenizer(found.config, tokenizer, source) or found.tokenizer)
+
+
+def _is_ours(source: Path, preset: str | None, config: str | Path | None) -> bool:
+    if not _holds_our_weights(source):
+        return False
+    if preset or config:
+        raise ValueError(
+            f"{source} is a model folder of ours, which says itself what it is: give no preset and no config"
+        )
+    return True
+
+
+def _holds_our_weights(source: Path) -> bool:
+    return any((source / name).is_file() for name in (WEIGHTS_FILE, WEIGHTS_INDEX_FILE))
 
 
 def _is_diffusers(source: Path) -> bool:
@@ -86,6 +135,9 @@ def _open_release(
         source = files[0]
         # Among several configurations the caller must choose.
         config_file = configs[0] if len(configs) == 1 and not preset else config_file
+    elif not (preset or config_file):
+        beside = (source.with_suffix(".yaml"), source.with_suffix(".yml"), source.with_name("config.yaml"))
+        config_file = next((path for path in beside if path.is_file()), None)
     tensors = open_tensors(source)
     if config_file and preset:
         raise ValueError(f"a checkpoint is of one kind: give preset {preset!r} or config {config_file}, not both")
@@ -118,7 +170,10 @@ def _tokenizer(config: Config, path: str | Path | None, source: Path) -> Tokeniz
         return None
     text = config.conditioner  # type: ignore[union-attr]
     max_length: int = text.max_length  # type: ignore[union-attr]
-    beside = [source / name for name in (VOCABULARY_FILE, TOKENIZER_FILE) if (source / name).is_file()]
+    folder = source if source.is_dir() else source.parent
+    # A folder of downloads may hold BERT's vocabulary beside a model that reads with CLIP's.
+    names = (TOKENIZER_FILE,) if isinstance(text, ClipTextConfig) else (VOCABULARY_FILE, TOKENIZER_FILE)
+    beside = [folder / name for name in names if (folder / name).is_file()]
     if path is None and beside:
         path = beside[0]
     if path is None:

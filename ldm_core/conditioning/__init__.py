@@ -18,6 +18,7 @@ from ldm_core.conditioning.spatial import (
     LowResolutionConditioner,
     MaskedImage,
     MaskedImageConditioner,
+    MaskedLatent,
     SemanticMapConditioner,
 )
 from ldm_core.conditioning.text import TextConditioner
@@ -33,6 +34,7 @@ __all__ = [
     "LowResolutionConditioner",
     "MaskedImage",
     "MaskedImageConditioner",
+    "MaskedLatent",
     "SemanticMapConditioner",
     "TextConditioner",
     "build_conditioner",

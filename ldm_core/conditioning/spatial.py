@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ldm_core.conditioning.interface import Conditioner, Conditioning, Encode
 from ldm_core.configs.conditioning import LowResolutionConfig, MaskedImageConfig, SemanticMapConfig
+from ldm_core.images import to_bool
 from ldm_core.networks.ids import check_ids
 
 
@@ -76,11 +77,37 @@ class MaskedImage:
 
     Args:
         image: (B, 3, H, W) in [-1, 1]; pixels under the mask are ignored.
-        mask: (B, 1, H, W) or (1, 1, H, W); 1 where the image is to be filled in, 0 where it is kept.
+        mask: (B, 1, H, W) or (1, 1, H, W); 1 where the image is to be filled in, 0 where it is kept. It is kept as
+            bool: checked once, here, and never read again on a GPU.
+
+    Raises:
+        ValueError: image and mask do not fit each other, or the mask holds other values than 0 and 1.
     """
 
     image: Tensor
     mask: Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mask", _fitting_mask(self.mask, self.image, "image"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedLatent:
+    """Inputs of inpainting that were encoded before, such as those that the latents stage caches for training.
+
+    Args:
+        latent: (B, C, h, w) unscaled latent of the image without what is under its mask.
+        mask: (B, 1, h, w) or (1, 1, h, w), the mask in the latent's size; as for `MaskedImage`.
+
+    Raises:
+        ValueError: as `MaskedImage`.
+    """
+
+    latent: Tensor
+    mask: Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mask", _fitting_mask(self.mask, self.latent, "latent"))
 
 
 class MaskedImageConditioner(Conditioner):
@@ -88,7 +115,8 @@ class MaskedImageConditioner(Conditioner):
 
     Args:
         config: the kind's configuration, which has no settings.
-        encode: maps images (B, 3, H, W) to unscaled latents (B, C, h, w); None builds a conditioner that cannot run.
+        encode: maps images (B, 3, H, W) to unscaled latents (B, C, h, w); None builds a conditioner that takes masked
+            latents only, as a network does that is trained on cached ones.
     """
 
     def __init__(self, config: MaskedImageConfig, *, encode: Encode | None) -> None:
@@ -96,38 +124,37 @@ class MaskedImageConditioner(Conditioner):
         self.config = config
         self.encode = encode
 
-    def forward(self, inputs: MaskedImage) -> Conditioning:
-        """Black out the masked part of the image, encode it, and append the mask.
+    def forward(self, inputs: MaskedImage | MaskedLatent) -> Conditioning:
+        """Black out the masked part of an image and encode it, unless that was done before; append the mask.
 
         Returns:
             concat (B, C + 1, h, w); the mask is 1 where the image is to be filled in and -1 elsewhere.
 
         Raises:
-            ValueError: image and mask do not fit each other, the mask holds other values than 0 and 1, or there is no
-                first stage to encode with.
+            ValueError: the inputs are an image, and there is no first stage to encode it with.
         """
-        image, mask = inputs.image, inputs.mask
-        if (
-            mask.ndim != 4
-            or mask.shape[1] != 1
-            or mask.shape[2:] != image.shape[2:]
-            or len(mask) not in (1, len(image))
-        ):
-            raise ValueError(
-                "the mask must be (B, 1, H, W) or (1, 1, H, W) for images (B, 3, H, W), "
-                f"got mask {tuple(mask.shape)} and image {tuple(image.shape)}"
-            )
-        if not bool(((mask == 0) | (mask == 1)).all()):
-            raise ValueError(
-                "a mask must hold only 1 (to be filled in) and 0 (kept), got values between "
-                f"{mask.min().item():.3g} and {mask.max().item():.3g}: threshold it after resizing"
-            )
+        if isinstance(inputs, MaskedImage):
+            inputs = self._encoded(inputs)
+        mask = inputs.mask.to(inputs.latent.dtype).expand(len(inputs.latent), -1, -1, -1)
+        return Conditioning(concat=torch.cat([inputs.latent, 2 * mask - 1], dim=1))
+
+    @torch.no_grad()
+    def _encoded(self, inputs: MaskedImage) -> MaskedLatent:
         if self.encode is None:
             raise ValueError(
-                "a masked image is encoded by the first stage: build the whole model, not its network alone"
+                "a masked image is encoded by the first stage: build the whole model, not its network alone, "
+                "or give a MaskedLatent"
             )
-        fill = mask.expand(len(image), -1, -1, -1).bool()
-        with torch.no_grad():
-            latent = self.encode(torch.where(fill, -1.0, image))
-        small_mask = F.interpolate(fill.to(latent.dtype), size=latent.shape[2:], mode="nearest")
-        return Conditioning(concat=torch.cat([latent, 2 * small_mask - 1], dim=1))
+        latent = self.encode(torch.where(inputs.mask, -1.0, inputs.image))
+        small_mask = F.interpolate(inputs.mask.to(latent.dtype), size=latent.shape[2:], mode="nearest")
+        return MaskedLatent(latent=latent, mask=small_mask.bool())
+
+
+def _fitting_mask(mask: Tensor, masked: Tensor, name: str) -> Tensor:
+    """Return a mask as bool. Raises ValueError for other values than 0 and 1, or a shape that does not fit."""
+    if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2:] != masked.shape[2:] or len(mask) not in (1, len(masked)):
+        raise ValueError(
+            f"the mask must be (B, 1, H, W) or (1, 1, H, W), H and W those of the {name}, "
+            f"got mask {tuple(mask.shape)} and {name} {tuple(masked.shape)}"
+        )
+    return to_bool(mask)

@@ -187,7 +187,8 @@ class VQAutoencoder(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """(B, embed_dim, h, w) latent, quantized here -> (B, 3, H, W) image; ValueError on another shape."""
-        return self.decoder(self.post_quant_conv(self.quantize(z).latent.to(self.post_quant_conv.weight.dtype)))
+        _check_latent(self.config, z)
+        return self.decoder(self.post_quant_conv(self.quantizer.lookup(z).to(self.post_quant_conv.weight.dtype)))
 
 
 FirstStage = AutoencoderKL | VQAutoencoder

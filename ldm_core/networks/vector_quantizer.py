@@ -5,12 +5,14 @@ Shapes: z: (B, C, h, w) latent before quantization.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# Half a GiB of float64.
+DISTANCES_AT_ONCE = 2**26
 
 
 @dataclass(frozen=True)
@@ -48,26 +50,41 @@ class VectorQuantizer(nn.Module):
         nn.init.uniform_(self.codebook.weight, -1.0 / codebook_size, 1.0 / codebook_size)
 
     def forward(self, z: Tensor) -> Quantization:
-        """(B, C, h, w) latent before quantization -> Quantization."""
+        """(B, C, h, w) latent before quantization -> Quantization, with the loss of training and its statistics."""
         indices = self._nearest(z)
-        quantized = self.codebook(indices).permute(0, 3, 1, 2)
+        quantized = self._entries(indices)
         commitment = F.mse_loss(quantized.detach(), z)
         codebook = F.mse_loss(quantized, z.detach())
         loss = commitment + self.beta * codebook if self.legacy_loss else codebook + self.beta * commitment
         perplexity = _perplexity(_counts(indices, self.codebook.num_embeddings))
-        return Quantization(z + (quantized - z).detach(), indices, loss, perplexity)
+        return Quantization(_straight_through(z, quantized), indices, loss, perplexity)
+
+    def lookup(self, z: Tensor) -> Tensor:
+        """Return the `latent` of a `Quantization` alone, (B, C, h, w): what decoding needs."""
+        return _straight_through(z, self._entries(self._nearest(z)))
+
+    def _entries(self, indices: Tensor) -> Tensor:
+        """(B, h, w) indices -> (B, C, h, w) entries."""
+        entries: Tensor = self.codebook(indices).permute(0, 3, 1, 2)
+        return entries
 
     @torch.no_grad()
     def _nearest(self, z: Tensor) -> Tensor:
-        """Return the index, (B, h, w), of the entry nearest to each latent vector."""
+        """Return the index, (B, h, w), of the entry nearest to each latent vector.
+
+        In float64, which autocast and `torch.set_float32_matmul_precision` leave alone: bf16 or TF32 distances would
+        pick wrong entries.
+        """
         batch, channels, height, width = z.shape
-        with _full_precision(z.device):  # bf16 distances would pick wrong entries
-            vectors = z.permute(0, 2, 3, 1).reshape(-1, channels).float()
-            codebook = self.codebook.weight.float()
-            squared_norms = codebook.square().sum(1)
-            # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every entry e.
-            # In slices: all distances of a large batch at once would take gigabytes.
-            nearest = [(squared_norms - 2 * part @ codebook.T).argmin(1) for part in vectors.split(16_384)]
+        vectors = z.permute(0, 2, 3, 1).reshape(-1, channels).double()
+        codebook = self.codebook.weight.double()
+        squared_norms = codebook.square().sum(1)
+        # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every entry e.
+        # In slices: all distances of a large batch at once would take gigabytes.
+        nearest = [
+            torch.addmm(squared_norms, part, codebook.T, alpha=-2).argmin(1)
+            for part in vectors.split(max(1, DISTANCES_AT_ONCE // len(codebook)))
+        ]
         return torch.cat(nearest).view(batch, height, width)
 
 
@@ -132,8 +149,6 @@ def _perplexity(counts: Tensor) -> Tensor:
     return torch.exp(-torch.special.xlogy(usage, usage).sum())
 
 
-def _full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Switch autocast off."""
-    # The meta device has no autocast.
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+def _straight_through(z: Tensor, quantized: Tensor) -> Tensor:
+    """Return the quantized latent, whose gradient is z's."""
+    return z + (quantized - z).detach()

@@ -6,6 +6,7 @@ z0, x: (B, C, h, w) clean and noisy latent; t: (B,) integer timesteps.
 import torch
 from torch import Tensor
 
+from ldm_core.images import to_bool
 from ldm_core.objective import Prediction
 from ldm_core.samplers.steps import Denoise, Spacing, timestep_grid
 from ldm_core.schedule import NoiseSchedule
@@ -70,14 +71,9 @@ def masked(denoise: Denoise, schedule: NoiseSchedule, known: Tensor, mask: Tenso
     Raises:
         ValueError: for a mask that holds anything but 0 and 1, or shapes that do not fit (x's when called).
     """
-    if not bool(((mask == 0) | (mask == 1)).all()):
-        raise ValueError(
-            "a mask must hold only 1 (to be filled) and 0 (kept), got values between "
-            f"{mask.min().item():.3g} and {mask.max().item():.3g}: threshold it after resizing"
-        )
+    fill = to_bool(mask)
     if not _broadcasts(mask, known):
         raise ValueError(f"the mask must broadcast to the known latent {tuple(known.shape)}, got {tuple(mask.shape)}")
-    fill = mask.bool()
 
     def filled(x: Tensor, t: Tensor) -> Tensor | Prediction:
         if not _broadcasts(known, x):

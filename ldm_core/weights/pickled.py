@@ -245,4 +245,6 @@ def _read(pages: mmap.mmap, tensor: StoredTensor, start: int, size: int) -> Tens
     if not math.prod(tensor.shape):
         return torch.empty(tensor.shape, dtype=tensor.dtype)
     storage = torch.frombuffer(pages, dtype=tensor.dtype, count=tensor.numel, offset=start)
+    # Before PyTorch 1.6 storages begin anywhere, and networks compute with what is read here.
+    storage = storage.clone() if start % tensor.dtype.itemsize else storage
     return storage.as_strided(tensor.shape, tensor.stride, tensor.offset)

@@ -54,7 +54,7 @@ class MaskedPictures:
         assert pair.image is not None
         masks = draw_masks(pair.image, self.config.masks)
         picture = to_unit_range(torch.from_numpy(pair.image).to(self.device).permute(2, 0, 1)[None])
-        fill = torch.from_numpy(masks).to(self.device)[:, None]
+        fill = torch.from_numpy(masks).bool().to(self.device)[:, None]
         given = self.conditioner(MaskedImage(image=picture.expand(len(masks), -1, -1, -1), mask=fill)).concat
         assert given is not None
         latents = given[:, :-1].half().cpu().numpy()

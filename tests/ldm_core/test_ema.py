@@ -1,12 +1,15 @@
 """The average of the weights: its arithmetic, its warm-up, and that it never leaks into training."""
 
 import io
+import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from ldm_core.ema import EMA
+from ldm_core import ema as ema_module
+from ldm_core.ema import EMA, PowerEMA, Snapshot, gamma_of, power_decay, reconstruct, reconstruction_shares
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -111,6 +114,66 @@ def test_the_network_computes_with_the_average_only_inside_swapped() -> None:
     assert torch.equal(module(x), own)
 
 
+def test_a_swap_gives_every_bit_back_and_copies_one_tensor_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2).bfloat16())
+    ema = EMA(module, decay=0.9, warmup=False)
+    shift(module, 0.3)
+    ema.update()
+    weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    averages = {name: tensor.clone() for name, tensor in ema.shadow.items()}
+    held: list[str] = []
+    exchange = EMA._exchange
+
+    def watching(self: EMA, name: str, *, back: bool) -> None:
+        exchange(self, name, back=back)
+        held.append(name)
+
+    monkeypatch.setattr(EMA, "_exchange", watching)
+    with ema.swapped():
+        assert held == list(ema.shadow)
+        for name, tensor in module.state_dict().items():
+            assert torch.equal(tensor, averages[name].to(tensor.dtype)), name
+        for forbidden in (ema.update, ema.state_dict, lambda: ema.load_state_dict({"num_updates": 0, "shadow": {}})):
+            with pytest.raises(ValueError, match="do this outside of `swapped`"):
+                forbidden()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in module.state_dict().items())
+    # Of a bfloat16 weight too, whose average bfloat16 could not hold.
+    assert all(torch.equal(tensor, averages[name]) for name, tensor in ema.shadow.items())
+    ema.update()
+
+
+def test_a_swap_that_fails_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = network()
+    ema = EMA(module, decay=0.9, warmup=False)
+    shift(module, 1.0)
+    weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    exchange, calls = EMA._exchange, itertools.count(1)
+
+    def failing(self: EMA, name: str, *, back: bool) -> None:
+        if next(calls) == 3:
+            raise MemoryError
+        exchange(self, name, back=back)
+
+    monkeypatch.setattr(EMA, "_exchange", failing)
+    with pytest.raises(MemoryError), ema.swapped():
+        pass
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in module.state_dict().items())
+    ema.update()
+
+
+def test_frozen_weights_are_not_averaged_and_states_that_hold_them_still_load() -> None:
+    module = network()
+    before = EMA(module)
+    module[0].requires_grad_(False)
+    ema = EMA(module)
+    assert set(before.shadow) - set(ema.shadow) == {"0.weight", "0.bias"}
+    shift(module[2], 1.0)
+    before.update()
+    ema.load_state_dict(before.state_dict())
+    assert ema.num_updates == 1
+    assert all(torch.equal(average, before.shadow[name]) for name, average in ema.shadow.items())
+
+
 def test_training_goes_on_through_the_same_parameters_after_a_swap() -> None:
     module = nn.Linear(2, 1)
     ema = EMA(module)
@@ -155,3 +218,94 @@ def test_another_networks_average_is_refused_by_name() -> None:
 def test_a_decay_of_one_is_refused() -> None:
     with pytest.raises(ValueError, match=r"below 1, got 1\.0"):
         EMA(nn.Linear(1, 1), decay=1.0)
+
+
+@pytest.mark.parametrize(("sigma_rel", "gamma"), [(0.05, 16.97), (0.10, 6.94), (12**-0.5, 0.0)])
+def test_relative_lengths_have_their_published_exponents(sigma_rel: float, gamma: float) -> None:
+    """Karras et al. 2024, Sec. 3.1; gamma = 0 is the uniform average, of standard deviation 12^-1/2."""
+    found = gamma_of(sigma_rel)
+    assert found == pytest.approx(gamma, abs=0.005)
+    # Eq. (3).
+    assert (found + 1) ** 0.5 / (found + 2) / (found + 3) ** 0.5 == pytest.approx(sigma_rel, rel=1e-9)
+
+
+@pytest.mark.parametrize("sigma_rel", [0.0, -0.1, 0.3])
+def test_lengths_that_no_power_profile_has_are_refused(sigma_rel: float) -> None:
+    with pytest.raises(ValueError, match=rf"above 0 and at most 12\^-1/2 = 0.2887, got {sigma_rel}"):
+        PowerEMA(nn.Linear(1, 1), sigma_rels=(sigma_rel,))
+
+
+STEPS = 512
+
+
+def impulses(*sigma_rels: float, every: int = STEPS // 16) -> tuple[PowerEMA, list[Snapshot]]:
+    """Average weights that are the k-th unit vector at the k-th step: the average is the profile itself."""
+    module = nn.Linear(STEPS, 1, bias=False)
+    average, taken = PowerEMA(module, sigma_rels=sigma_rels), []
+    for step in range(STEPS):
+        with torch.no_grad():
+            module.weight.zero_()[0, step] = 1.0
+        average.update()
+        if (step + 1) % every == 0:
+            taken += average.snapshots()
+    return average, taken
+
+
+def profile(weights: torch.Tensor) -> np.ndarray:
+    return weights[0].double().numpy()
+
+
+@pytest.mark.parametrize("sigma_rel", [0.05, 0.10, 0.25])
+def test_a_power_average_has_the_profile_and_the_length_asked_for(sigma_rel: float) -> None:
+    average, _ = impulses(sigma_rel)
+    found, gamma = profile(average.averages[sigma_rel].shadow["weight"]), gamma_of(sigma_rel)
+    assert found.sum() == pytest.approx(1.0, abs=1e-5)
+    steps = np.arange(1, STEPS + 1)
+    mean = (found * steps).sum()
+    assert ((found * (steps - mean) ** 2).sum()) ** 0.5 / STEPS == pytest.approx(sigma_rel, rel=0.02)
+    # Eq. (1), integrated over each step.
+    exact = (steps ** (gamma + 1) - (steps - 1.0) ** (gamma + 1)) / float(STEPS) ** (gamma + 1)
+    np.testing.assert_allclose(found, exact, atol=2e-6)
+    assert power_decay(sigma_rel)(1) == 0.0
+
+
+def test_inner_products_of_profiles_are_those_of_the_functions() -> None:
+    tau = np.linspace(0.0, 9.0, 200_001)
+    cases = [(9.0, 16.97, 9.0, 6.94), (4.0, 6.94, 9.0, 16.97), (9.0, 0.0, 3.0, 6.94)]
+    for t_a, gamma_a, t_b, gamma_b in cases:
+        a, b = (np.where(tau <= t, (g + 1) / t ** (g + 1) * tau**g, 0.0) for t, g in ((t_a, gamma_a), (t_b, gamma_b)))
+        found = ema_module._profile_product(t_a, gamma_a, t_b, gamma_b)
+        assert found == pytest.approx(float(np.trapezoid(a * b, tau)), rel=1e-3)
+
+
+@pytest.mark.parametrize(("sigma_rel", "time"), [(0.08, STEPS), (0.15, STEPS), (0.20, STEPS), (0.12, STEPS * 3 // 4)])
+def test_an_average_reconstructed_afterwards_is_close_to_the_one_tracked(sigma_rel: float, time: int) -> None:
+    _, taken = impulses(0.05, 0.10)
+    _, tracked = impulses(sigma_rel)
+    (wanted,) = [profile(each.weights["weight"]) for each in tracked if each.num_updates == time]
+    found = profile(reconstruct(taken, sigma_rel, num_updates=time)["weight"])
+    assert np.linalg.norm(found - wanted) < 0.05 * np.linalg.norm(wanted)
+    assert found.sum() == pytest.approx(1.0, abs=0.01)
+
+
+def test_a_snapshot_is_reconstructed_as_it_was() -> None:
+    points = [(t, length) for t in (100, 200, 300) for length in (0.05, 0.10)]
+    np.testing.assert_allclose(reconstruction_shares(points, (200, 0.10)), [0, 0, 0, 1, 0, 0], atol=1e-6)
+
+
+def test_saved_power_averages_continue_and_snapshots_that_do_not_fit_are_refused() -> None:
+    average, taken = impulses(0.05, 0.10, every=STEPS)
+    again = PowerEMA(nn.Linear(STEPS, 1, bias=False))
+    again.load_state_dict(average.state_dict())
+    assert [each.num_updates for each in again.averages.values()] == [STEPS, STEPS]
+    assert torch.equal(again.averages[0.05].shadow["weight"], average.averages[0.05].shadow["weight"])
+    with pytest.raises(ValueError, match=r"of relative lengths \['0.05', '0.1'\], got \['0.05'\]"):
+        again.load_state_dict(impulses(0.05)[0].state_dict())
+    with pytest.raises(ValueError, match="got none"):
+        reconstruct([], 0.1)
+    with pytest.raises(ValueError, match=f"between 1 and the last snapshot's {STEPS}, got 9999"):
+        reconstruct(taken, 0.1, num_updates=9999)
+    with pytest.raises(ValueError, match="hold tensors of different names"):
+        reconstruct([*taken, Snapshot(1, 0.1, {})], 0.1)
+    with pytest.raises(ValueError, match="at least one relative length"):
+        PowerEMA(nn.Linear(1, 1), sigma_rels=())

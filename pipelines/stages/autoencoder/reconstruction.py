@@ -34,13 +34,14 @@ class ReconstructionLoss(nn.Module):
     """A first stage with its training loss. One module, so that one DDP wrapper sees every forward pass.
 
     The reconstruction term is L1 (paper, Sec. 3.1, without its perceptual and adversarial terms) or L2, which small
-    models learn sooner. The KL term has a "slight" weight.
+    models learn sooner. The KL term has a "slight" weight; `AutoencoderConfig` says relative to what.
     """
 
     def __init__(self, first_stage: AutoencoderKL | VQAutoencoder, config: AutoencoderConfig) -> None:
         super().__init__()
         self.first_stage = first_stage
         self.kl_weight = config.kl_weight
+        self.kl_reduction = config.kl_reduction
         self.distance = torch.square if config.reconstruction_loss == "l2" else torch.abs
 
     def forward(self, x: Tensor, noise: Tensor) -> Tensor:
@@ -53,7 +54,8 @@ class ReconstructionLoss(nn.Module):
         assert isinstance(posterior, DiagonalGaussian)
         latent = posterior.sample(noise=noise)
         loss = self._reconstruction(self.first_stage.decode(latent), x)
-        return loss + self.kl_weight * posterior.kl() / latent[0].numel()
+        values = latent[0].numel() if self.kl_reduction == "mean" else x[0].numel()
+        return loss + self.kl_weight * posterior.kl() / values
 
     def _reconstruction(self, decoded: Tensor, x: Tensor) -> Tensor:
         return self.distance(decoded.float() - x).flatten(1).mean(dim=1)

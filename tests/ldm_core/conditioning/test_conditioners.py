@@ -13,6 +13,7 @@ from ldm_core.conditioning import (
     ClassConditioner,
     FrozenTextConditioner,
     MaskedImage,
+    MaskedLatent,
     SemanticMapConditioner,
     TextConditioner,
     drop,
@@ -155,11 +156,31 @@ def test_a_masked_image_becomes_a_latent_and_a_mask_and_hides_what_is_masked() -
         model.conditioner(MaskedImage(image=image, mask=mask[:, :, :32, :32]))
 
 
-def test_a_masked_image_without_a_first_stage_is_refused() -> None:
+def test_a_network_without_a_first_stage_refuses_masked_images_and_learns_from_masked_latents() -> None:
     network = presets.get("tiny-inpainting").build_network()
     assert network.conditioner is not None
-    with pytest.raises(ValueError, match="build the whole model"):
+    with pytest.raises(ValueError, match="build the whole model, not its network alone, or give a MaskedLatent"):
         network.conditioner(MaskedImage(image=torch.zeros(1, 3, 64, 64), mask=torch.zeros(1, 1, 64, 64)))
+    without_zeros(network.unet, std=0.1)
+    z, t, latent = torch.randn(2, 3, 16, 16), torch.tensor([1, 500]), torch.randn(2, 3, 16, 16)
+    mask = torch.zeros(1, 1, 16, 16, dtype=torch.uint8)
+    kept, filled = (network(z, t, MaskedLatent(latent=latent, mask=each)) for each in (mask, 1 - mask))
+    assert not torch.allclose(kept, filled)
+    kept.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+    with pytest.raises(ValueError, match=r"got mask \(1, 1, 16, 16\) and latent \(2, 3, 8, 8\)"):
+        MaskedLatent(latent=latent[:, :, :8, :8], mask=mask)
+
+
+def test_a_mask_is_read_when_inputs_are_made_and_not_again() -> None:
+    model = presets.get("tiny-inpainting").build().eval()
+    assert model.conditioner is not None
+    inputs = MaskedImage(image=torch.zeros(1, 3, 64, 64), mask=torch.ones(1, 1, 64, 64))
+    # Tensors on the meta device have no values to read.
+    moved = dataclasses.replace(inputs, image=inputs.image.to("meta"), mask=inputs.mask.to("meta"))
+    concat = model.to("meta").conditioner(moved).concat
+    assert concat is not None
+    assert concat.shape == (1, 4, 16, 16)
 
 
 def inputs_of(name: str) -> Any:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm_core.configs.first_stage import FirstStageConfig
 from ldm_core.networks.autoencoder import AutoencoderKL, VQAutoencoder, build_first_stage
@@ -180,6 +182,32 @@ def test_autocast_does_not_change_the_entries_picked() -> None:
         assert torch.equal(quantizer(z).indices, expected)
 
 
+class RoughMatmuls(TorchDispatchMode):
+    """Multiply float32 matrices as TF32 units do under `set_float32_matmul_precision`: in ten bits of mantissa."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            args = [_ten_bits(arg) if isinstance(arg, Tensor) else arg for arg in args]
+        return func(*args, **(kwargs or {}))
+
+
+def _ten_bits(tensor: Tensor) -> Tensor:
+    return (tensor.view(torch.int32) & ~0x1FFF).view(torch.float32) if tensor.dtype == torch.float32 else tensor
+
+
+def test_rough_matmuls_do_not_change_the_entries_picked() -> None:
+    torch.manual_seed(0)
+    quantizer, z = VectorQuantizer(512, 3), torch.randn(1, 3, 32, 32) / 512
+    distances = (z.permute(0, 2, 3, 1)[..., None, :] - quantizer.codebook.weight).double().norm(dim=-1)
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with RoughMatmuls():
+            assert torch.equal(quantizer(z).indices, distances.argmin(-1))
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 @pytest.mark.parametrize("changes", [{}, VQ], ids=["kl", "vq"])
 def test_half_precision_weights_take_full_precision_images_and_latents(changes: dict[str, Any]) -> None:
     torch.manual_seed(0)
@@ -212,6 +240,7 @@ def test_decoding_quantizes_first() -> None:
     assert isinstance(first_stage, VQAutoencoder)
     z = torch.randn(1, 3, 4, 4)
     assert torch.allclose(first_stage.decode(z), first_stage.decode(first_stage.quantize(z).latent), atol=1e-5)
+    assert torch.equal(first_stage.quantizer.lookup(z), first_stage.quantize(z).latent)
 
 
 def test_wrong_shapes_are_named() -> None:

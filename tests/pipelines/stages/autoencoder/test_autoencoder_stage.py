@@ -190,7 +190,12 @@ def test_the_loss_falls_and_every_weight_gets_a_gradient(preset: str, loss_kind:
     assert [name for name, weight in network.named_parameters() if weight.grad is None] == []
 
 
-def test_the_kl_term_is_a_mean_over_elements() -> None:
+@pytest.mark.parametrize(
+    # In the release both terms are sums: over 3 * 16 * 16 values of the picture, and over 4 * 2 * 2 of the latent.
+    ("reduction", "share"),
+    [("mean", 1.0), ("sum", 4 * 2 * 2 / (3 * 16 * 16))],
+)
+def test_the_kl_term_is_a_mean_over_elements_or_the_sum_of_the_release(reduction: str, share: float) -> None:
     """Golden value: the posterior N(1, e^2) has a KL of (1 + e^2 - 1 - 2) / 2 nats per element."""
     model = presets.first_stage("tiny-kl-f8")
     first_stage = build_first_stage(model)
@@ -200,10 +205,12 @@ def test_the_kl_term_is_a_mean_over_elements() -> None:
         first_stage.quant_conv.bias.copy_(torch.tensor([1.0] * 4 + [2.0] * 4))
     x, noise = torch.zeros(2, 3, 16, 16), torch.zeros(2, 4, 2, 2)
     with_kl, without = (
-        ReconstructionLoss(first_stage, config(training=TRAINING, kl_weight=kl_weight))(x, noise)
+        ReconstructionLoss(first_stage, config(training=TRAINING, kl_weight=kl_weight, kl_reduction=reduction))(
+            x, noise
+        )
         for kl_weight in (1.0, 0.0)
     )
-    expected = (1 + np.e**2 - 1 - 2) / 2
+    expected = share * (1 + np.e**2 - 1 - 2) / 2
     torch.testing.assert_close(with_kl - without, torch.full((2,), expected, dtype=torch.float32))
 
 
