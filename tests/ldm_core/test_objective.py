@@ -63,7 +63,7 @@ def test_a_perfect_network_has_no_loss(
 ) -> None:
     z0, noise, t = batch
     objective = DiffusionObjective(SCHEDULE, parameterization=parameterization)
-    loss = objective.loss(lambda z_t, t: target(parameterization, SCHEDULE, z0, noise, t), z0, t, noise)
+    loss = objective.loss(lambda z_t, t: target(parameterization, SCHEDULE, z0, noise, t), z0, noise, t)
     assert loss.shape == (4,)
     assert loss.max().item() == 0.0
 
@@ -75,7 +75,7 @@ def test_the_loss_is_the_mean_of_absolute_or_squared_errors_of_each_sample(
     z0, noise, t = batch
     objective = DiffusionObjective(SCHEDULE, loss=kind)  # type: ignore[arg-type]
     offsets = torch.tensor([0.5, 0.0, -0.5, 0.5]).view(4, 1, 1, 1)
-    loss = objective.loss(lambda z_t, t: noise + offsets, z0, t, noise)
+    loss = objective.loss(lambda z_t, t: noise + offsets, z0, noise, t)
     torch.testing.assert_close(loss, torch.tensor([expected, 0.0, expected, expected]))
 
 
@@ -87,7 +87,7 @@ def test_the_network_sees_the_noised_latent_and_its_timestep(batch: tuple[Tensor
         seen.extend([z_t, timestep])
         return z_t
 
-    DiffusionObjective(SCHEDULE).loss(network, z0, t, noise)
+    DiffusionObjective(SCHEDULE).loss(network, z0, noise, t)
     torch.testing.assert_close(seen[0], SCHEDULE.add_noise(z0, noise, t))
     assert seen[1] is t
 
@@ -106,7 +106,7 @@ def test_min_snr_weights_express_the_same_loss_in_every_parameterization(
     expected = SCHEDULE.snr(t).clamp(max=gamma) * 0.01
     for parameterization in PARAMETERIZATIONS:
         objective = DiffusionObjective(SCHEDULE, parameterization=parameterization, min_snr_gamma=gamma)
-        loss = objective.loss(lambda z_t, t: answers[parameterization], z0, t, noise)  # noqa: B023
+        loss = objective.loss(lambda z_t, t: answers[parameterization], z0, noise, t)  # noqa: B023
         torch.testing.assert_close(loss, expected, rtol=2e-3, atol=0)
 
 
@@ -140,7 +140,7 @@ def test_the_variational_bound_is_the_same_in_every_parameterization(batch: tupl
         both = DiffusionObjective(SCHEDULE, parameterization=parameterization, vlb_weight=1.0)
         simple = DiffusionObjective(SCHEDULE, parameterization=parameterization)
         of_both, of_simple = (
-            objective.loss(lambda z_t, t: answers[parameterization], z0, t, noise)  # noqa: B023
+            objective.loss(lambda z_t, t: answers[parameterization], z0, noise, t)  # noqa: B023
             for objective in (both, simple)
         )
         torch.testing.assert_close((of_both - of_simple).double(), expected, rtol=2e-2, atol=1e-6)
@@ -151,7 +151,7 @@ def test_the_bound_is_added_by_its_weight(batch: tuple[Tensor, Tensor, Tensor]) 
     weighted = DiffusionObjective(SCHEDULE, min_snr_gamma=5.0, vlb_weight=0.5)
     plain = DiffusionObjective(SCHEDULE, min_snr_gamma=5.0)
     unweighted = DiffusionObjective(SCHEDULE)
-    by_weight, by_snr, simple = (o.loss(lambda z_t, t: z_t, z0, t, noise) for o in (weighted, plain, unweighted))
+    by_weight, by_snr, simple = (o.loss(lambda z_t, t: z_t, z0, noise, t) for o in (weighted, plain, unweighted))
     torch.testing.assert_close(by_weight, by_snr + 0.5 * vlb_weights("eps", SCHEDULE)[t] * simple)
 
 
@@ -164,12 +164,12 @@ def test_the_bound_is_finite_without_terminal_signal(parameterization: Parameter
 
 def test_bf16_predictions_give_a_float32_loss(batch: tuple[Tensor, Tensor, Tensor]) -> None:
     z0, noise, t = batch
-    loss = DiffusionObjective(SCHEDULE).loss(lambda z_t, t: z_t.bfloat16(), z0, t, noise)
+    loss = DiffusionObjective(SCHEDULE).loss(lambda z_t, t: z_t.bfloat16(), z0, noise, t)
     assert loss.dtype == torch.float32
 
 
 def test_unusable_choices_are_refused() -> None:
-    with pytest.raises(ValueError, match="parameterization must be eps, v or x0, got 'epsilon'"):
+    with pytest.raises(ValueError, match="parameterization must be eps, v, x0 or flow, got 'epsilon'"):
         DiffusionObjective(SCHEDULE, parameterization="epsilon")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="loss must be l1 or l2, got 'huber'"):
         DiffusionObjective(SCHEDULE, loss="huber")  # type: ignore[arg-type]
@@ -186,4 +186,4 @@ def test_unusable_choices_are_refused() -> None:
 def test_a_prediction_of_another_shape_is_refused(batch: tuple[Tensor, Tensor, Tensor]) -> None:
     z0, noise, t = batch
     with pytest.raises(ValueError, match="check the network's out_channels"):
-        DiffusionObjective(SCHEDULE).loss(lambda z_t, t: z_t[:, :2], z0, t, noise)
+        DiffusionObjective(SCHEDULE).loss(lambda z_t, t: z_t[:, :2], z0, noise, t)
