@@ -71,6 +71,8 @@ def sample(
     except OSError as error:
         raise UserError(f"--out {out} cannot be a folder: {error.strerror}") from error
     model, reader, place = open_model(checkpoint, device)
+    if eta and model.config.schedule.is_flow:
+        raise MisuseError(f"the model in {place} is a rectified flow, which has no eta: leave it out, got --eta {eta}")
     if not prompts and reader.guided:
         raise MisuseError(f"the model in {place} needs PROMPTS: what it is asked to show")
     captions = [prompt for prompt in prompts or ("",) for _ in range(images)]

@@ -63,8 +63,8 @@ class DiffusionSettings(Config):
     Args:
         unet: a preset's name (the UNet of that published model), or its fields, or both.
         schedule: the noise schedule, or a rectified flow.
-        parameterization: what the network predicts: the noise, v or the clean latent; with a rectified flow its velocity
-            ("flow") or the clean latent.
+        parameterization: what the network predicts: the noise, v or the clean latent; with a rectified flow its
+            velocity ("flow") or the clean latent.
         timesteps: the distribution that timesteps are drawn from.
         loss: squared or absolute error.
         min_snr_gamma: clamp of the min-SNR loss weights (Hang et al. 2023); None weighs all timesteps equally.
@@ -104,10 +104,6 @@ class DiffusionSettings(Config):
             min_snr_gamma=self.min_snr_gamma,
             vlb_weight=self.vlb_weight,
         )
-        if self.schedule.is_flow and self.preview.eta:
-            raise ValueError(
-                f"eta is that of a chain's steps, got preview.eta={self.preview.eta} with a rectified_flow"
-            )
         return self
 
     @model_validator(mode="after")
