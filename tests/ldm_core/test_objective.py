@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_core.configs.objective import PARAMETERIZATIONS, Parameterization
+from ldm_core.configs.objective import FLOW_PARAMETERIZATIONS, PARAMETERIZATIONS, Parameterization
 from ldm_core.configs.schedule import ScheduleConfig
 from ldm_core.objective import DiffusionObjective, target, to_eps, to_prediction, to_x0, vlb_weights
 from ldm_core.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule(ScheduleConfig())
+FLOW = NoiseSchedule(ScheduleConfig(kind="rectified_flow"))
 
 
 @pytest.fixture
@@ -187,3 +188,40 @@ def test_a_prediction_of_another_shape_is_refused(batch: tuple[Tensor, Tensor, T
     z0, noise, t = batch
     with pytest.raises(ValueError, match="check the network's out_channels"):
         DiffusionObjective(SCHEDULE).loss(lambda z_t, t: z_t[:, :2], z0, noise, t)
+
+
+@pytest.mark.parametrize("parameterization", FLOW_PARAMETERIZATIONS)
+def test_a_perfect_prediction_on_a_rectified_flow_gives_back_noise_and_latent(
+    parameterization: Parameterization, batch: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    z0, noise, _ = batch
+    t = torch.tensor([1.5, 300.0, 999.25, 1000.0])
+    z_t = FLOW.add_noise(z0, noise, t)
+    prediction = target(parameterization, FLOW, z0, noise, t)
+    eps, x0 = to_prediction(parameterization, FLOW, prediction, z_t, t)
+    # At t = 1.5 of 1000 the noise that an x0 implies is a difference divided by 0.0015.
+    torch.testing.assert_close(eps, noise, atol=2e-3 if parameterization == "x0" else 2e-5, rtol=0)
+    torch.testing.assert_close(x0, z0, atol=2e-5, rtol=0)
+    objective = DiffusionObjective(FLOW, parameterization=parameterization)
+    assert objective.loss(lambda z_t, t: prediction, z0, noise, t).max().item() == 0.0
+
+
+def test_flow_is_the_velocity_of_the_latent(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    z0, noise, _ = (part.double() for part in batch)
+    t = torch.tensor([10.0, 400.0, 700.0, 990.0], dtype=torch.float64)
+    behind, ahead = (FLOW.add_noise(z0, noise, t + step) for step in (-1.0, 1.0))
+    # In units of T: t goes from 0 to 1 while the network's timestep goes from 0 to 1000.
+    torch.testing.assert_close(target("flow", FLOW, z0, noise, t), (ahead - behind) / (2 / 1000))
+
+
+def test_what_only_a_chain_or_only_a_flow_has_is_refused() -> None:
+    refused: tuple[tuple[NoiseSchedule, dict, str], ...] = (
+        (FLOW, {"parameterization": "eps"}, "with a rectified_flow use parameterization flow .*, got eps"),
+        (FLOW, {"parameterization": "v"}, "with a rectified_flow use parameterization flow .*, got v"),
+        (FLOW, {"parameterization": "flow", "min_snr_gamma": 5.0}, "last timestep of a rectified_flow no weight"),
+        (FLOW, {"parameterization": "flow", "vlb_weight": 0.1}, "bound is that of a chain.* leave vlb_weight 0"),
+        (SCHEDULE, {"parameterization": "flow"}, "only a rectified_flow has parameterization flow, got a schedule of"),
+    )
+    for schedule, settings, message in refused:
+        with pytest.raises(ValueError, match=message):
+            DiffusionObjective(schedule, **settings)
