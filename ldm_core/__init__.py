@@ -4,13 +4,13 @@ Read beside Section 3 of the paper, in this order:
 
     networks/autoencoder       3.1  perceptual compression: KL and VQ first stages (blocks, attention: their parts)
     networks/posterior              what an image is encoded to (vector_quantizer: the codebook)
-    schedule                   3.2  the forward process: noise added to latents
-    objective                  3.2  what the network predicts, and the loss, Eq. (2) and (3)
+    schedule                   3.2  the forward process: noise added to latents, by a chain or a rectified flow
+    objective                  3.2  what the network predicts, and the loss, Eq. (2) and (3) (timesteps: t in training)
     networks/unet              3.2  the denoising network
     conditioning               3.3  captions, classes, layouts, maps and images as the UNet takes them
     networks/text_transformer  3.3  the caption encoder that is trained with the UNet (tokenizers: captions to ids)
     pretrained                 3.3  frozen caption encoders: CLIP, or any of the transformers library
-    samplers                        from noise to latents: DDPM, DDIM, PLMS, DPM-Solver++, UniPC; editing
+    samplers                        from noise to latents: DDPM, DDIM, PLMS, Euler, Heun, DPM-Solver++, UniPC; editing
     guidance                        classifier-free and image guidance around a sampler's denoiser
     latent_diffusion                the parts as one model
     configs, presets                its configuration; the published ones by name

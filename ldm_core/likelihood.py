@@ -29,6 +29,9 @@ def variational_bound(denoise: Denoise, z0: Tensor, schedule: NoiseSchedule, noi
 
     Returns:
         (B,) float32 bits per dimension.
+
+    Raises:
+        ValueError: for a rectified flow, which is no chain.
     """
     last = schedule.timesteps - 1
     abar = schedule.alpha_bar(last)

@@ -1,23 +1,30 @@
 """The training objective: what the network predicts, and the loss on it, Eq. (1) to (3) of the paper.
 
 The network is a function (z_t, t) -> prediction of z_t's shape and knows none of this.
-Shapes: z0, z_t, noise, prediction: (B, ...); t: (B,) integers.
-Source: Eq. (1)-(3) and appendix B of the paper; v: Salimans & Ho 2022; min-SNR-gamma: Hang et al. 2023.
+Shapes: z0, z_t, noise, prediction: (B, ...); t: (B,) timesteps.
+Source: Eq. (1)-(3) and appendix B of the paper; v: Salimans & Ho 2022; flow: Liu et al. 2023; min-SNR-gamma: Hang et
+al. 2023.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ldm_core.configs.objective import LossKind, Parameterization, check_parameterization, check_parameterization_name
+from ldm_core.configs.objective import (
+    LossKind,
+    Parameterization,
+    TimestepsConfig,
+    check_objective,
+    check_parameterization_name,
+)
 from ldm_core.schedule import NoiseSchedule
+from ldm_core.timesteps import draw_timesteps
 
 
 class Prediction(NamedTuple):
-    """Both halves of z_t = sqrt(abar) x0 + sqrt(1 - abar) eps: the predicted noise and the predicted clean latent."""
+    """Both halves of z_t = signal x0 + sigma eps: the predicted noise and the predicted clean latent."""
 
     eps: Tensor
     x0: Tensor
@@ -27,7 +34,7 @@ def target(parameterization: Parameterization, schedule: NoiseSchedule, z0: Tens
     """Return what the network should answer at z_t = schedule.add_noise(z0, noise, t).
 
     Returns:
-        noise for "eps", z0 for "x0", sqrt(abar) noise - sqrt(1 - abar) z0 for "v"; of z0's shape.
+        noise for "eps", z0 for "x0", signal noise - sigma z0 for "v", noise - z0 for "flow"; of z0's shape.
 
     Raises:
         ValueError: for an unknown parameterization.
@@ -37,6 +44,8 @@ def target(parameterization: Parameterization, schedule: NoiseSchedule, z0: Tens
         return noise
     if parameterization == "x0":
         return z0
+    if parameterization == "flow":
+        return noise - z0
     signal, sigma = schedule.levels(t, like=z0)
     return signal * noise - sigma * z0
 
@@ -51,6 +60,9 @@ def to_eps(
     signal, sigma = schedule.levels(t, like=z_t)
     if parameterization == "x0":
         return (z_t - signal * prediction) / sigma
+    if parameterization == "flow":
+        # Put z0 = eps - flow into z_t = signal z0 + sigma eps, with signal + sigma = 1.
+        return z_t + signal * prediction
     # v: put z0 = signal z_t - sigma v into the line above, with signal^2 + sigma^2 = 1.
     return signal * prediction + sigma * z_t
 
@@ -65,6 +77,8 @@ def to_x0(
     signal, sigma = schedule.levels(t, like=z_t)
     if parameterization == "eps":
         return (z_t - sigma * prediction) / signal
+    if parameterization == "flow":
+        return z_t - sigma * prediction
     return signal * z_t - sigma * prediction
 
 
@@ -73,13 +87,13 @@ def to_prediction(
 ) -> Prediction:
     """Return noise and clean latent that a prediction at (z_t, t) implies, each of z_t's shape.
 
-    Denoisers return it to samplers if the noise alone is not enough: at the last timestep of a zero-terminal-SNR
-    schedule z_t is all noise, and only v and x0 tell something about the clean latent.
+    Denoisers return it to samplers if the noise alone is not enough: at the last timestep of a rectified flow or of a
+    zero-terminal-SNR schedule z_t is all noise, and only flow, v and x0 tell something about the clean latent.
 
     Raises:
-        ValueError: for "eps" with such a schedule.
+        ValueError: for a parameterization that the schedule does not have, or "eps" with such a schedule.
     """
-    check_parameterization(parameterization, "l2", zero_terminal_snr=schedule.config.zero_terminal_snr)
+    check_objective(schedule.config, parameterization=parameterization)
     return Prediction(
         to_eps(parameterization, schedule, prediction, z_t, t), to_x0(parameterization, schedule, prediction, z_t, t)
     )
@@ -110,19 +124,21 @@ def vlb_weights(parameterization: Parameterization, schedule: NoiseSchedule) -> 
 
 
 class DiffusionObjective:
-    """The reweighted denoising objective L_LDM of Eq. (2), conditional as Eq. (3).
+    """The reweighted denoising objective L_LDM of Eq. (2), conditional as Eq. (3), or flow matching.
 
     Args:
         schedule: forward process.
-        parameterization: the quantity that the network predicts, "eps", "v" or "x0".
+        parameterization: the quantity that the network predicts, "eps", "v" or "x0"; with a rectified flow its
+            velocity "flow", or "x0".
         loss: "l2" (the paper's Eq. 2) or "l1" (several of its released models).
         min_snr_gamma: upper limit of the signal-to-noise ratio in the loss weight; None keeps the paper's unit weight.
         vlb_weight: factor of the variational bound that is added, `original_elbo_weight` in the code release, whose
             models are all trained with 0; see `vlb_weights`.
+        timesteps: distribution that `timesteps` draws from.
 
     Raises:
-        ValueError: for an unknown parameterization or loss, gamma <= 0, a negative or infinite vlb_weight, or eps or
-            min-SNR weights with a zero-terminal-SNR schedule.
+        ValueError: for an unknown parameterization or loss, gamma <= 0, a negative or infinite vlb_weight, or what the
+            schedule does not have: see `configs.objective.check_objective`.
     """
 
     def __init__(
@@ -133,31 +149,45 @@ class DiffusionObjective:
         loss: LossKind = "l2",
         min_snr_gamma: float | None = None,
         vlb_weight: float = 0.0,
+        timesteps: TimestepsConfig = TimestepsConfig(),  # noqa: B008 (frozen)
     ) -> None:
-        check_parameterization(parameterization, loss, zero_terminal_snr=schedule.config.zero_terminal_snr)
-        if min_snr_gamma is not None and not min_snr_gamma > 0:
-            raise ValueError(f"min_snr_gamma must be positive or None, got {min_snr_gamma}")
-        if min_snr_gamma is not None and schedule.config.zero_terminal_snr:
-            raise ValueError(
-                "min_snr_gamma gives the last timestep of a zero_terminal_snr schedule no weight, and sampling begins "
-                "there: leave it None"
-            )
-        if not 0.0 <= vlb_weight < math.inf:
-            raise ValueError(f"vlb_weight must be a finite number of at least 0, got {vlb_weight}")
+        check_objective(
+            schedule.config,
+            parameterization=parameterization,
+            loss=loss,
+            min_snr_gamma=min_snr_gamma,
+            vlb_weight=vlb_weight,
+        )
         self.schedule = schedule
+        self.timesteps_config = timesteps
         self.parameterization = parameterization
         self.loss_kind = loss
         self.min_snr_gamma = min_snr_gamma
         self.vlb_weights = vlb_weight * vlb_weights(parameterization, schedule) if vlb_weight else None
 
-    def loss(self, predict: Callable[[Tensor, Tensor], Tensor], z0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    def timesteps(self, uniform: Tensor) -> Tensor:
+        """Return the timesteps that uniformly distributed random numbers stand for.
+
+        Args:
+            uniform: (B,) numbers in [0, 1), of any source: whoever draws them again gets the same timesteps.
+
+        Returns:
+            (B,) timesteps: int64 of a chain, float32 of a rectified flow; on uniform's device.
+
+        Raises:
+            ValueError: for numbers outside [0, 1).
+        """
+        drawn = draw_timesteps(uniform.double().cpu().numpy(), self.schedule.config, self.timesteps_config)
+        return torch.from_numpy(drawn).to(uniform.device)
+
+    def loss(self, predict: Callable[[Tensor, Tensor], Tensor], z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return the loss of each sample; the caller takes the mean over the batch.
 
         Args:
             predict: the network, (z_t, t) -> prediction, with its conditioning bound by the caller.
             z0: (B, ...) clean latents.
-            t: (B,) integer timesteps.
             noise: standard normal noise of z0's shape.
+            t: (B,) timesteps.
 
         Returns:
             (B,) float32 losses, each the mean over a sample's elements.

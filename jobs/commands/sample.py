@@ -1,7 +1,7 @@
 """`ldm sample`: sample pictures for prompts."""
 
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 import click
 from PIL import Image
@@ -9,7 +9,7 @@ from PIL import Image
 from jobs.console import console, emit_json, json_option
 from pipelines.drawing.grids import grid
 from pipelines.errors import MisuseError, UserError
-from pipelines.stages.diffusion.config import SamplingConfig
+from pipelines.stages.diffusion.config import SamplerName, SamplingConfig
 
 
 @click.command()
@@ -21,10 +21,10 @@ from pipelines.stages.diffusion.config import SamplingConfig
 @click.option("--steps", default=50, show_default=True, type=click.IntRange(1, 1000), help="Timesteps visited.")
 @click.option(
     "--sampler",
-    type=click.Choice(["ddim", "plms", "dpm_solver_pp_2m", "unipc"]),
+    type=click.Choice(get_args(SamplerName)),
     default="ddim",
     show_default=True,
-    help="The last two need 10 to 20 steps.",
+    help="The last three need 10 to 20 steps; heun's cost two evaluations each.",
 )
 @click.option(
     "--guidance",
@@ -43,7 +43,7 @@ def sample(
     images: int,
     seed: int,
     steps: int,
-    sampler: Literal["ddim", "plms", "dpm_solver_pp_2m", "unipc"],
+    sampler: SamplerName,
     guidance: float,
     eta: float,
     device: str | None,
@@ -71,6 +71,8 @@ def sample(
     except OSError as error:
         raise UserError(f"--out {out} cannot be a folder: {error.strerror}") from error
     model, reader, place = open_model(checkpoint, device)
+    if eta and model.config.schedule.is_flow:
+        raise MisuseError(f"the model in {place} is a rectified flow, which has no eta: leave it out, got --eta {eta}")
     if not prompts and reader.guided:
         raise MisuseError(f"the model in {place} needs PROMPTS: what it is asked to show")
     captions = [prompt for prompt in prompts or ("",) for _ in range(images)]

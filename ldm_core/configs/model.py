@@ -34,7 +34,7 @@ class LatentDiffusionConfig:
         unet: the denoising network.
         conditioner: what the UNet is conditioned on, see `conditioning`; None for an unconditional model.
         schedule: the forward process.
-        parameterization: what the UNet predicts, "eps", "v" or "x0".
+        parameterization: what the UNet predicts, "eps", "v" or "x0"; with a rectified flow "flow" or "x0".
         loss: the loss it is trained with, "l1" or "l2".
         scale_factor: factor that latents are multiplied by before diffusion: 1 / their std (Sec. 4.3.2, Appendix G).
 
@@ -54,9 +54,7 @@ class LatentDiffusionConfig:
     scale_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        objective.check_parameterization(
-            self.parameterization, self.loss, zero_terminal_snr=self.schedule.zero_terminal_snr
-        )
+        objective.check_objective(self.schedule, parameterization=self.parameterization, loss=self.loss)
         if not (math.isfinite(self.scale_factor) and self.scale_factor > 0):
             raise ValueError(f"scale_factor must be a positive number, got {self.scale_factor}")
         latent_channels = self.first_stage.embed_dim

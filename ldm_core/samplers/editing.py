@@ -1,6 +1,6 @@
 """Image-to-image and inpainting: sampling that starts from, or keeps parts of, a given latent, with any sampler.
 
-z0, x: (B, C, h, w) clean and noisy latent; t: (B,) integer timesteps.
+z0, x: (B, C, h, w) clean and noisy latent; t: (B,) timesteps.
 """
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ldm_core.images import to_bool
 from ldm_core.objective import Prediction
-from ldm_core.samplers.steps import Denoise, Spacing, timestep_grid
+from ldm_core.samplers.steps import Denoise, Spacing, same_timestep, timestep_grid
 from ldm_core.schedule import NoiseSchedule
 
 
@@ -20,7 +20,7 @@ def img2img_start(
     strength: float,
     num_steps: int = 50,
     spacing: Spacing | None = None,
-) -> tuple[Tensor, list[int]]:
+) -> tuple[Tensor, list[float]]:
     """Noise a latent part of the way, to sample back from there: image-to-image (SDEdit, Meng et al. 2022).
 
         x, timesteps = img2img_start(z0, noise, schedule, strength=0.75)
@@ -47,8 +47,7 @@ def img2img_start(
             "raise strength or num_steps"
         )
     timesteps = grid[-taken:]
-    t = torch.full((len(z0),), timesteps[0], dtype=torch.long, device=z0.device)
-    return schedule.add_noise(z0, noise, t), timesteps
+    return schedule.add_noise(z0, noise, same_timestep(z0, timesteps[0])), timesteps
 
 
 def masked(denoise: Denoise, schedule: NoiseSchedule, known: Tensor, mask: Tensor) -> Denoise:
@@ -60,7 +59,7 @@ def masked(denoise: Denoise, schedule: NoiseSchedule, known: Tensor, mask: Tenso
     noise that DDPM and DDIM with eta > 0 add).
 
     Start from noise, or, for the exact noise level at an early timestep, from `img2img_start(known, ...)`. In the
-    result the known region too has the noise level of timestep 0; `torch.where(mask, z, known)` removes it.
+    result the known region too has the noise level at which the sampler ends; `torch.where(mask, z, known)` removes it.
 
     Args:
         denoise: predicts the noise, or noise and clean latent.
@@ -79,7 +78,7 @@ def masked(denoise: Denoise, schedule: NoiseSchedule, known: Tensor, mask: Tenso
         if not _broadcasts(known, x):
             raise ValueError(f"the known latent must have x's shape {tuple(x.shape)}, got {tuple(known.shape)}")
         signal, sigma = schedule.levels(t, like=x)
-        # The noise in x if its clean latent is `known`: z_t = sqrt(abar) z_0 + sqrt(1 - abar) eps solved for eps.
+        # The noise in x if its clean latent is `known`: z_t = signal z_0 + sigma eps solved for eps.
         known_eps = (x - signal * known) / sigma
         answer = denoise(x, t)
         if isinstance(answer, Prediction):

@@ -1,13 +1,14 @@
-"""The samplers, oldest first: DDPM, DDIM, PLMS, DPM-Solver++(2M) and UniPC.
+"""The samplers: DDPM, DDIM, PLMS, Euler, Heun, DPM-Solver++(2M) and UniPC.
 
-x: (B, ...) noisy latent; eps, x0: predicted noise and clean latent of x's shape; t: integer timestep.
-abar, abar_next: signal's share of the variance at the timestep a step leaves and at the one it reaches (schedule.py).
-lambda = log(sqrt(abar) / sqrt(1 - abar)): half of the log SNR, the "time" of the two exponential integrators;
+x: (B, ...) noisy latent; eps, x0: predicted noise and clean latent of x's shape; t: timestep.
+start, end: signal and noise, x = signal x0 + sigma eps, where a step begins and where it ends (schedule.py).
+lambda = log(signal / sigma): half of the log SNR, the "time" of the two exponential integrators;
 h: its increase over a step.
 
-DDIM, PLMS, DPM-Solver++ and UniPC follow the same deterministic trajectory (the probability-flow ODE). DDIM is the
-first-order step, PLMS extrapolates the noise from earlier steps, DPM-Solver++ and UniPC extrapolate the clean latent.
-The scalars of a step are Python floats in float64, so that they cost nothing beside the network.
+All but DDPM follow the same deterministic trajectory (the probability-flow ODE), on every schedule. DDIM and Euler are
+the first-order step, Heun corrects it by a second evaluation, PLMS extrapolates the noise from earlier steps,
+DPM-Solver++ and UniPC extrapolate the clean latent. The scalars of a step are Python floats in float64, so that they
+cost nothing beside the network.
 """
 
 import math
@@ -18,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ldm_core.samplers.noise import NoiseSource, noise_like
-from ldm_core.samplers.steps import Callback, Denoise, Spacing, half_log_snr, plan_steps, predict, x0_from_eps
-from ldm_core.schedule import NoiseSchedule
+from ldm_core.samplers.steps import Callback, Denoise, Final, Spacing, plan_steps, predict, x0_from_eps
+from ldm_core.schedule import Level, NoiseSchedule
 
 
 def ddpm(
@@ -43,7 +44,8 @@ def ddpm(
         Clean latents of x's shape.
 
     Raises:
-        ValueError: for a start without any signal from which only the noise is predicted.
+        ValueError: for a start without any signal from which only the noise is predicted; for a rectified flow, which
+            has no posterior.
     """
     draw = noise_like(x, noise)
     for step, t in enumerate(range(schedule.timesteps - 1, -1, -1)):
@@ -68,7 +70,8 @@ def ddim(
     *,
     num_steps: int = 50,
     spacing: Spacing | None = None,
-    timesteps: Sequence[int] | None = None,
+    timesteps: Sequence[float] | None = None,
+    final: Final = "timestep_0",
     eta: float = 0.0,
     noise: NoiseSource | None = None,
     callback: Callback | None = None,
@@ -80,13 +83,16 @@ def ddim(
         x: (B, ...) normal noise to start from, or what `img2img_start` returns.
         schedule: forward process the network was trained on.
         num_steps, spacing: the timesteps to visit, see `timestep_grid`.
-        timesteps: visited instead of that grid, in descending order within T - 1 ... 1.
-        eta: 0 (deterministic) to 1 (as random as DDPM).
+        timesteps: visited instead of that grid, in descending order; of a chain from at most T - 1, also between
+            integers.
+        final: where the last step ends: at the noise level of "timestep_0", as published, or at the "clean" latent. Of
+            a rectified flow both are the same.
+        eta: 0 (deterministic) to 1 (as random as DDPM); a rectified flow takes 0 alone.
         noise: source of noise of x's shape for eta > 0; None draws from torch's global generator.
         callback: called after every step.
 
     Returns:
-        Latents of x's shape at the noise level of timestep 0, where the published sampler stops too.
+        Latents of x's shape.
 
     Raises:
         ValueError: for num_steps, timesteps or eta out of range, or a start without any signal from which only the
@@ -94,15 +100,17 @@ def ddim(
     """
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must be between 0 (deterministic) and 1 (as random as DDPM), got {eta}")
+    if eta and schedule.config.is_flow:
+        raise ValueError(f"eta is that of a chain's steps, which a rectified_flow does not have: keep 0, got {eta}")
     draw = noise_like(x, noise)
-    for step, t, _, abar, abar_next in plan_steps(schedule, num_steps, spacing, timesteps):
+    for step, t, _, start, end in plan_steps(schedule, num_steps, spacing, timesteps, final):
         eps, x0 = predict(denoise, x, t, schedule)
         # Eq. (16), then Eq. (12): "predicted x_0", "direction pointing to x_t", "random noise".
-        sigma = eta * math.sqrt((1 - abar_next) / (1 - abar) * (1 - abar / abar_next))
+        std = eta * end.sigma / start.sigma * math.sqrt(1 - (start.signal / end.signal) ** 2)
         # From pure noise with eta = 1 none of the old noise is kept, and rounding may make its share -1e-16.
-        x = math.sqrt(abar_next) * x0 + math.sqrt(max(1 - abar_next - sigma**2, 0.0)) * eps
-        if sigma > 0:
-            x = x + sigma * draw()
+        x = end.signal * x0 + math.sqrt(max(end.sigma**2 - std**2, 0.0)) * eps
+        if std > 0:
+            x = x + std * draw()
         if callback:
             callback(step, t, x0)
     return x
@@ -115,7 +123,8 @@ def plms(
     *,
     num_steps: int = 50,
     spacing: Spacing | None = None,
-    timesteps: Sequence[int] | None = None,
+    timesteps: Sequence[float] | None = None,
+    final: Final = "timestep_0",
     callback: Callback | None = None,
 ) -> Tensor:
     """Sample by PLMS, the pseudo linear multistep method of PNDM (Liu et al. 2022, Eq. 9, 12 and 13).
@@ -126,31 +135,31 @@ def plms(
     Arguments, result and errors are those of `ddim` without eta and noise.
     """
     history: list[Tensor] = []
-    for step, t, following, abar, abar_next in plan_steps(schedule, num_steps, spacing, timesteps):
+    for step, t, following, start, end in plan_steps(schedule, num_steps, spacing, timesteps, final):
         now = predict(denoise, x, t, schedule)
         if history:
             eps = _adams_bashforth([*history, now.eps])
-            x0 = x0_from_eps(x, eps, abar)
-        elif abar > 0.0:
-            ahead = _transfer(*now, abar_next)
+            x0 = x0_from_eps(x, eps, start)
+        elif start.signal > 0.0:
+            ahead = _transfer(*now, end)
             # A grid of one step has no next timestep to look ahead to; the release evaluates the same one again.
             then = predict(denoise, ahead, following if following > 0 else t, schedule)
             eps = (now.eps + then.eps) / 2
-            x0 = x0_from_eps(x, eps, abar)
+            x0 = x0_from_eps(x, eps, start)
         else:
-            # x is the noise itself; the mean of two predictions would leave x0 undefined, a division by abar = 0.
+            # x is the noise itself; the mean of two predictions would leave x0 undefined, a division by signal = 0.
             eps, x0 = now
         # The rules extrapolate what the network predicted, not what was extrapolated before.
         history = [*history[-2:], now.eps]
-        x = _transfer(eps, x0, abar_next)
+        x = _transfer(eps, x0, end)
         if callback:
             callback(step, t, x0)
     return x
 
 
-def _transfer(eps: Tensor, x0: Tensor, abar_next: float) -> Tensor:
+def _transfer(eps: Tensor, x0: Tensor, end: Level) -> Tensor:
     """Move to another noise level along the deterministic trajectory (Liu et al. 2022, Eq. 9; DDIM with eta = 0)."""
-    return math.sqrt(abar_next) * x0 + math.sqrt(1 - abar_next) * eps
+    return end.signal * x0 + end.sigma * eps
 
 
 def _adams_bashforth(eps: list[Tensor]) -> Tensor:
@@ -162,6 +171,72 @@ def _adams_bashforth(eps: list[Tensor]) -> Tensor:
     return (55 * eps[-1] - 59 * eps[-2] + 37 * eps[-3] - 9 * eps[-4]) / 24
 
 
+def euler(
+    denoise: Denoise,
+    x: Tensor,
+    schedule: NoiseSchedule,
+    *,
+    num_steps: int = 50,
+    spacing: Spacing | None = None,
+    timesteps: Sequence[float] | None = None,
+    final: Final = "clean",
+    callback: Callback | None = None,
+) -> Tensor:
+    """Sample by Euler's method, down to the clean latent.
+
+    Of a rectified flow a step is (t_next - t) times the velocity eps - x0 (Liu et al. 2023). Of a chain it goes along
+    d(x / signal) / d(sigma / signal) = eps (Karras et al. 2022, Algorithm 1 without lines 6 to 8). Both are DDIM with
+    eta = 0.
+
+    Other arguments, result and errors are those of `ddim` without eta and noise.
+    """
+    return ddim(
+        denoise,
+        x,
+        schedule,
+        num_steps=num_steps,
+        spacing=spacing,
+        timesteps=timesteps,
+        final=final,
+        callback=callback,
+    )
+
+
+def heun(
+    denoise: Denoise,
+    x: Tensor,
+    schedule: NoiseSchedule,
+    *,
+    num_steps: int = 25,
+    spacing: Spacing | None = None,
+    timesteps: Sequence[float] | None = None,
+    final: Final = "clean",
+    callback: Callback | None = None,
+) -> Tensor:
+    """Sample by Heun's second-order method (Karras et al. 2022, Algorithm 1), down to the clean latent.
+
+    Each of Euler's steps is repeated with the mean of the slopes at its two ends, but for one that reaches the clean
+    latent, where there is none: n steps take 2 n - 1 evaluations. Of a chain, a step from pure noise (zero terminal
+    SNR) is not repeated either, since sigma / signal is infinite there.
+
+    Other arguments, result and errors are those of `ddim` without eta and noise.
+    """
+    for step, t, following, start, end in plan_steps(schedule, num_steps, spacing, timesteps, final):
+        now = predict(denoise, x, t, schedule)
+        ahead = _transfer(*now, end)
+        if end.sigma == 0.0 or (start.signal == 0.0 and not schedule.config.is_flow):
+            x = ahead
+        else:
+            then = predict(denoise, ahead, following, schedule)
+            if schedule.config.is_flow:
+                x = ahead + (end.sigma - start.sigma) / 2 * ((then.eps - then.x0) - (now.eps - now.x0))
+            else:
+                x = ahead + (end.sigma - end.signal / start.signal * start.sigma) / 2 * (then.eps - now.eps)
+        if callback:
+            callback(step, t, now.x0)
+    return x
+
+
 def dpm_solver_pp_2m(
     denoise: Denoise,
     x: Tensor,
@@ -169,7 +244,8 @@ def dpm_solver_pp_2m(
     *,
     num_steps: int = 20,
     spacing: Spacing | None = None,
-    timesteps: Sequence[int] | None = None,
+    timesteps: Sequence[float] | None = None,
+    final: Final = "timestep_0",
     callback: Callback | None = None,
 ) -> Tensor:
     """Sample by DPM-Solver++(2M), the second-order multistep solver (Lu et al. 2022b, Algorithm 2).
@@ -178,21 +254,20 @@ def dpm_solver_pp_2m(
 
     Arguments, result and errors are those of `ddim` without eta and noise.
     """
-    steps = plan_steps(schedule, num_steps, spacing, timesteps)
+    steps = plan_steps(schedule, num_steps, spacing, timesteps, final)
     x0_before, h_before = x, 0.0
-    for step, t, _, abar, abar_next in steps:
+    for step, t, _, start, end in steps:
         x0 = predict(denoise, x, t, schedule).x0
         # Infinite where the step leaves pure noise. Algorithm 2 then still holds: expm1(-h) is -1 in this step, and
-        # 1 / (2 r) is 0 in the next, so that both are first-order steps.
-        h = half_log_snr(abar_next) - half_log_snr(abar)
+        # 1 / (2 r) is 0 in the next, so that both are first-order steps. So is one that reaches the clean latent.
+        h = end.half_log_snr - start.half_log_snr
         last = step == len(steps) - 1
-        if step == 0 or (last and len(steps) < 15):
+        if step == 0 or (last and (len(steps) < 15 or end.sigma == 0.0)):
             direction = x0
         else:
             # D = (1 + 1 / (2 r)) x0 - 1 / (2 r) x0_before with r = h_before / h.
             direction = x0 + (h / (2 * h_before)) * (x0 - x0_before)
-        ratio = math.sqrt((1 - abar_next) / (1 - abar))
-        x = ratio * x - math.sqrt(abar_next) * math.expm1(-h) * direction
+        x = end.sigma / start.sigma * x - end.signal * math.expm1(-h) * direction
         x0_before, h_before = x0, h
         if callback:
             callback(step, t, x0)
@@ -207,7 +282,8 @@ def unipc(
     num_steps: int = 20,
     order: int = 2,
     spacing: Spacing | None = None,
-    timesteps: Sequence[int] | None = None,
+    timesteps: Sequence[float] | None = None,
+    final: Final = "timestep_0",
     callback: Callback | None = None,
 ) -> Tensor:
     """Sample by UniPC in data prediction with B(h) = exp(h) - 1, called "bh2" (Zhao et al. 2023, Sec. 3).
@@ -225,17 +301,17 @@ def unipc(
     """
     if order not in (1, 2, 3):
         raise ValueError(f"UniPC's order must be 1, 2 or 3, got {order}")
-    steps = plan_steps(schedule, num_steps, spacing, timesteps)
+    steps = plan_steps(schedule, num_steps, spacing, timesteps, final)
     history: list[_Point] = []
     x_before, order_before = x, 0
-    for step, t, _, abar, abar_next in steps:
-        now = _Point(abar, predict(denoise, x, t, schedule).x0)
+    for step, t, _, start, end in steps:
+        now = _Point(start, predict(denoise, x, t, schedule).x0)
         if history:
             # UniC repeats the last step from where it began, now that the prediction at its end is known.
-            x = _unipc_step(x_before, history[-order_before:], abar, arrived=now)
+            x = _unipc_step(x_before, history[-order_before:], start, arrived=now)
         history = [*history[-2:], now]
         x_before, order_before = x, min(order, len(history), len(steps) - step)
-        x = _unipc_step(x, history[-order_before:], abar_next)
+        x = _unipc_step(x, history[-order_before:], end)
         if callback:
             callback(step, t, now.x0)
     return x
@@ -244,31 +320,28 @@ def unipc(
 class _Point(NamedTuple):
     """A prediction of the clean latent, and the noise level at which it was made."""
 
-    abar: float
+    level: Level
     x0: Tensor
 
-    @property
-    def half_log_snr(self) -> float:
-        return half_log_snr(self.abar)
 
-
-def _unipc_step(x: Tensor, history: list[_Point], abar_next: float, *, arrived: _Point | None = None) -> Tensor:
+def _unipc_step(x: Tensor, history: list[_Point], end: Level, *, arrived: _Point | None = None) -> Tensor:
     """Step from x at the newest point of the history to another noise level (Zhao et al. 2023, Sec. 3).
 
     The predictor UniP uses the points behind; the corrector UniC uses also the prediction where UniP arrived.
     """
     *behind, start = history
-    h = half_log_snr(abar_next) - start.half_log_snr
+    start_lambda = start.level.half_log_snr
+    h = end.half_log_snr - start_lambda
     # A point without signal lies infinitely far behind, so that its ratio is infinite and its weight zero.
-    points = [point for point in behind if point.abar > 0.0]
-    ratios = [(point.half_log_snr - start.half_log_snr) / h for point in points]
+    points = [point for point in behind if point.level.signal > 0.0]
+    ratios = [(point.level.half_log_snr - start_lambda) / h for point in points]
     if arrived:
         points, ratios = [*points, arrived], [*ratios, 1.0]
     # x_next = sigma_next / sigma x - alpha_next ((exp(-h) - 1) x0 + B(h) sum_m a_m (x0_m - x0) / r_m)
     direction = math.expm1(-h) * start.x0
     for weight, ratio, point in zip(_unipc_weights(h, ratios), ratios, points):
         direction = direction + (weight / ratio) * (point.x0 - start.x0)
-    return math.sqrt((1 - abar_next) / (1 - start.abar)) * x - math.sqrt(abar_next) * direction
+    return end.sigma / start.level.sigma * x - end.signal * direction
 
 
 def _unipc_weights(h: float, ratios: list[float]) -> list[float]:

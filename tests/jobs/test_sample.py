@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ import torch
 from ldm_core import checkpoint, presets
 from ldm_core.configs.conditioning import ClassConfig
 from ldm_core.configs.model import LatentDiffusionConfig
+from ldm_core.configs.schedule import ScheduleConfig
 from ldm_core.configs.unet import UNetConfig
+from pipelines.stages.diffusion.config import SamplerName
 from tests.jobs.conftest import Ldm
 from tests.random_weights import without_zeros
 from tests.tiny import TINY_UNET
@@ -18,11 +21,13 @@ from tests.tiny import TINY_UNET
 FAST = ("--steps", 2, "--device", "cpu", "--json")
 
 
-def write_model(folder: Path, conditioner: ClassConfig | None) -> Path:
+def write_model(folder: Path, conditioner: ClassConfig | None, **changes: Any) -> Path:
     unet = UNetConfig(**TINY_UNET)
     if conditioner is None:
         unet = dataclasses.replace(unet, context_dim=None)
-    config = LatentDiffusionConfig(first_stage=presets.first_stage("tiny-kl-f8"), unet=unet, conditioner=conditioner)
+    config = LatentDiffusionConfig(
+        first_stage=presets.first_stage("tiny-kl-f8"), unet=unet, conditioner=conditioner, **changes
+    )
     torch.manual_seed(0)
     checkpoint.save(without_zeros(config.build()), folder)
     return folder
@@ -70,3 +75,19 @@ def test_an_unconditional_model_takes_no_prompts(tmp_path: Path, ldm: Ldm) -> No
     code, _, err = ldm("sample", folder, "a cat", *FAST)
     assert code == 1
     assert "this model is unconditional and takes no prompts, got 'a cat'" in err
+
+
+def test_a_rectified_flow_is_sampled_by_every_sampler_but_without_eta(tmp_path: Path, ldm: Ldm) -> None:
+    flow = ScheduleConfig(kind="rectified_flow")
+    folder = write_model(tmp_path / "model", None, schedule=flow, parameterization="flow")
+    for sampler in get_args(SamplerName):
+        code, _, err = ldm("sample", folder, "--sampler", sampler, *FAST)
+        assert code == 0, err
+    code, _, err = ldm("sample", folder, "--eta", 0.5, *FAST)
+    assert code == 2
+    assert "is a rectified flow, which has no eta: leave it out, got --eta 0.5" in err
+    for layout in ("diffusers", "compvis"):
+        code, _, err = ldm("export", folder, tmp_path / layout, "--format", layout)
+        assert code == 1
+        assert "rectified_flow" in err
+        assert not (tmp_path / layout).exists() or not any((tmp_path / layout).iterdir())

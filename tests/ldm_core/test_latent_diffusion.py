@@ -75,7 +75,7 @@ def test_a_training_step_reaches_every_trainable_weight(model: LatentDiffusion) 
     z0, noise = torch.randn(2, 2, *latent_shape(model))
     objective = DiffusionObjective(model.schedule)
     tokens = captions(1, 2)
-    losses = objective.loss(lambda z, t: network(z, t, tokens), z0, torch.tensor([10, 900]), noise)
+    losses = objective.loss(lambda z, t: network(z, t, tokens), z0, noise, torch.tensor([10, 900]))
     losses.mean().backward()
     without = [name for name, p in network.named_parameters() if p.requires_grad and p.grad is None]
     network.zero_grad(set_to_none=True)

@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_core.configs.objective import PARAMETERIZATIONS, Parameterization
+from ldm_core.configs.objective import FLOW_PARAMETERIZATIONS, PARAMETERIZATIONS, Parameterization
 from ldm_core.configs.schedule import ScheduleConfig
 from ldm_core.objective import DiffusionObjective, target, to_eps, to_prediction, to_x0, vlb_weights
 from ldm_core.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule(ScheduleConfig())
+FLOW = NoiseSchedule(ScheduleConfig(kind="rectified_flow"))
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_a_perfect_network_has_no_loss(
 ) -> None:
     z0, noise, t = batch
     objective = DiffusionObjective(SCHEDULE, parameterization=parameterization)
-    loss = objective.loss(lambda z_t, t: target(parameterization, SCHEDULE, z0, noise, t), z0, t, noise)
+    loss = objective.loss(lambda z_t, t: target(parameterization, SCHEDULE, z0, noise, t), z0, noise, t)
     assert loss.shape == (4,)
     assert loss.max().item() == 0.0
 
@@ -75,7 +76,7 @@ def test_the_loss_is_the_mean_of_absolute_or_squared_errors_of_each_sample(
     z0, noise, t = batch
     objective = DiffusionObjective(SCHEDULE, loss=kind)  # type: ignore[arg-type]
     offsets = torch.tensor([0.5, 0.0, -0.5, 0.5]).view(4, 1, 1, 1)
-    loss = objective.loss(lambda z_t, t: noise + offsets, z0, t, noise)
+    loss = objective.loss(lambda z_t, t: noise + offsets, z0, noise, t)
     torch.testing.assert_close(loss, torch.tensor([expected, 0.0, expected, expected]))
 
 
@@ -87,7 +88,7 @@ def test_the_network_sees_the_noised_latent_and_its_timestep(batch: tuple[Tensor
         seen.extend([z_t, timestep])
         return z_t
 
-    DiffusionObjective(SCHEDULE).loss(network, z0, t, noise)
+    DiffusionObjective(SCHEDULE).loss(network, z0, noise, t)
     torch.testing.assert_close(seen[0], SCHEDULE.add_noise(z0, noise, t))
     assert seen[1] is t
 
@@ -106,7 +107,7 @@ def test_min_snr_weights_express_the_same_loss_in_every_parameterization(
     expected = SCHEDULE.snr(t).clamp(max=gamma) * 0.01
     for parameterization in PARAMETERIZATIONS:
         objective = DiffusionObjective(SCHEDULE, parameterization=parameterization, min_snr_gamma=gamma)
-        loss = objective.loss(lambda z_t, t: answers[parameterization], z0, t, noise)  # noqa: B023
+        loss = objective.loss(lambda z_t, t: answers[parameterization], z0, noise, t)  # noqa: B023
         torch.testing.assert_close(loss, expected, rtol=2e-3, atol=0)
 
 
@@ -140,7 +141,7 @@ def test_the_variational_bound_is_the_same_in_every_parameterization(batch: tupl
         both = DiffusionObjective(SCHEDULE, parameterization=parameterization, vlb_weight=1.0)
         simple = DiffusionObjective(SCHEDULE, parameterization=parameterization)
         of_both, of_simple = (
-            objective.loss(lambda z_t, t: answers[parameterization], z0, t, noise)  # noqa: B023
+            objective.loss(lambda z_t, t: answers[parameterization], z0, noise, t)  # noqa: B023
             for objective in (both, simple)
         )
         torch.testing.assert_close((of_both - of_simple).double(), expected, rtol=2e-2, atol=1e-6)
@@ -151,7 +152,7 @@ def test_the_bound_is_added_by_its_weight(batch: tuple[Tensor, Tensor, Tensor]) 
     weighted = DiffusionObjective(SCHEDULE, min_snr_gamma=5.0, vlb_weight=0.5)
     plain = DiffusionObjective(SCHEDULE, min_snr_gamma=5.0)
     unweighted = DiffusionObjective(SCHEDULE)
-    by_weight, by_snr, simple = (o.loss(lambda z_t, t: z_t, z0, t, noise) for o in (weighted, plain, unweighted))
+    by_weight, by_snr, simple = (o.loss(lambda z_t, t: z_t, z0, noise, t) for o in (weighted, plain, unweighted))
     torch.testing.assert_close(by_weight, by_snr + 0.5 * vlb_weights("eps", SCHEDULE)[t] * simple)
 
 
@@ -164,12 +165,12 @@ def test_the_bound_is_finite_without_terminal_signal(parameterization: Parameter
 
 def test_bf16_predictions_give_a_float32_loss(batch: tuple[Tensor, Tensor, Tensor]) -> None:
     z0, noise, t = batch
-    loss = DiffusionObjective(SCHEDULE).loss(lambda z_t, t: z_t.bfloat16(), z0, t, noise)
+    loss = DiffusionObjective(SCHEDULE).loss(lambda z_t, t: z_t.bfloat16(), z0, noise, t)
     assert loss.dtype == torch.float32
 
 
 def test_unusable_choices_are_refused() -> None:
-    with pytest.raises(ValueError, match="parameterization must be eps, v or x0, got 'epsilon'"):
+    with pytest.raises(ValueError, match="parameterization must be eps, v, x0 or flow, got 'epsilon'"):
         DiffusionObjective(SCHEDULE, parameterization="epsilon")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="loss must be l1 or l2, got 'huber'"):
         DiffusionObjective(SCHEDULE, loss="huber")  # type: ignore[arg-type]
@@ -186,4 +187,41 @@ def test_unusable_choices_are_refused() -> None:
 def test_a_prediction_of_another_shape_is_refused(batch: tuple[Tensor, Tensor, Tensor]) -> None:
     z0, noise, t = batch
     with pytest.raises(ValueError, match="check the network's out_channels"):
-        DiffusionObjective(SCHEDULE).loss(lambda z_t, t: z_t[:, :2], z0, t, noise)
+        DiffusionObjective(SCHEDULE).loss(lambda z_t, t: z_t[:, :2], z0, noise, t)
+
+
+@pytest.mark.parametrize("parameterization", FLOW_PARAMETERIZATIONS)
+def test_a_perfect_prediction_on_a_rectified_flow_gives_back_noise_and_latent(
+    parameterization: Parameterization, batch: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    z0, noise, _ = batch
+    t = torch.tensor([1.5, 300.0, 999.25, 1000.0])
+    z_t = FLOW.add_noise(z0, noise, t)
+    prediction = target(parameterization, FLOW, z0, noise, t)
+    eps, x0 = to_prediction(parameterization, FLOW, prediction, z_t, t)
+    # At t = 1.5 of 1000 the noise that an x0 implies is a difference divided by 0.0015.
+    torch.testing.assert_close(eps, noise, atol=2e-3 if parameterization == "x0" else 2e-5, rtol=0)
+    torch.testing.assert_close(x0, z0, atol=2e-5, rtol=0)
+    objective = DiffusionObjective(FLOW, parameterization=parameterization)
+    assert objective.loss(lambda z_t, t: prediction, z0, noise, t).max().item() == 0.0
+
+
+def test_flow_is_the_velocity_of_the_latent(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    z0, noise, _ = (part.double() for part in batch)
+    t = torch.tensor([10.0, 400.0, 700.0, 990.0], dtype=torch.float64)
+    behind, ahead = (FLOW.add_noise(z0, noise, t + step) for step in (-1.0, 1.0))
+    # In units of T: t goes from 0 to 1 while the network's timestep goes from 0 to 1000.
+    torch.testing.assert_close(target("flow", FLOW, z0, noise, t), (ahead - behind) / (2 / 1000))
+
+
+def test_what_only_a_chain_or_only_a_flow_has_is_refused() -> None:
+    refused: tuple[tuple[NoiseSchedule, dict, str], ...] = (
+        (FLOW, {"parameterization": "eps"}, "with a rectified_flow use parameterization flow .*, got eps"),
+        (FLOW, {"parameterization": "v"}, "with a rectified_flow use parameterization flow .*, got v"),
+        (FLOW, {"parameterization": "flow", "min_snr_gamma": 5.0}, "last timestep of a rectified_flow no weight"),
+        (FLOW, {"parameterization": "flow", "vlb_weight": 0.1}, "bound is that of a chain.* leave vlb_weight 0"),
+        (SCHEDULE, {"parameterization": "flow"}, "only a rectified_flow has parameterization flow, got a schedule of"),
+    )
+    for schedule, settings, message in refused:
+        with pytest.raises(ValueError, match=message):
+            DiffusionObjective(schedule, **settings)

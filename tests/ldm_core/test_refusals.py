@@ -27,10 +27,9 @@ def noised(t: object, z0: torch.Tensor = Z) -> torch.Tensor:
 REFUSED: dict[str, Callable[[], object]] = {
     r"timesteps must be in 0 \.\.\. 999, got -1": lambda: noised(-1),
     r"timesteps must be in 0 \.\.\. 999, got 1000": lambda: noised(1000),
-    r"timesteps must be integers, got torch\.float32": lambda: noised(0.5),
     r"latents must be floating point, got torch\.int64": lambda: noised(0, Z.long()),
-    "must be eps, v or x0, got 'epsilon'": lambda: objective.to_eps("epsilon", SCHEDULE, Z, Z, torch.tensor([1])),  # type: ignore[arg-type]
-    "must be eps, v or x0, got 'sample'": lambda: objective.target("sample", SCHEDULE, Z, Z, torch.tensor([1])),  # type: ignore[arg-type]
+    "must be eps, v, x0 or flow, got 'epsilon'": lambda: objective.to_eps("epsilon", SCHEDULE, Z, Z, torch.tensor([1])),  # type: ignore[arg-type]
+    "must be eps, v, x0 or flow, got 'sample'": lambda: objective.target("sample", SCHEDULE, Z, Z, torch.tensor([1])),  # type: ignore[arg-type]
     "min_snr_gamma gives the last timestep of a zero_terminal_snr schedule no weight": lambda: (
         objective.DiffusionObjective(
             NoiseSchedule(ScheduleConfig(zero_terminal_snr=True)), parameterization="v", min_snr_gamma=5.0

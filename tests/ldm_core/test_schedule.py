@@ -112,6 +112,10 @@ def test_tables_are_moved_to_the_timesteps_device_once(monkeypatch: pytest.Monke
         ({"timesteps": 1}, "at least 2 timesteps, got timesteps=1"),
         ({"kind": "sqrt"}, "got 'sqrt'"),
         ({"beta_start": 0.1, "beta_end": 0.01}, "0 < beta_start <= beta_end < 1"),
+        ({"shift": 3.0}, "a schedule of kind scaled_linear has no shift, got 3.0: leave it out"),
+        ({"kind": "rectified_flow", "beta_end": 0.02}, "of kind rectified_flow has no beta_end, got 0.02"),
+        ({"kind": "rectified_flow", "zero_terminal_snr": True}, "rectified_flow has no zero_terminal_snr, got True"),
+        ({"kind": "rectified_flow", "shift": 0.0}, "shift must be a positive number, got 0.0"),
     ],
 )
 def test_an_impossible_schedule_is_refused(settings: dict, message: str) -> None:
@@ -123,3 +127,38 @@ def test_noise_of_another_shape_is_refused() -> None:
     schedule = NoiseSchedule(ScheduleConfig())
     with pytest.raises(ValueError, match="noise must have z0's shape"):
         schedule.add_noise(torch.zeros(2, 4, 8, 8), torch.zeros(1, 4, 8, 8), torch.zeros(2, dtype=torch.long))
+
+
+@pytest.mark.parametrize("config", [ScheduleConfig(), ScheduleConfig(zero_terminal_snr=True)])
+def test_between_its_timesteps_a_chain_is_interpolated_and_at_them_it_is_the_table(config: ScheduleConfig) -> None:
+    schedule = NoiseSchedule(config)
+    t = torch.arange(1000)
+    for table, level in zip(schedule.levels(t, like=t.double()), schedule.levels(t.double(), like=t.double())):
+        torch.testing.assert_close(level, table, atol=0, rtol=1e-6)
+    assert schedule.at(998) == (math.sqrt(schedule.alpha_bar(998)), math.sqrt(1 - schedule.alpha_bar(998)))
+    between = torch.arange(999) + 0.3
+    signal, sigma = schedule.levels(between, like=between)
+    torch.testing.assert_close(signal.square() + sigma.square(), torch.ones(999))
+    assert (signal[:-1] < schedule.signal_level[:-2]).all()
+    assert (signal[:-1] > schedule.signal_level[1:-1]).all()
+    for timestep in (0.3, 500.3, 998.3):
+        in_float32 = signal[int(timestep)].item(), sigma[int(timestep)].item()
+        assert schedule.at(timestep) == pytest.approx(in_float32, abs=1e-6)
+    assert schedule.at(999).signal == schedule.at(999.0).signal == math.sqrt(schedule.alpha_bar(999))
+    with pytest.raises(ValueError, match=r"timesteps must be in 0 \.\.\. 999, got 999\.5"):
+        schedule.levels(torch.tensor([999.5]), like=signal)
+
+
+def test_a_rectified_flow_goes_straight_from_latent_to_noise() -> None:
+    # Liu et al. 2023, Eq. (1), from noise at t = 1000 to data at t = 0.
+    schedule = NoiseSchedule(ScheduleConfig(kind="rectified_flow", shift=3.0))
+    z0, noise, t = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([0.0, 250.5, 1000.0])
+    expected = torch.stack([z0[0], 0.7495 * z0[1] + 0.2505 * noise[1], noise[2]])
+    torch.testing.assert_close(schedule.add_noise(z0, noise, t), expected)
+    assert schedule.at(250.5) == pytest.approx((0.7495, 0.2505))
+    assert (schedule.at(0).half_log_snr, schedule.at(1000).half_log_snr) == (math.inf, -math.inf)
+    torch.testing.assert_close(schedule.snr(torch.tensor([500.0, 1000.0])), torch.tensor([1.0, 0.0]))
+    with pytest.raises(ValueError, match=r"timesteps must be in 0 \.\.\. 1000, got 1000\.5"):
+        schedule.add_noise(z0[:1], noise[:1], torch.tensor([1000.5]))
+    with pytest.raises(ValueError, match="is no chain of steps, as DDPM and the variational bound need"):
+        schedule.alpha_bar(3)

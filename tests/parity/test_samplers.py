@@ -9,6 +9,10 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
@@ -177,6 +181,101 @@ def test_unipc_ends_where_diffusers_does_on_the_published_grid(
     scheduler.sigmas = ((1 - abar) / abar).sqrt().float()
     ours = samplers.unipc(denoise, x, SCHEDULE, num_steps=num_steps)
     assert_same_end(ours, run_scheduler(scheduler, denoise, x))
+
+
+@pytest.mark.parametrize("num_steps", [7, 30, 300])
+def test_leading_n_is_the_grid_of_diffusers(denoise: samplers.Denoise, x: Tensor, num_steps: int) -> None:
+    scheduler: Any = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    scheduler.set_timesteps(num_steps)
+    assert scheduler.timesteps.tolist() == samplers.timestep_grid(SCHEDULE, num_steps, "leading_n")
+    ours = samplers.ddim(denoise, x, SCHEDULE, num_steps=num_steps, spacing="leading_n")
+    assert_same_end(ours, run_scheduler(scheduler, denoise, x))
+
+
+@pytest.mark.parametrize("num_steps", [8, 20])
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+@pytest.mark.parametrize("name", ["dpm_solver_pp_2m", "unipc"])
+def test_solvers_of_the_clean_latent_end_where_diffusers_does(
+    denoise: samplers.Denoise, x: Tensor, name: str, spacing: Spacing, num_steps: int
+) -> None:
+    kind: Any = {"dpm_solver_pp_2m": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}[name]
+    scheduler = kind(**BETAS, final_sigmas_type="zero", timestep_spacing=spacing)
+    scheduler.set_timesteps(num_steps)
+    options = {"num_steps": num_steps, "spacing": spacing, "final": "clean"}
+    ours = getattr(samplers, name)(denoise, x, SCHEDULE, **options)
+    assert_same_end(ours, run_scheduler(scheduler, denoise, x))
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading_n"])
+@pytest.mark.parametrize(("name", "kind"), [("euler", EulerDiscreteScheduler), ("heun", HeunDiscreteScheduler)])
+def test_euler_and_heun_end_where_diffusers_does(
+    denoise: samplers.Denoise, x: Tensor, name: str, kind: Any, spacing: Spacing
+) -> None:
+    scheduler = kind(**BETAS, timestep_spacing=spacing.removesuffix("_n"), steps_offset=1)
+    scheduler.set_timesteps(10)
+    # They count in x / signal, and scale the network's input back.
+    theirs = x / SCHEDULE.at(int(scheduler.timesteps[0])).signal
+    for timestep in scheduler.timesteps:
+        eps = denoise(scheduler.scale_model_input(theirs, timestep), torch.full((2,), int(timestep)))
+        theirs = scheduler.step(eps, timestep, theirs).prev_sample
+    ours = getattr(samplers, name)(denoise, x, SCHEDULE, num_steps=10, spacing=spacing)
+    assert_same_end(ours, theirs)
+
+
+def on_flow(denoise: samplers.Denoise, schedule: NoiseSchedule) -> samplers.Denoise:
+    """Return the stand-in as a network that predicts the velocity, at timesteps as whole as some schedulers' are."""
+
+    def predict(x: Tensor, t: Tensor) -> Prediction:
+        return to_prediction("flow", schedule, denoise(x, (t + 0.01).floor()), x, t)  # type: ignore[arg-type]
+
+    return predict
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_matching_by_euler_ends_where_diffusers_does(denoise: samplers.Denoise, x: Tensor, shift: float) -> None:
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=shift)
+    # As its pipelines do: evenly spaced, and shifted by the scheduler.
+    scheduler.set_timesteps(sigmas=[1 - i / 10 for i in range(10)])
+    schedule = NoiseSchedule(ScheduleConfig(kind="rectified_flow", shift=shift))
+    assert scheduler.timesteps.tolist() == pytest.approx(samplers.timestep_grid(schedule, 10), rel=1e-6)
+    theirs = x
+    for timestep in scheduler.timesteps:
+        velocity = denoise(theirs, (timestep + 0.01).floor().expand(2))
+        theirs = scheduler.step(velocity, timestep, theirs).prev_sample
+    assert_same_end(samplers.euler(on_flow(denoise, schedule), x, schedule, num_steps=10), theirs)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_matching_by_heun_ends_where_diffusers_does(denoise: samplers.Denoise, x: Tensor, shift: float) -> None:
+    scheduler: Any = FlowMatchHeunDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(10)
+    schedule = NoiseSchedule(ScheduleConfig(kind="rectified_flow", shift=shift))
+    theirs = x
+    for timestep in scheduler.timesteps:
+        velocity = denoise(theirs, (timestep + 0.01).floor().expand(2))
+        theirs = scheduler.step(velocity, timestep, theirs).prev_sample
+    timesteps = scheduler.timesteps.unique().flip(0).tolist()
+    assert_same_end(samplers.heun(on_flow(denoise, schedule), x, schedule, timesteps=timesteps), theirs)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("name", ["dpm_solver_pp_2m", "unipc"])
+def test_multistep_solvers_of_a_flow_end_where_diffusers_does(
+    denoise: samplers.Denoise, x: Tensor, name: str, shift: float
+) -> None:
+    kind: Any = {"dpm_solver_pp_2m": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}[name]
+    scheduler = kind(
+        use_flow_sigmas=True, flow_shift=shift, prediction_type="flow_prediction", final_sigmas_type="zero"
+    )
+    scheduler.set_timesteps(20)
+    schedule = NoiseSchedule(ScheduleConfig(kind="rectified_flow", shift=shift))
+    timesteps = [1000 * sigma for sigma in scheduler.sigmas[:-1].tolist()]
+    whole = [int(timestep + 0.01) for timestep in timesteps]
+    theirs = x
+    for given, timestep in zip(whole, scheduler.timesteps):
+        theirs = scheduler.step(denoise(theirs, torch.full((2,), given)), timestep, theirs).prev_sample
+    ours = getattr(samplers, name)(on_flow(denoise, schedule), x, schedule, timesteps=timesteps)
+    assert_same_end(ours, theirs)
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.75])

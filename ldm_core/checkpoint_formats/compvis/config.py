@@ -191,6 +191,8 @@ def to_release(config: Config) -> dict[str, Any]:
 
 def _model_section(config: LatentDiffusionConfig) -> dict[str, Any]:
     unet, schedule = config.unet, config.schedule
+    if schedule.is_flow:
+        raise ValueError("the code release has no such model, it cannot express schedule.kind=rectified_flow")
     cond_stage, conditioning_key = to_cond_stage(config.conditioner)
     params = {
         "linear_start": schedule.beta_start,

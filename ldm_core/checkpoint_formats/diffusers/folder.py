@@ -118,6 +118,7 @@ def export_folder(
     pipeline = PIPELINES[kind]
     # Before anything is written: each of these refuses what diffusers lacks.
     settings = _settings(model.config, pipeline)
+    schedule = write_config.scheduler_config(model.config.schedule, parameterization=model.config.parameterization)
     state = to_theirs(_entries(model, pipeline), model.state_dict())
     if pipeline.text:
         if not isinstance(tokenizer, Tokenizer):
@@ -129,7 +130,6 @@ def export_folder(
         stem = TEXT_STEM if component == pipeline.text else WEIGHTS_STEM
         write_weights(weights, _created(folder / component), stem, max_shard_gib=max_shard_gib)
         write_json(folder / component / CONFIG_FILE, config)
-    schedule = write_config.scheduler_config(model.config.schedule, parameterization=model.config.parameterization)
     write_json(_created(folder / "scheduler") / SCHEDULER_FILE, schedule)
     write_json(folder / INDEX_FILE, _index(kind, pipeline, settings))
     return kind

@@ -11,6 +11,7 @@ from ldm_core.configs.text import ClipTextConfig, TextTransformerConfig
 from ldm_core.configs.unet import UNetConfig
 from ldm_core.samplers import default_spacing
 
+# Of chains; a rectified flow has none.
 BETA_SCHEDULES: dict[ScheduleKind, str] = {
     "scaled_linear": "scaled_linear",
     "linear": "linear",
@@ -167,7 +168,14 @@ def clip_text_config(config: ClipTextConfig) -> dict[str, Any]:
 
 
 def scheduler_config(config: ScheduleConfig, *, parameterization: Parameterization) -> dict[str, Any]:
-    """Return the configuration of the `DDIMScheduler` that visits the timesteps of `samplers.ddim`."""
+    """Return the configuration of the `DDIMScheduler` that visits the timesteps of `samplers.ddim`.
+
+    Raises:
+        ValueError: for a rectified flow. StableDiffusionPipeline does not run with FlowMatchEulerDiscreteScheduler, and
+            where LDMTextToImagePipeline does, that visits other timesteps than we do.
+    """
+    if config.is_flow or parameterization == "flow":
+        raise ValueError("diffusers' pipelines of latent diffusion models sample no rectified_flow")
     return {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": config.timesteps,

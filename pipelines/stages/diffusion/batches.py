@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from ldm_core.configs.objective import TimestepsConfig
+from ldm_core.configs.schedule import ScheduleConfig
+from ldm_core.timesteps import draw_timesteps
 from pipelines.conditions.examples import Examples
 from pipelines.shards.buckets import BucketOrder, buckets_of
 from pipelines.shards.mixture import Mixture
@@ -36,7 +39,7 @@ class LatentSource:
         examples: makes the condition's part of a batch.
         seed, shuffle_window, batch_size, partitions: see `Mixture`, and `BucketOrder` for latents with buckets, which
             are not mixed.
-        timesteps: of the noise schedule.
+        schedule, timesteps: the forward process, and the distribution of its timesteps.
     """
 
     latents: Artifact
@@ -48,7 +51,8 @@ class LatentSource:
     shuffle_window: int
     batch_size: int
     partitions: int
-    timesteps: int
+    schedule: ScheduleConfig
+    timesteps: TimestepsConfig
 
     def open(self) -> LatentBatches:
         return LatentBatches(self)
@@ -77,7 +81,8 @@ class LatentBatches:
         timestep, caption, dropped, view = words(self.source.seed, Purpose.CHOICES, positions)
         views = view * self.latents.views[[shard for shard, _ in places]] >> 32
         self.latents.moments(places, views.tolist(), partial(new, "moments"))
-        new("t", positions.shape, np.int64)[:] = timestep * self.source.timesteps >> 32
+        t = draw_timesteps(timestep * _WORD, self.source.schedule, self.source.timesteps)
+        new("t", t.shape, t.dtype)[:] = t
         draw, condition = self.source.examples.draw, self.latents.condition
         drawn = [
             draw(condition(*place), chance) for place, chance in zip(places, (caption * _WORD).tolist(), strict=True)

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from ldm_core import presets
+from ldm_core.configs.objective import LossKind, Parameterization, TimestepsConfig, check_objective
 from ldm_core.configs.schedule import ScheduleConfig
 from ldm_core.configs.unet import UNetConfig
 from pipelines.conditions.config import Condition
@@ -15,6 +16,9 @@ from pipelines.training.config import TrainingConfig
 MILLION = 1_000_000
 
 
+SamplerName = Literal["ddim", "plms", "euler", "heun", "dpm_solver_pp_2m", "unipc"]
+
+
 def _unet(value: Any) -> Any:
     return expand_preset(value, presets.unet)
 
@@ -22,7 +26,7 @@ def _unet(value: Any) -> Any:
 class SamplingConfig(Config):
     """Sampling of pictures with classifier-free guidance, if there is a condition; only DDIM has an `eta`."""
 
-    sampler: Literal["ddim", "plms", "dpm_solver_pp_2m", "unipc"] = "ddim"
+    sampler: SamplerName = "ddim"
     num_steps: int = Field(50, ge=1)
     guidance_scale: float = Field(5.0, ge=0)
     eta: float = Field(0.0, ge=0)
@@ -58,8 +62,10 @@ class DiffusionSettings(Config):
 
     Args:
         unet: a preset's name (the UNet of that published model), or its fields, or both.
-        schedule: the noise schedule.
-        parameterization: what the network predicts: the noise, the velocity or the clean latent.
+        schedule: the noise schedule, or a rectified flow.
+        parameterization: what the network predicts: the noise, v or the clean latent; with a rectified flow its
+            velocity ("flow") or the clean latent.
+        timesteps: the distribution that timesteps are drawn from.
         loss: squared or absolute error.
         min_snr_gamma: clamp of the min-SNR loss weights (Hang et al. 2023); None weighs all timesteps equally.
         vlb_weight: weight of the variational lower bound beside the simple loss.
@@ -73,8 +79,9 @@ class DiffusionSettings(Config):
 
     unet: Annotated[UNetConfig, BeforeValidator(_unet)]
     schedule: ScheduleConfig = ScheduleConfig()
-    parameterization: Literal["eps", "v", "x0"] = "eps"
-    loss: Literal["l1", "l2"] = "l2"
+    parameterization: Parameterization = "eps"
+    timesteps: TimestepsConfig = TimestepsConfig()
+    loss: LossKind = "l2"
     min_snr_gamma: float | None = Field(None, gt=0)
     vlb_weight: float = Field(0.0, ge=0)
     shuffle_window: int = Field(16, ge=1)
@@ -87,6 +94,17 @@ class DiffusionSettings(Config):
     def own_millionths(self) -> int:
         """The share of the run's own latents."""
         return MILLION - sum(each.millionths for each in self.mix)
+
+    @model_validator(mode="after")
+    def _learnable(self) -> "DiffusionSettings":
+        check_objective(
+            self.schedule,
+            parameterization=self.parameterization,
+            loss=self.loss,
+            min_snr_gamma=self.min_snr_gamma,
+            vlb_weight=self.vlb_weight,
+        )
+        return self
 
     @model_validator(mode="after")
     def _own_share(self) -> "DiffusionSettings":

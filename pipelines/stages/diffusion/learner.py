@@ -84,7 +84,8 @@ class DiffusionLearner:
             shuffle_window=task.config.shuffle_window,
             batch_size=training.batch_size,
             partitions=training.partitions,
-            timesteps=task.model.schedule.timesteps,
+            schedule=task.model.schedule,
+            timesteps=task.config.timesteps,
         )
         self.batches = self.source.open()
         self.latents, self.order = self.batches.latents, self.batches.order
@@ -112,7 +113,7 @@ class DiffusionLearner:
             z0 = moments[:, 0]
         inputs = self.source.examples.inputs(batch)
         return self.objective.loss(
-            lambda z_t, t: network(z_t, t, inputs), self.task.model.scale_factor * z0, batch["t"], noise
+            lambda z_t, t: network(z_t, t, inputs), self.task.model.scale_factor * z0, noise, batch["t"]
         )
 
     def noise(self, purpose: Purpose, batch: dict[str, Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 from ldm_core.configs.parameter_count import unet_parameters
 from pipelines.stage import Estimate, Section, Sections, Stage, StageContext
 from pipelines.stages.diffusion.artifact import FOLDER, FORMAT_VERSION, STAGE_NAME
-from pipelines.stages.diffusion.config import DiffusionConfig
+from pipelines.stages.diffusion.config import DiffusionConfig, SamplingConfig
 from pipelines.stages.diffusion.mix import mixed_latents
 from pipelines.store.ledger import Artifact
 from pipelines.training.outputs import LOGS
@@ -72,16 +72,22 @@ def _check(sections: Sections) -> None:
             f"diffusion.unet.in_channels must be autoencoder.model.embed_dim, {first_stage.embed_dim}, "
             f"got {unet.in_channels}"
         )
-    check_steps(config.preview.num_steps, sections, "diffusion.preview.num_steps")
+    check_sampling(config.preview, sections, "diffusion.preview")
     condition = sections["condition"]
     condition.check_model(sections)
     condition.check_guidance(config.preview.guidance_scale, "diffusion.preview.guidance_scale")
 
 
-def check_steps(steps: int, sections: Sections, field: str) -> None:
-    """Raise ValueError if a sampler is to visit more timesteps than the noise schedule has."""
-    if steps > (timesteps := sections[STAGE_NAME].schedule.timesteps):
-        raise ValueError(f"{field} must be at most diffusion.schedule.timesteps, {timesteps}, got {steps}")
+def check_sampling(sampling: SamplingConfig, sections: Sections, field: str) -> None:
+    """Raise ValueError if a sampler is to visit more timesteps than the noise schedule has, or has no eta with it."""
+    schedule = sections[STAGE_NAME].schedule
+    if sampling.num_steps > schedule.timesteps:
+        raise ValueError(
+            f"{field}.num_steps must be at most diffusion.schedule.timesteps, {schedule.timesteps}, "
+            f"got {sampling.num_steps}"
+        )
+    if sampling.eta and schedule.is_flow:
+        raise ValueError(f"{field}.eta must be 0 with diffusion.schedule.kind=rectified_flow, got {sampling.eta}")
 
 
 def _estimate(sections: Sections, before: Mapping[str, Estimate]) -> Estimate:

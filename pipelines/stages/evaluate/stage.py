@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipelines.stage import Section, Sections, Stage, StageContext
-from pipelines.stages.diffusion.stage import check_steps
+from pipelines.stages.diffusion.stage import check_sampling
 from pipelines.stages.evaluate.config import EvaluateConfig
 from pipelines.stages.evaluate.prompts import prompts_digest
 from pipelines.store.ledger import Artifact
@@ -32,7 +32,7 @@ def _section(artifact: Artifact) -> Section:
 
 def _check(sections: Sections) -> None:
     sampling = sections["evaluate"].sampling
-    check_steps(sampling.num_steps, sections, "evaluate.sampling.num_steps")
+    check_sampling(sampling, sections, "evaluate.sampling")
     sections["condition"].check_guidance(sampling.guidance_scale, "evaluate.sampling.guidance_scale")
 
 

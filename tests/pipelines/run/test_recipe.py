@@ -76,6 +76,17 @@ def test_evaluation_visits_no_more_timesteps_than_there_are() -> None:
     check(recipe, Selection(last="diffusion"))
 
 
+def test_a_rectified_flow_is_sampled_without_eta() -> None:
+    flow = ("diffusion.schedule.kind=rectified_flow", "diffusion.parameterization=flow")
+    check(load_recipe(DEMO, flow), Selection())
+    for field in ("diffusion.preview", "evaluate.sampling"):
+        with pytest.raises(MisuseError, match=rf"{field}\.eta must be 0 with .*rectified_flow, got 0\.5"):
+            check(load_recipe(DEMO, (*flow, f"{field}.eta=0.5")), Selection())
+    with pytest.raises(MisuseError, match="with a rectified_flow use parameterization flow") as caught:
+        load_recipe(DEMO, flow[:1])
+    assert "\n" not in str(caught.value)
+
+
 def test_a_recipe_of_pairs_alone_has_one_stage_and_refuses_the_others_by_name() -> None:
     recipe = load_recipe(recipe_path("pairs"), ("pairs.source=somewhere",))
     assert [stage.name for stage in stages_of(recipe)] == ["pairs"]

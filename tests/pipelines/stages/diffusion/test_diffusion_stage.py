@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from ldm_core import checkpoint, load
 from pipelines.conditions.kinds import kind_of
 from pipelines.errors import MisuseError, UserError
 from pipelines.shards.node_cache import cache_folder
@@ -207,3 +208,55 @@ def test_the_model_is_what_recipe_and_latents_say(upstream: dict[str, Artifact])
     assert (model.parameterization, model.loss, model.scale_factor) == ("v", "l1", 0.5)
     assert model.conditioner is not None
     assert model.conditioner.max_length == upstream["latents"].details["max_length"]
+
+
+FLOW = {
+    "schedule": {"kind": "rectified_flow", "shift": 2.0},
+    "parameterization": "flow",
+    "timesteps": {"kind": "logit_normal"},
+}
+
+
+def test_a_rectified_flow_learns_the_velocity_at_the_timesteps_of_its_positions(upstream: dict[str, Artifact]) -> None:
+    trainer = learner(upstream, **FLOW)
+    batch = trainer.load([trainer.order.sample(position) for position in range(256)])
+    assert batch["t"].dtype == torch.float32
+    assert torch.equal(trainer.load([trainer.order.sample(7)])["t"], batch["t"][7:8])
+    # The same words as a chain's timesteps, by another distribution: its median is where Eq. (23) takes 1/2.
+    chain = learner(upstream).load([trainer.order.sample(position) for position in range(256)])["t"]
+    assert ((batch["t"] > 1000 * 2 / 3) == (chain >= 500)).all()
+    seen = []
+
+    def network(z_t: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        seen.append((z_t, t))
+        return torch.zeros_like(z_t)
+
+    losses = trainer.losses(network, batch)
+    ((z_t, t),) = seen
+    noise, time = trainer.noise(Purpose.NOISE, batch), (batch["t"] / 1000).view(-1, 1, 1, 1)
+    z0 = (z_t - time * noise) / (1 - time)
+    assert torch.equal(t, batch["t"])
+    torch.testing.assert_close(losses, (noise - z0).square().flatten(1).mean(1), rtol=1e-3, atol=0)
+
+
+def test_a_trained_rectified_flow_is_previewed_saved_and_loaded(tmp_path: Path, upstream: dict[str, Artifact]) -> None:
+    trainer = learner(upstream, preview={"num_steps": 2, "sampler": "heun"}, **FLOW)
+    assert trainer.preview() is not None
+    checkpoint.save(trainer._model, tmp_path / "model", tokenizer=trainer._prompts.tokenizer)
+    model = load(tmp_path / "model")
+    assert model.config.schedule == trainer.task.model.schedule
+    assert model.config.parameterization == "flow"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": {"kind": "rectified_flow"}}, "with a rectified_flow use parameterization flow"),
+        ({**FLOW, "min_snr_gamma": 5.0}, "min_snr_gamma gives the last timestep of a rectified_flow no weight"),
+        ({"schedule": {"shift": 2.0}}, "of kind scaled_linear has no shift"),
+        ({"timesteps": {"mean": 1.0}}, "uniform timesteps have neither mean nor std"),
+    ],
+)
+def test_settings_that_cannot_be_learned_are_refused_with_the_recipe(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
