@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from pipelines.drawing.sections import loss_chart_of
 from pipelines.notices import told_to
 from pipelines.shards.randomness import Purpose
 from pipelines.stages.autoencoder.config import AutoencoderConfig
@@ -191,6 +193,8 @@ def test_the_loss_is_the_plain_one_of_the_averaged_weights(upstream: dict[str, A
     assert "loss" in history[6]
     details = loop.writer.storage.read_json("details.json")
     assert details["held_out_loss"] == history[6]["held_out"]
+    artifact: Any = SimpleNamespace(files={"history.json"}, storage=loop.writer.storage)
+    assert "over 3 logged steps" in loss_chart_of(artifact), "the one of training"
 
 
 def test_training_is_the_same_with_and_without_it(upstream: dict[str, Artifact], tmp_path: Path) -> None:
