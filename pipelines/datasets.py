@@ -15,7 +15,7 @@ from pipelines.errors import UserError
 from pipelines.shards.format import decode_json, decode_npy, read_shard
 from pipelines.shards.tar_headers import shown
 from pipelines.stages.latents.artifact import FORMAT_VERSION
-from pipelines.stages.latents.encoding.views import latent_files
+from pipelines.stages.latents.encoding.names import latent_files
 from pipelines.stages.pairs.artifact import PAIRS_FORMAT, decode_image, image_of
 from pipelines.store.ledger import artifact_at
 from pipelines.store.storage import Storage

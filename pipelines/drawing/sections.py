@@ -34,7 +34,8 @@ def loss_chart_of(artifact: Artifact) -> Markup:
     """Draw the loss history that a training stage committed; nothing if there is none."""
     if not _has(artifact, "history.json"):
         return Markup("")
-    history = artifact.storage.read_json("history.json")
+    # A step at which only the held-out loss was measured has no other.
+    history = [entry for entry in artifact.storage.read_json("history.json") if "loss" in entry]
     return loss_chart([entry["step"] for entry in history], [entry["loss"] for entry in history])
 
 

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.shards.mixture import Turns
-from pipelines.shards.order import Place, SampleOrder, SamplePosition
+from pipelines.shards.mixture import Mixture, Part, Turns
+from pipelines.shards.order import Order, Place, SampleOrder, SamplePosition
 from pipelines.shards.partitions import count_partitions
 
 _Numbers = NDArray[np.int64]
@@ -34,6 +34,23 @@ def buckets_of(shards: Iterable[str]) -> list[str]:
     """Return the bucket of each shard by its name; an empty list where there are no buckets."""
     found = list(map(bucket_of, shards))
     return found if any(found) else []
+
+
+def order_of(
+    parts: Sequence[Part], buckets: Sequence[str], seed: int, window: int, *, batch_size: int, partitions: int
+) -> Order:
+    """Return the order of samples that come in buckets, or else of several sets that are mixed.
+
+    Args:
+        parts: the sets; one alone if there are buckets.
+        buckets: the bucket of each shard; empty where there are none.
+        seed, window, batch_size, partitions: see `BucketOrder` and `Mixture`.
+    """
+    if not buckets:
+        return Mixture(parts, seed, window, batch_size=batch_size, partitions=partitions)
+    (part,) = parts
+    rows, excluded = part.rows_per_shard, part.excluded
+    return BucketOrder(rows, buckets, seed, window, batch_size=batch_size, partitions=partitions, excluded=excluded)
 
 
 class BucketOrder:

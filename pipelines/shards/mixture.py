@@ -18,7 +18,6 @@ whole state.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
@@ -28,7 +27,6 @@ from numpy.typing import NDArray
 
 from pipelines.shards.order import Needed, Place, SampleOrder, SamplePosition, in_order_of_need
 from pipelines.shards.partitions import check_workers, count_partitions
-from pipelines.shards.reader import ShardReader
 
 _Numbers = NDArray[np.int64]
 
@@ -259,56 +257,3 @@ def _near(number: int) -> Iterable[int]:
         yield number + distance
         if number > distance:
             yield number - distance
-
-
-def joined(readers: Sequence[ShardReader]) -> ShardReader | JoinedReader:
-    """Return one reader of all shards; a single one as it is."""
-    return readers[0] if len(readers) == 1 else JoinedReader(readers)
-
-
-class JoinedReader:
-    """The shards of several readers as those of one, numbered one reader after the other; see `ShardReader`.
-
-    Readers of remote shards share the cache of their node.
-
-    Attributes:
-        rows_per_shard: samples in each shard, (shards,) int64.
-    """
-
-    def __init__(self, readers: Sequence[ShardReader]) -> None:
-        self._readers = list(readers)
-        self._ends = list(accumulate(len(each.rows_per_shard) for each in readers))
-        self.rows_per_shard = np.concatenate([each.rows_per_shard for each in readers])
-
-    def key(self, shard: int, row: int) -> str:
-        """Return the key of one sample; samples of different readers may have the same."""
-        number, shard = self._find(shard)
-        return self._readers[number].key(shard, row)
-
-    def read(self, shard: int, row: int, extensions: Iterable[str] | None = None) -> dict[str, bytes]:
-        """Return the files of one sample by extension; raises as `ShardReader.read` does."""
-        number, shard = self._find(shard)
-        return self._readers[number].read(shard, row, extensions)
-
-    def read_into(self, shard: int, row: int, extension: str, head: bytearray, values: memoryview) -> bool:
-        """Read one file of a sample into memory that is there, as `ShardReader.read_into` does."""
-        number, shard = self._find(shard)
-        return self._readers[number].read_into(shard, row, extension, head, values)
-
-    def fetch_ahead(self, shards: list[int]) -> None:
-        """Start to fetch remote shards in the background, and let go of others."""
-        wanted: list[list[int]] = [[] for _ in self._readers]
-        for each in shards:
-            number, shard = self._find(each)
-            wanted[number].append(shard)
-        for reader, its_own in zip(self._readers, wanted, strict=True):
-            reader.fetch_ahead(its_own)
-
-    def close(self) -> None:
-        for reader in self._readers:
-            reader.close()
-
-    def _find(self, shard: int) -> tuple[int, int]:
-        """Return the number of the reader that has a shard, and the number that the shard has there."""
-        number = bisect_right(self._ends, shard)
-        return number, shard - (self._ends[number - 1] if number else 0)

@@ -34,7 +34,8 @@ class TrainingConfig(Config):
         checkpoint_every_steps: steps between checkpoints, the most that a restart can lose.
         keep_checkpoints: how many of the newest checkpoints are kept.
         log_every_steps: steps that a logged loss is the mean of.
-        sample_every_steps: steps between previews.
+        sample_every_steps: steps between previews, and between measurements of the held-out loss.
+        held_out_samples: the most held-out samples that this loss is the mean of, a multiple of 4; 0 measures none.
         max_failures: how often the worker group is restarted before the run gives up; failures before the newest
             checkpoint do not count.
     """
@@ -59,6 +60,7 @@ class TrainingConfig(Config):
     keep_checkpoints: int = runtime(2, ge=1)
     log_every_steps: int = runtime(10, ge=1)
     sample_every_steps: int = runtime(1000, ge=1)
+    held_out_samples: int = runtime(256, ge=0, multiple_of=4)
     max_failures: int = runtime(3, ge=0)
 
     @model_validator(mode="after")

@@ -16,7 +16,9 @@ from torch import Tensor
 from ldm_core.ema import EMA
 from pipelines.drawing.grids import encode_png
 from pipelines.errors import UserError
+from pipelines.notices import tell
 from pipelines.shards.randomness import Purpose, generator
+from pipelines.training.held_out import HeldOutLoss
 from pipelines.training.loader.open import Loader, open_loader
 from pipelines.training.optimization import build_optimizer, clip_gradient, learning_rate, wrap
 from pipelines.training.outputs import DETAILS_FILE, HISTORY_FILE
@@ -83,7 +85,7 @@ class TrainingLoop:
         try:
             self._train(checkpoints)
         finally:
-            self.learner.close()
+            self.learner.batches.reader.close()
 
     def _train(self, checkpoints: Checkpoints) -> None:
         if (state := checkpoints.newest(self.rank.device)) is not None:
@@ -92,7 +94,7 @@ class TrainingLoop:
         del state
         wrapped = wrap(self.network, self.config, self.rank.world_size)
         batches = open_loader(
-            self.learner,
+            self.learner.batches,
             self.rank.index,
             self.rank.world_size,
             self.step,
@@ -100,6 +102,7 @@ class TrainingLoop:
             processes=self.config.loader_workers,
             device=self.rank.device,
         )
+        held_out = self._held_out_loss()
         clock = _Clock(self.step)
         if self.rank.leads:
             self.relay.send(Message(self.step))
@@ -113,10 +116,14 @@ class TrainingLoop:
                     self._log(clock, batches)
                 if self._due(self.config.sample_every_steps) and self.ema is not None:
                     self._preview(self.ema)
+                    if held_out is not None:
+                        self._measure(held_out, self.ema)
                 if saves and self.step < self.config.steps:
                     checkpoints.save(self.step, self._state(self.ema) if self.ema is not None else None)
         finally:
             batches.close()
+            if held_out is not None:
+                held_out.close()
         # The last step has no checkpoint: a kill from here on repeats the steps since the one before.
         if self.ema is not None:
             self._finish(self.ema, clock)
@@ -130,11 +137,10 @@ class TrainingLoop:
         return self.step % every == 0 or self.step == self.config.steps
 
     def _train_step(self, wrapped: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
-        device = self.rank.device
         # Dropout, where a network has any, draws from the global generator: after a restart it must draw the same.
         torch.manual_seed(_dropout_seed(self.seed, self.step, self.rank.index))
         self.optimizer.param_groups[0]["lr"] = learning_rate(self.config, self.step)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+        with self._autocast():
             losses = self.learner.losses(wrapped, tensors)
         loss = losses.mean()
         self.optimizer.zero_grad(set_to_none=True)
@@ -189,18 +195,40 @@ class TrainingLoop:
             self.writer.commit_once(name, lambda path: path.write_bytes(png))
             self.relay.send(Message(self.step, preview=picture))
 
+    def _held_out_loss(self) -> HeldOutLoss | None:
+        """Begin to read the held-out samples on rank 0; None if there are none, or their loss is not wanted."""
+        if not self.rank.leads or not self.config.held_out_samples:
+            return None
+        if not self.learner.batches.held_out:
+            if self.step == 0:
+                tell("no samples are held out, so that no loss/held_out is logged")
+            return None
+        return HeldOutLoss(self.learner, self.config.held_out_samples, self.config.batch_size // self.rank.world_size)
+
+    def _measure(self, held_out: HeldOutLoss, ema: EMA) -> None:
+        with ema.swapped(), self._autocast():
+            self.network.eval()
+            losses = held_out.measure(self.rank.device)
+            self.network.train()
+        if not losses:
+            return
+        if not self.history or self.history[-1]["step"] != self.step:
+            self.history.append({"step": self.step})
+        self.history[-1] |= {name: _short(loss) for name, loss in losses.items()}
+        self.relay.send(Message(self.step, {f"loss/{name}": loss for name, loss in losses.items()}))
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.rank.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
     def _stop(self, losses: Tensor) -> None:
         """Save the state for debugging, then raise UserError with the keys of the samples to blame, of all workers."""
-        samples = self.learner.order.slice(self.step, self.rank.index, self.rank.world_size)
-        bad = [
-            self.learner.key(sample)
-            for sample, fine in zip(samples, losses.isfinite().tolist(), strict=True)
-            if not fine
-        ]
-        gathered: list[Any] = [(bad, [self.learner.key(sample) for sample in samples])]
+        samples = self.learner.batches.order.slice(self.step, self.rank.index, self.rank.world_size)
+        mine = [self.learner.batches.reader.key(*sample.place) for sample in samples]
+        bad = [key for key, fine in zip(mine, losses.isfinite().tolist(), strict=True) if not fine]
+        gathered: list[Any] = [(bad, mine)]
         if self.rank.world_size > 1:
-            mine, gathered = gathered[0], [None] * self.rank.world_size
-            dist.all_gather_object(gathered, mine)
+            gathered = [None] * self.rank.world_size
+            dist.all_gather_object(gathered, (bad, mine))
         bad = [key for part, _ in gathered for key in part]
         keys = [key for _, part in gathered for key in part]
         name = f"debug/step_{self.step:08d}.pt"
@@ -245,6 +273,7 @@ class TrainingLoop:
         details = {
             "steps": self.config.steps,
             "final_loss": self.history[-1]["loss"],
+            **({"held_out_loss": loss} if (loss := self.history[-1].get("held_out")) is not None else {}),
             "workers": self.rank.world_size,
             "images_per_s": round(clock.steps_per_s(self.step) * self.config.batch_size, 1),
             "trained_parameters": sum(weight.numel() for weight in self.weights),

@@ -8,7 +8,6 @@ Shapes: B is the worker's share of the global batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -16,9 +15,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from pipelines.shards.order import Order, SamplePosition
     from pipelines.store.commits import ArtifactWriter
-    from pipelines.training.loader.source import Source
+    from pipelines.training.loader.source import Batches
 
 
 class Learner(Protocol):
@@ -26,21 +24,16 @@ class Learner(Protocol):
 
     Attributes:
         network: the module that is optimised and averaged; its initial weights depend on the seed alone.
-        order: the order of the training samples.
-        source: makes the same batches as `load` in another process.
+        batches: makes the batches, in a background thread or by its source in other processes. Its reader is closed at
+            the end of training, whatever that is, on every rank.
+        has_timesteps: whether each sample has a timestep, by whose quartiles the held-out loss is told.
     """
 
     network: nn.Module
+    has_timesteps: bool
 
     @property
-    def order(self) -> Order: ...
-
-    @property
-    def source(self) -> Source: ...
-
-    def load(self, samples: Sequence[SamplePosition]) -> dict[str, Tensor]:
-        """Return the CPU tensors of a batch, first dimension B. Runs in a background thread."""
-        ...
+    def batches(self) -> Batches: ...
 
     def losses(self, network: Any, batch: dict[str, Tensor]) -> Tensor:
         """Return the (B,) losses of a batch.
@@ -48,17 +41,16 @@ class Learner(Protocol):
         Args:
             network: `self.network` as it is wrapped for this run. It must be called exactly once: DDP prepares its
                 reduction of the gradient in the forward pass.
-            batch: the tensors of `load`, on the device. Whatever else is random about a sample is drawn from (seed,
+            batch: the tensors of `batches`, on the device. Whatever else is random about a sample is drawn from (seed,
                 position) too.
         """
         ...
 
-    def key(self, sample: SamplePosition) -> str:
-        """Return the sample's key, for messages to people."""
-        ...
+    def held_out_losses(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the (B,) losses of a batch of the held-out stream, without weights that recipes choose among.
 
-    def fetch_ahead(self, shards: list[int]) -> None:
-        """Start to fetch shards that training is about to read, in the order of need; called before every batch."""
+        Called on rank 0, with EMA weights, in evaluation mode.
+        """
         ...
 
     def preview(self) -> np.ndarray | None:
@@ -73,10 +65,6 @@ class Learner(Protocol):
 
         Called on rank 0, with EMA weights.
         """
-        ...
-
-    def close(self) -> None:
-        """Let go of the data; called on every rank at the end of training, whatever that is."""
         ...
 
 

@@ -26,6 +26,7 @@ from pipelines.stages.diffusion.work import model_config
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.storage import Storage
 from pipelines.training.config import TrainingConfig
+from pipelines.training.loader.open import tensors_of
 from pipelines.training.loop import Rank, TrainingLoop
 from pipelines.training.task import Task
 from tests.tiny import TINY_TEXT, TINY_UNET
@@ -87,7 +88,7 @@ def train(task: Task, training: TrainingConfig | None, folder: Path) -> Losses:
 def _loss_of_average(loop: TrainingLoop, ema: EMA) -> float:
     learner = loop.learner
     with ema.swapped(), torch.no_grad():
-        batch = learner.load(learner.order.slice(0, 0, 1))
+        batch = tensors_of(learner.batches, learner.batches.order.slice(0, 0, 1))
         return float(f"{float(learner.losses(loop.network, batch).mean()):.6g}")
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 
-from pipelines.shards.buckets import BucketOrder, buckets_of
-from pipelines.shards.order import Order, SampleOrder, SamplePosition
+from pipelines.shards.buckets import buckets_of, order_of
+from pipelines.shards.mixture import Part
+from pipelines.shards.order import SamplePosition
 from pipelines.shards.randomness import Purpose, generator
 from pipelines.stages.pairs.artifact import Pictures, open_pairs
 from pipelines.stages.pairs.held_out import held_out_places
@@ -54,16 +54,13 @@ class PictureBatches:
         self.pictures = Pictures(self.reader)
         self.held_out = held_out_places(source.pairs)
         self.buckets = buckets_of(source.pairs.shards().names)
-        rows, seed = self.reader.rows_per_shard, source.seed
-        options: dict[str, Any] = {
-            "batch_size": source.batch_size,
-            "partitions": source.partitions,
-            "excluded": self.held_out,
-        }
-        self.order: Order = (
-            BucketOrder(rows, self.buckets, seed, SHUFFLE_WINDOW, **options)
-            if self.buckets
-            else SampleOrder(rows, seed, SHUFFLE_WINDOW, **options)
+        self.order = order_of(
+            [Part(self.reader.rows_per_shard, self.held_out)],
+            self.buckets,
+            source.seed,
+            SHUFFLE_WINDOW,
+            batch_size=source.batch_size,
+            partitions=source.partitions,
         )
 
     def assemble(self, samples: Sequence[SamplePosition], new: NewArray) -> None:
@@ -74,12 +71,3 @@ class PictureBatches:
         for index, sample in enumerate(samples):
             random = generator(self.source.seed, Purpose.SAMPLE, sample.position)
             random.standard_normal(out=noise[index], dtype=np.float32)
-
-    def key(self, sample: SamplePosition) -> str:
-        return self.reader.key(*sample.place)
-
-    def fetch_ahead(self, shards: list[int]) -> None:
-        self.reader.fetch_ahead(shards)
-
-    def close(self) -> None:
-        self.reader.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ldm_core.networks.autoencoder import build_first_stage
-from pipelines.shards.order import SamplePosition
 from pipelines.stages.autoencoder.artifact import commit_first_stage
 from pipelines.stages.autoencoder.batches import PictureSource
 from pipelines.stages.autoencoder.config import AutoencoderConfig
@@ -20,7 +18,6 @@ from pipelines.stages.autoencoder.reconstruction import SHOWN, ReconstructionLos
 from pipelines.stages.pairs.artifact import training_places
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.ledger import Artifact
-from pipelines.training.loader.source import arrays_of
 
 
 @dataclass(frozen=True)
@@ -38,45 +35,36 @@ class AutoencoderTask:
 class AutoencoderLearner:
     """A first stage being trained, inside one worker."""
 
+    has_timesteps = False
+
     def __init__(self, task: AutoencoderTask, device: torch.device) -> None:
         self.task, self.device = task, device
         self.first_stage = build_first_stage(task.config.model)
         self.network: nn.Module = ReconstructionLoss(self.first_stage, task.config)
         training = task.config.training
         assert training is not None, "what is imported is not trained"
-        self.source = PictureSource(
+        self.batches = PictureSource(
             pairs=task.pairs,
             seed=task.seed,
             batch_size=training.batch_size,
             partitions=training.partitions,
             embed_dim=task.config.model.embed_dim,
             downsampling_factor=task.config.model.downsampling_factor,
-        )
-        self.batches = self.source.open()
-        self.order = self.batches.order
+        ).open()
         self._test: ReconstructionTest | None = None
-
-    def load(self, samples: Sequence[SamplePosition]) -> dict[str, Tensor]:
-        return {name: torch.from_numpy(array) for name, array in arrays_of(self.batches, samples).items()}
 
     def losses(self, network: Any, batch: dict[str, Tensor]) -> Tensor:
         losses: Tensor = network(to_images(batch["pixels"], self.device), batch["noise"])
         return losses
 
-    def key(self, sample: SamplePosition) -> str:
-        return self.batches.key(sample)
-
-    def fetch_ahead(self, shards: list[int]) -> None:
-        self.batches.fetch_ahead(shards)
+    def held_out_losses(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.losses(self.network, batch)
 
     def preview(self) -> NDArray[np.uint8]:
         return self._reconstructions().grid(self.first_stage, self.device)
 
     def save(self, writer: ArtifactWriter) -> dict[str, Any]:
         return commit_first_stage(writer, self.first_stage, self._reconstructions(), self.device)
-
-    def close(self) -> None:
-        self.batches.close()
 
     def _reconstructions(self) -> ReconstructionTest:
         if self._test is None:

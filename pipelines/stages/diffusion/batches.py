@@ -6,22 +6,23 @@ Shapes: moments: (B, 2, C, h, w) or (B, 1, C, h, w); positions, t: (B,); of the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ldm_core.configs.objective import TimestepsConfig
 from ldm_core.configs.schedule import ScheduleConfig
 from ldm_core.timesteps import draw_timesteps
 from pipelines.conditions.examples import Examples
-from pipelines.shards.buckets import BucketOrder, buckets_of
-from pipelines.shards.mixture import Mixture
-from pipelines.shards.order import Order, SamplePosition
+from pipelines.shards.buckets import buckets_of, order_of
+from pipelines.shards.order import SamplePosition
 from pipelines.shards.randomness import Purpose, words
 from pipelines.stages.latents.artifact import Latents
 from pipelines.store.ledger import Artifact
+from pipelines.training.loader.held_out import is_held_out, stratified
 from pipelines.training.loader.source import NewArray
 
 # A word of random bits as a number from [0, 1).
@@ -64,13 +65,17 @@ class LatentBatches:
     def __init__(self, source: LatentSource) -> None:
         self.source = source
         self.latents = Latents(source.latents, source.files, source.examples.decode, source.mixed)
-        buckets = buckets_of(source.latents.shards().names)
-        seed, window, parts = source.seed, source.shuffle_window, self.latents.parts(source.weights)
-        options: dict[str, Any] = {"batch_size": source.batch_size, "partitions": source.partitions}
-        self.order: Order = (
-            BucketOrder(parts[0].rows_per_shard, buckets, seed, window, excluded=parts[0].excluded, **options)
-            if buckets
-            else Mixture(parts, seed, window, **options)
+        self.reader = self.latents.reader
+        # Those that the model is compared with, and not of what is mixed in.
+        self.held_out = self.latents.held_out
+        self.buckets = buckets_of(source.latents.shards().names)
+        self.order = order_of(
+            self.latents.parts(source.weights),
+            self.buckets,
+            source.seed,
+            source.shuffle_window,
+            batch_size=source.batch_size,
+            partitions=source.partitions,
         )
 
     def assemble(self, samples: Sequence[SamplePosition], new: NewArray) -> None:
@@ -79,22 +84,24 @@ class LatentBatches:
         positions[:] = [sample.position for sample in samples]
         # What each word is for is fixed: another use would be another training run.
         timestep, caption, dropped, view = words(self.source.seed, Purpose.CHOICES, positions)
+        held_out = is_held_out(positions)
+        # Of a held-out sample the picture as it is, with its condition.
+        view, uniform = np.where(held_out, 0, view), np.where(held_out, 1.0, dropped * _WORD)
         views = view * self.latents.views[[shard for shard, _ in places]] >> 32
         self.latents.moments(places, views.tolist(), partial(new, "moments"))
-        t = draw_timesteps(timestep * _WORD, self.source.schedule, self.source.timesteps)
+        t = self._timesteps(stratified(timestep, positions) * _WORD, held_out)
         new("t", t.shape, t.dtype)[:] = t
         draw, condition = self.source.examples.draw, self.latents.condition
         drawn = [
             draw(condition(*place), chance) for place, chance in zip(places, (caption * _WORD).tolist(), strict=True)
         ]
-        for name, array in self.source.examples.batch(drawn, dropped * _WORD).items():
+        for name, array in self.source.examples.batch(drawn, uniform).items():
             new(name, array.shape, array.dtype)[...] = array
 
-    def key(self, sample: SamplePosition) -> str:
-        return self.latents.reader.key(*sample.place)
-
-    def fetch_ahead(self, shards: list[int]) -> None:
-        self.latents.reader.fetch_ahead(shards)
-
-    def close(self) -> None:
-        self.latents.reader.close()
+    def _timesteps(self, chances: NDArray[np.float64], held_out: NDArray[np.bool_]) -> NDArray[Any]:
+        """Return the timesteps that numbers in [0, 1) stand for; held-out samples have all alike in every recipe."""
+        drawn = draw_timesteps(chances, self.source.schedule, self.source.timesteps)
+        if not held_out.any():
+            return drawn
+        evenly = draw_timesteps(chances, replace(self.source.schedule, shift=1.0), TimestepsConfig())
+        return np.where(held_out, evenly, drawn)

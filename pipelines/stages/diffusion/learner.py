@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,7 +27,6 @@ from ldm_core.schedule import NoiseSchedule
 from pipelines.conditions.kind import Prompts
 from pipelines.conditions.kinds import kind_of
 from pipelines.drawing.grids import grid
-from pipelines.shards.order import SamplePosition
 from pipelines.shards.randomness import Purpose
 from pipelines.stages.autoencoder.artifact import load_first_stage
 from pipelines.stages.diffusion.artifact import FOLDER
@@ -37,7 +36,6 @@ from pipelines.stages.diffusion.mix import weights
 from pipelines.stages.diffusion.sampling import sample_prompts
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.ledger import Artifact
-from pipelines.training.loader.source import arrays_of
 from pipelines.training.noise import standard_normal
 
 PREVIEW_COLUMNS = 4
@@ -68,13 +66,15 @@ class DiffusionTask:
 class DiffusionLearner:
     """A diffusion model being trained, inside one worker."""
 
+    has_timesteps = True
+
     def __init__(self, task: DiffusionTask, device: torch.device) -> None:
         self.task, self.device = task, device
         self.diffusion_network = task.model.build_network()
         self.network: nn.Module = self.diffusion_network
         self.kind = kind_of(task.config.condition)
         training = task.config.training
-        self.source = LatentSource(
+        self.batches = LatentSource(
             latents=task.latents,
             mixed=task.mixed,
             weights=tuple(weights(task.config)),
@@ -86,45 +86,45 @@ class DiffusionLearner:
             partitions=training.partitions,
             schedule=task.model.schedule,
             timesteps=task.config.timesteps,
-        )
-        self.batches = self.source.open()
-        self.latents, self.order = self.batches.latents, self.batches.order
+        ).open()
         # Compiled for one shape, and if buckets bring others for any.
         self.draw_noise = torch.compile(standard_normal) if training.compile else standard_normal
+        schedule = NoiseSchedule(task.model.schedule, device=device)
+        kinds: dict[str, Any] = {"parameterization": task.model.parameterization, "loss": task.model.loss}
         self.objective = DiffusionObjective(
-            NoiseSchedule(task.model.schedule, device=device),
-            parameterization=task.model.parameterization,
-            loss=task.model.loss,
-            min_snr_gamma=task.config.min_snr_gamma,
-            vlb_weight=task.config.vlb_weight,
+            schedule, min_snr_gamma=task.config.min_snr_gamma, vlb_weight=task.config.vlb_weight, **kinds
         )
-
-    def load(self, samples: Sequence[SamplePosition]) -> dict[str, Tensor]:
-        return {name: torch.from_numpy(array) for name, array in arrays_of(self.batches, samples).items()}
+        # Every timestep counts alike: held-out losses of recipes that weigh them otherwise can be compared.
+        self.plain_objective = DiffusionObjective(schedule, **kinds)
 
     def losses(self, network: Any, batch: dict[str, Tensor]) -> Tensor:
+        return self._losses(self.objective, network, batch, self.draw_noise)
+
+    def held_out_losses(self, batch: dict[str, Tensor]) -> Tensor:
+        # Neither network nor noise as they are compiled for training: batches of other sizes would compile them anew.
+        return self._losses(self.plain_objective, self.network, batch, standard_normal)
+
+    def noise(
+        self, purpose: Purpose, batch: dict[str, Tensor], draw: Callable[..., Tensor] = standard_normal
+    ) -> Tensor:
+        """Return (B, C, h, w) standard normal noise: that of these samples at their positions, whoever draws it."""
+        return draw(self.task.seed, purpose, batch["positions"], batch["moments"].shape[2:])
+
+    def _losses(
+        self, objective: DiffusionObjective, network: Any, batch: dict[str, Tensor], draw: Callable[..., Tensor]
+    ) -> Tensor:
         """Return the (B,) losses of Eq. (3) on a fresh draw of the posterior, rescaled as in Sec. 4.3.2."""
         moments = batch["moments"].float()
-        noise = self.noise(Purpose.NOISE, batch)
+        noise = self.noise(Purpose.NOISE, batch, draw)
         # Two for a KL first stage, mean and log-variance; a VQ one has no posterior to draw from.
         if moments.shape[1] == 2:
-            z0 = DiagonalGaussian.from_moments(moments).sample(noise=self.noise(Purpose.POSTERIOR, batch))
+            z0 = DiagonalGaussian.from_moments(moments).sample(noise=self.noise(Purpose.POSTERIOR, batch, draw))
         else:
             z0 = moments[:, 0]
-        inputs = self.source.examples.inputs(batch)
-        return self.objective.loss(
+        inputs = self.batches.source.examples.inputs(batch)
+        return objective.loss(
             lambda z_t, t: network(z_t, t, inputs), self.task.model.scale_factor * z0, noise, batch["t"]
         )
-
-    def noise(self, purpose: Purpose, batch: dict[str, Tensor]) -> Tensor:
-        """Return (B, C, h, w) standard normal noise: that of these samples at their positions, whoever draws it."""
-        return self.draw_noise(self.task.seed, purpose, batch["positions"], batch["moments"].shape[2:])
-
-    def key(self, sample: SamplePosition) -> str:
-        return self.batches.key(sample)
-
-    def fetch_ahead(self, shards: list[int]) -> None:
-        self.batches.fetch_ahead(shards)
 
     def preview(self) -> NDArray[np.uint8] | None:
         """Sample the fixed prompts with fixed seeds, and return a grid of the pictures with their prompts."""
@@ -153,9 +153,6 @@ class DiffusionLearner:
                 name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items() if part
             },
         }
-
-    def close(self) -> None:
-        self.batches.close()
 
     @cached_property
     def _model(self) -> LatentDiffusion:

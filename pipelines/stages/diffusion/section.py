@@ -26,6 +26,7 @@ def section(artifact: Artifact) -> Section:
             ("Throughput", rate(details)),
             ("Workers", format_count(details.get("workers"))),
             ("Final loss", f"{details['final_loss']:.4g}" if "final_loss" in details else None),
+            ("Loss on held-out samples", f"{details['held_out_loss']:.4g}" if "held_out_loss" in details else None),
             *(
                 (f"Latents {mixed['key']}", f"{100 * mixed['weight']:g} % of the samples")
                 for mixed in details.get("mix", ())

@@ -14,10 +14,10 @@ from numpy.typing import DTypeLike, NDArray
 
 from pipelines.errors import UserError
 from pipelines.shards.format import decode_json, decode_npy, npy_header_bytes, parse_npy_header
-from pipelines.shards.mixture import Part, joined
+from pipelines.shards.mixture import Part
 from pipelines.shards.order import Place
-from pipelines.shards.reader import ShardReader
-from pipelines.stages.latents.encoding.views import latent_file
+from pipelines.shards.reader import ShardReader, joined
+from pipelines.stages.latents.encoding.names import latent_file
 from pipelines.stages.pairs.held_out import held_out_places
 from pipelines.store.ledger import Artifact
 

@@ -11,7 +11,7 @@ from pipelines.errors import UserError
 from pipelines.shards.format import decode_npy, read_shard
 from pipelines.shards.index import ShardIndex, index_name, scan_shard
 from pipelines.shards.tar_headers import TarError
-from pipelines.stages.latents.encoding.views import latent_files
+from pipelines.stages.latents.encoding.names import latent_files
 from pipelines.stages.latents.statistics import ShardStatistics, statistics_name
 from pipelines.stages.pairs.artifact import whole_shard
 from pipelines.store.commits import ArtifactWriter

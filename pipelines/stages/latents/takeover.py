@@ -28,7 +28,7 @@ from pipelines.shards.index import IndexBuilder, ShardIndex, index_name
 from pipelines.stages.autoencoder.artifact import first_stage_config
 from pipelines.stages.latents.artifact import FORMAT_VERSION
 from pipelines.stages.latents.config import LatentsConfig
-from pipelines.stages.latents.encoding.views import latent_files
+from pipelines.stages.latents.encoding.names import latent_files
 from pipelines.stages.latents.shard import Identity, ShardCommit, Written
 from pipelines.stages.latents.statistics import ShardStatistics, statistics_name
 from pipelines.stages.pairs.artifact import whole_shard

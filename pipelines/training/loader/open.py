@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -9,9 +10,11 @@ from torch import Tensor
 
 from pipelines.training.loader.prefetch import Prefetcher
 from pipelines.training.loader.processes import ProcessLoader
+from pipelines.training.loader.source import arrays_of
 
 if TYPE_CHECKING:
-    from pipelines.training.task import Learner
+    from pipelines.shards.order import SamplePosition
+    from pipelines.training.loader.source import Batches
 
 # For each GPU: one makes a batch while the other waits for a shard.
 GPU_PROCESSES = 2
@@ -35,8 +38,13 @@ class Loader(Protocol):
         ...
 
 
+def tensors_of(batches: Batches, samples: Sequence[SamplePosition]) -> dict[str, Tensor]:
+    """Return the CPU tensors of a batch by name, first dimension B. Raises as `Batches.assemble` does."""
+    return {name: torch.from_numpy(array) for name, array in arrays_of(batches, samples).items()}
+
+
 def open_loader(
-    learner: Learner,
+    batches: Batches,
     rank: int,
     world_size: int,
     first: int,
@@ -48,7 +56,7 @@ def open_loader(
     """Begin to make the batches of the steps `first` to `last` - 1.
 
     Args:
-        learner: whose batches.
+        batches: makes them in the thread; processes open its source anew.
         rank, world_size: whose part of the global batches.
         first, last: the first step, and the one after the last.
         processes: how many make batches; 0 for a thread. None takes GPU_PROCESSES for a GPU; a CPU that trains has
@@ -58,22 +66,22 @@ def open_loader(
     if processes is None:
         processes = GPU_PROCESSES if device.type == "cuda" else 0
     if processes:
-        return ProcessLoader(learner.source, rank, world_size, first, last, processes=processes, device=device)
-    return ThreadLoader(learner, rank, world_size, first, last, device)
+        return ProcessLoader(batches.source, rank, world_size, first, last, processes=processes, device=device)
+    return ThreadLoader(batches, rank, world_size, first, last, device)
 
 
 class ThreadLoader:
     """Batches made by a thread; see `open_loader`."""
 
     def __init__(
-        self, learner: Learner, rank: int, world_size: int, first: int, last: int, device: torch.device
+        self, batches: Batches, rank: int, world_size: int, first: int, last: int, device: torch.device
     ) -> None:
         self._device = device
 
         def make(step: int) -> dict[str, Tensor]:
             # The whole state of the data is the step: the order is an endless sequence of batches.
-            learner.fetch_ahead(learner.order.shards_ahead(step, rank, world_size))
-            tensors = learner.load(learner.order.slice(step, rank, world_size))
+            batches.reader.fetch_ahead(batches.order.shards_ahead(step, rank, world_size))
+            tensors = tensors_of(batches, batches.order.slice(step, rank, world_size))
             if device.type == "cuda":
                 return {name: tensor.pin_memory() for name, tensor in tensors.items()}
             return tensors

@@ -13,36 +13,16 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 if TYPE_CHECKING:
-    from pipelines.shards.order import Order, SamplePosition
+    from pipelines.shards.order import Order, Place, SamplePosition
 
 # Returns an array of a batch, by name, shape and dtype, to be filled: its bytes are whatever they are.
 NewArray = Callable[[str, tuple[int, ...], DTypeLike], NDArray[Any]]
 
 
-class Batches(Protocol):
-    """Makes the batches of one training run."""
+class Reader(Protocol):
+    """Where the samples lie: a `ShardReader`, or several as one."""
 
-    @property
-    def order(self) -> Order:
-        """The order of the training samples."""
-        ...
-
-    def assemble(self, samples: Sequence[SamplePosition], new: NewArray) -> None:
-        """Fill the arrays of a batch, first dimension B.
-
-        What is drawn for a sample comes from (seed, position) alone, so that neither the number of workers nor a
-        restart changes it.
-
-        Args:
-            samples: B of them, in order.
-            new: makes the arrays, each name once.
-
-        Raises:
-            UserError: a shard is damaged, or samples do not fit each other.
-        """
-        ...
-
-    def key(self, sample: SamplePosition) -> str:
+    def key(self, shard: int, row: int) -> str:
         """Return the sample's key, for messages to people."""
         ...
 
@@ -52,6 +32,48 @@ class Batches(Protocol):
 
     def close(self) -> None:
         """Let go of the data."""
+        ...
+
+
+class Batches(Protocol):
+    """Makes the batches of one training run."""
+
+    @property
+    def source(self) -> Source:
+        """What opens the same data in another process."""
+        ...
+
+    @property
+    def reader(self) -> Reader: ...
+
+    @property
+    def order(self) -> Order:
+        """The order of the training samples."""
+        ...
+
+    @property
+    def held_out(self) -> Sequence[Place]:
+        """The places of the samples that nothing is trained on, in an order of their own."""
+        ...
+
+    @property
+    def buckets(self) -> Sequence[str]:
+        """The bucket of each shard; empty where there are none."""
+        ...
+
+    def assemble(self, samples: Sequence[SamplePosition], new: NewArray) -> None:
+        """Fill the arrays of a batch, first dimension B.
+
+        What is drawn for a sample comes from (seed, position) alone, so that neither the number of workers nor a
+        restart changes it. Of the held-out stream (`pipelines.training.loader.held_out`) no condition is dropped.
+
+        Args:
+            samples: B of them, in order.
+            new: makes the arrays, each name once.
+
+        Raises:
+            UserError: a shard is damaged, or samples do not fit each other.
+        """
         ...
 
 

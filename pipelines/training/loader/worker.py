@@ -125,7 +125,8 @@ def _make_batches(job: Job, connection: socket.socket) -> None:
 
 
 def _fill_slots(job: Job, connection: socket.socket, say: Callable[[bytes, bytes], None]) -> None:
-    with contextlib.closing(job.source.open()) as batches:
+    batches = job.source.open()
+    with contextlib.closing(batches.reader):
         slots = [SlotWriter(file) for file in job.slots]
         free = len(slots)
         for number, step in enumerate(job.steps):
@@ -135,7 +136,7 @@ def _fill_slots(job: Job, connection: socket.socket, say: Callable[[bytes, bytes
             free -= 1
             slot = slots[number % len(slots)]
             slot.begin()
-            batches.fetch_ahead(batches.order.shards_ahead(step, job.rank, job.world_size))
+            batches.reader.fetch_ahead(batches.order.shards_ahead(step, job.rank, job.world_size))
             batches.assemble(batches.order.slice(step, job.rank, job.world_size), slot.new)
             say(BATCH, slot.layout())
 

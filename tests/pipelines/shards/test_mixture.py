@@ -3,19 +3,14 @@
 import itertools
 import tracemalloc
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from pipelines.errors import MisuseError
-from pipelines.shards.mixture import JoinedReader, Mixture, Part, Turns, joined
-from pipelines.shards.node_cache import cache_folder
+from pipelines.shards.mixture import Mixture, Part, Turns
 from pipelines.shards.order import SampleOrder, SamplePosition
-from pipelines.shards.reader import ShardReader
-from pipelines.store.storage import Storage
-from tests.tiny_artifacts import latents_artifact
 
 WORLDS = (1, 2, 3, 5, 8)
 
@@ -233,32 +228,3 @@ def test_there_are_no_more_partitions_than_the_smallest_set_has_samples() -> Non
 def test_what_cannot_be_mixed_is_an_error(parts: list[Part], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Mixture(parts, 0, 1, batch_size=1, partitions=1)
-
-
-def test_readers_of_several_artifacts_are_read_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "disk"))
-    artifacts = [
-        latents_artifact(tmp_path, "0" * 64, rows=rows, name=f"latents-{number}")
-        for number, rows in enumerate([(2, 0, 3), (4,), (1, 2)])
-    ]
-    alone = [ShardReader(each.storage, each.files) for each in artifacts]
-    # One of them somewhere else.
-    remote = Storage("memory://latents-to-be-mixed")
-    for name in artifacts[1].storage.files_below():
-        remote.write_bytes(name, artifacts[1].storage.read_bytes(name))
-    storages = [artifacts[0].storage, remote, artifacts[2].storage]
-    readers = [ShardReader(storage, each.files) for storage, each in zip(storages, artifacts, strict=True)]
-    together = joined(readers)
-    assert isinstance(together, JoinedReader)
-    assert together.rows_per_shard.tolist() == [2, 0, 3, 4, 1, 2]
-    together.fetch_ahead([5, 3, 0])
-    places = [(number, shard) for number, reader in enumerate(alone) for shard in range(len(reader.rows_per_shard))]
-    for shard, (number, its_shard) in enumerate(places):
-        for row in range(int(together.rows_per_shard[shard])):
-            assert together.read(shard, row) == alone[number].read(its_shard, row)
-            assert together.key(shard, row) == alone[number].key(its_shard, row)
-            assert set(together.read(shard, row, ("latent.npy",))) == {"latent.npy"}
-    assert cache_folder().exists()
-    together.close()
-    assert not cache_folder().exists()
-    assert joined(alone[:1]) is alone[0]

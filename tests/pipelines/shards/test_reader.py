@@ -8,10 +8,12 @@ import pytest
 
 from pipelines.errors import UserError
 from pipelines.shards.format import write_shard
-from pipelines.shards.reader import ShardReader
+from pipelines.shards.node_cache import cache_folder
+from pipelines.shards.reader import JoinedReader, ShardReader, joined
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.file_table import FileTable
 from pipelines.store.storage import Storage
+from tests.tiny_artifacts import latents_artifact
 
 
 def sample(shard: int, row: int) -> tuple[str, dict[str, bytes]]:
@@ -108,3 +110,32 @@ def test_another_number_of_samples_than_committed_is_refused(tmp_path: Path) -> 
     (record,) = write(storage, (3,))
     with pytest.raises(UserError, match="holds 3 samples, but 4 were committed"):
         ShardReader(storage, FileTable.of([record.model_copy(update={"rows": 4})])).read(0, 0)
+
+
+def test_readers_of_several_artifacts_are_read_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "disk"))
+    artifacts = [
+        latents_artifact(tmp_path, "0" * 64, rows=rows, name=f"latents-{number}")
+        for number, rows in enumerate([(2, 0, 3), (4,), (1, 2)])
+    ]
+    alone = [ShardReader(each.storage, each.files) for each in artifacts]
+    # One of them somewhere else.
+    remote = Storage("memory://latents-to-be-mixed")
+    for name in artifacts[1].storage.files_below():
+        remote.write_bytes(name, artifacts[1].storage.read_bytes(name))
+    storages = [artifacts[0].storage, remote, artifacts[2].storage]
+    readers = [ShardReader(storage, each.files) for storage, each in zip(storages, artifacts, strict=True)]
+    together = joined(readers)
+    assert isinstance(together, JoinedReader)
+    assert together.rows_per_shard.tolist() == [2, 0, 3, 4, 1, 2]
+    together.fetch_ahead([5, 3, 0])
+    places = [(number, shard) for number, reader in enumerate(alone) for shard in range(len(reader.rows_per_shard))]
+    for shard, (number, its_shard) in enumerate(places):
+        for row in range(int(together.rows_per_shard[shard])):
+            assert together.read(shard, row) == alone[number].read(its_shard, row)
+            assert together.key(shard, row) == alone[number].key(its_shard, row)
+            assert set(together.read(shard, row, ("latent.npy",))) == {"latent.npy"}
+    assert cache_folder().exists()
+    together.close()
+    assert not cache_folder().exists()
+    assert joined(alone[:1]) is alone[0]

@@ -37,6 +37,9 @@ def test_the_loss_falls_and_everything_is_reported(uninterrupted: toy.Run) -> No
     losses = [entry["loss"] for entry in uninterrupted.history()]
     assert [entry["step"] for entry in uninterrupted.history()] == list(range(4, 49, 4))
     assert losses[-1] < 0.3 * losses[0]
+    held_out = [entry["held_out"] for entry in uninterrupted.history() if "held_out" in entry]
+    assert len(held_out) == 3
+    assert held_out[-1] < held_out[0]
     assert uninterrupted.progress[0] == (0, 48)
     assert uninterrupted.progress[-1] == (48, 48)
     assert uninterrupted.writer.committed().names == [
@@ -120,12 +123,14 @@ def test_one_worker_does_the_same_as_two_and_what_it_tells_reaches_the_driver(
 
 def test_a_loss_that_is_not_a_number_stops_at_once_and_names_the_sample(ray_cluster: None, tmp_path: Path) -> None:
     run = toy.Run(tmp_path)
-    with pytest.raises(UserError, match=r"^the loss is not finite at step 12 for samples key-101: look at .*debug"):
+    order = toy.ToyBatches(toy.ToyTask(tmp_path)).order
+    keys = ["key-{}-{}".format(*order.sample(position).place) for position in range(96, 104)]
+    with pytest.raises(UserError, match=rf"^the loss is not finite at step 12 for samples {keys[5]}: look at .*debug"):
         run.fit(bad_at=101)
     assert run.workers_started() == 2, "a mistake in the data must not be tried again"
     state = torch.load(tmp_path / "artifact/debug/step_00000012.pt", weights_only=True)
-    assert state["bad_keys"] == ["key-101"]
-    assert state["keys"] == [f"key-{position}" for position in range(96, 104)]
+    assert state["bad_keys"] == [keys[5]]
+    assert state["keys"] == keys
 
 
 def wait_until(holds: Callable[[], bool]) -> None:

@@ -24,6 +24,7 @@ from pipelines.store.storage import Storage
 from pipelines.tracking import null_stage_tracker
 from pipelines.training.config import TrainingConfig
 from pipelines.training.fit import finished, fit
+from pipelines.training.loader.source import NewArray
 
 # As many samples as three batches have.
 ROWS = (7, 0, 12, 5)
@@ -58,23 +59,46 @@ class ToyTask:
         raise AssertionError("a thread makes the batches of the toy")
 
 
+class ToyBatches:
+    def __init__(self, task: ToyTask) -> None:
+        self.source = task
+        self.reader = ToyReader(task.log)
+        # In truth trained on, too: whose loss it is does not matter here, but that it is the same after any restart.
+        self.held_out, self.buckets = [(2, 4), (3, 1)], list[str]()
+        self.order = SampleOrder(ROWS, SEED, window=2, batch_size=BATCH_SIZE, partitions=64)
+
+    def assemble(self, samples: Sequence[SamplePosition], new: NewArray) -> None:
+        x = new("x", (len(samples), 4), np.float32)
+        for row, sample in zip(x, samples, strict=True):
+            generator(SEED, Purpose.SAMPLE, sample.position).standard_normal(out=row, dtype=np.float32)
+            if sample.position == self.source.bad_at:
+                row[0] = np.nan
+        new("y", (len(samples), 2), np.float32)[:] = x @ (np.arange(8, dtype=np.float32).reshape(4, 2) / 8)
+        new("seen", (len(samples), 3), np.int64)[:] = [[each.position, *each.place] for each in samples]
+
+
+class ToyReader:
+    def __init__(self, log: Path) -> None:
+        self.log = log
+
+    def key(self, shard: int, row: int) -> str:
+        return f"key-{shard}-{row}"
+
+    def fetch_ahead(self, shards: list[int]) -> None:
+        pass
+
+    def close(self) -> None:
+        (self.log / f"closed.{os.getpid()}").touch()
+
+
 class ToyLearner:
+    has_timesteps = True
+
     def __init__(self, task: ToyTask) -> None:
         self.task = task
         self.network: nn.Module = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.1), nn.Tanh(), nn.Linear(16, 2))
-        self.source = task
-        self.order = SampleOrder(ROWS, SEED, window=2, batch_size=BATCH_SIZE, partitions=64)
+        self.batches = ToyBatches(task)
         (task.log / f"started.{os.getpid()}").touch()
-
-    def load(self, samples: Sequence[SamplePosition]) -> dict[str, Tensor]:
-        x = np.stack(
-            [generator(SEED, Purpose.SAMPLE, s.position).standard_normal(4, dtype=np.float32) for s in samples]
-        )
-        if self.task.bad_at in [s.position for s in samples]:
-            x[[s.position for s in samples].index(self.task.bad_at)] = np.nan
-        matrix = np.arange(8, dtype=np.float32).reshape(4, 2) / 8
-        seen = torch.tensor([[s.position, s.shard, s.row] for s in samples])
-        return {"x": torch.from_numpy(x), "y": torch.from_numpy(x @ matrix), "seen": seen}
 
     def losses(self, network: Any, batch: dict[str, Tensor]) -> Tensor:
         step = int(batch["seen"][0, 0]) // BATCH_SIZE
@@ -97,14 +121,14 @@ class ToyLearner:
             raise TransientError("s3://bucket/a cannot be reached (SlowDown 503)")
         with open(self.task.log / f"seen.{os.getpid()}", "a") as file:
             file.writelines(f"{step} {' '.join(map(str, row))}\n" for row in batch["seen"].tolist())
+        return self._losses(network, batch)
+
+    def held_out_losses(self, batch: dict[str, Tensor]) -> Tensor:
+        return self._losses(self.network, batch)
+
+    def _losses(self, network: Any, batch: dict[str, Tensor]) -> Tensor:
         losses: Tensor = (network(batch["x"]) - batch["y"]).square().mean(dim=1)
         return losses
-
-    def key(self, sample: SamplePosition) -> str:
-        return f"key-{sample.position}"
-
-    def fetch_ahead(self, shards: list[int]) -> None:
-        pass
 
     def preview(self) -> NDArray[np.uint8]:
         level = np.uint8(abs(float(next(self.network.parameters())[0, 0])) * 255)
@@ -113,9 +137,6 @@ class ToyLearner:
     def save(self, writer: ArtifactWriter) -> dict[str, Any]:
         writer.commit_once("weights.pt", lambda path: torch.save(self.network.state_dict(), path))
         return {"toy": True}
-
-    def close(self) -> None:
-        (self.task.log / f"closed.{os.getpid()}").touch()
 
 
 def _is_controller(process: psutil.Process) -> bool:

@@ -10,8 +10,8 @@ import numpy as np
 
 from pipelines.shards.format import ShardWriter, encode_npy
 from pipelines.shards.index import IndexBuilder
+from pipelines.stages.latents.encoding.names import latent_file
 from pipelines.stages.latents.encoding.shards import EncodedShard
-from pipelines.stages.latents.encoding.views import latent_file
 from pipelines.stages.latents.shard import Identity, ShardCommit, Written
 from pipelines.stages.latents.statistics import ShardStatistics
 from pipelines.store.commits import ArtifactWriter

@@ -11,7 +11,7 @@ import numpy as np
 
 from pipelines.conditions.lengths import Lengths, token_lengths
 from pipelines.shards.index import ShardIndex, index_name
-from pipelines.stages.latents.encoding.views import latent_files
+from pipelines.stages.latents.encoding.names import latent_files
 from pipelines.stages.latents.inspection.samples import Sample, choose, read_index, read_samples
 from pipelines.store.file_table import FileRecord
 from pipelines.store.ledger import Artifact

@@ -20,6 +20,7 @@ from pipelines.stages.diffusion.stage import STAGE
 from pipelines.stages.diffusion.work import model_config
 from pipelines.store.ledger import Artifact
 from pipelines.store.storage import Storage
+from pipelines.training.loader.open import tensors_of
 from tests.tiny import TINY_TEXT, TINY_UNET
 from tests.tiny_artifacts import contents, first_stage_artifact, latents_artifact, run_stage
 
@@ -89,10 +90,10 @@ def test_a_model_is_trained_and_samples_pictures(
 
 def test_a_batch_is_the_same_for_any_number_of_workers_and_after_any_restart(upstream: dict[str, Artifact]) -> None:
     one, other = learner(upstream), learner(upstream)
-    other.load(other.order.slice(100, 0, 1))
+    tensors_of(other.batches, other.batches.order.slice(100, 0, 1))
     for step in (0, 4, 30):
-        whole = one.load(one.order.slice(step, 0, 1))
-        parts = [other.load(other.order.slice(step, rank, 4)) for rank in range(4)]
+        whole = tensors_of(one.batches, one.batches.order.slice(step, 0, 1))
+        parts = [tensors_of(other.batches, other.batches.order.slice(step, rank, 4)) for rank in range(4)]
         for name, tensor in whole.items():
             assert torch.equal(torch.cat([part[name] for part in parts]), tensor), name
 
@@ -106,12 +107,12 @@ def test_batches_of_a_remote_root_are_the_same_and_its_shards_go_at_the_end(
         remote.write_bytes(name, latents.storage.read_bytes(name))
     here, there = learner(upstream), learner({**upstream, "latents": replace(latents, storage=remote)})
     for step in range(12):
-        there.fetch_ahead(there.order.shards_ahead(step, 0, 1))
-        batch = there.load(there.order.slice(step, 0, 1))
-        for name, tensor in here.load(here.order.slice(step, 0, 1)).items():
+        there.batches.reader.fetch_ahead(there.batches.order.shards_ahead(step, 0, 1))
+        batch = tensors_of(there.batches, there.batches.order.slice(step, 0, 1))
+        for name, tensor in tensors_of(here.batches, here.batches.order.slice(step, 0, 1)).items():
             assert torch.equal(batch[name], tensor), name
     assert len(list(cache_folder().iterdir())) > 2
-    there.close()
+    there.batches.reader.close()
     assert not cache_folder().exists()
 
 
@@ -119,23 +120,25 @@ def test_held_out_samples_are_never_trained_on_and_previewed_first(tmp_path: Pat
     autoencoder = first_stage_artifact(tmp_path)
     latents = latents_artifact(tmp_path, autoencoder.details["encoder_sha256"], rows=(90, 0, 60))
     trainer = learner({"autoencoder": autoencoder, "latents": latents})
-    held_out = trainer.latents.held_out
+    held_out = trainer.batches.latents.held_out
     assert len(held_out) == 2
-    epoch = {trainer.order.sample(position).place for position in range(2 * trainer.order.samples_per_epoch)}
+    epoch = {
+        trainer.batches.order.sample(position).place for position in range(2 * trainer.batches.order.samples_per_epoch)
+    }
     every = {(shard, row) for shard, rows in ((0, 90), (2, 60)) for row in range(rows)}
     assert every - epoch == set(held_out)
-    facts = [json.loads(trainer.latents.reader.read(*place, ("json",))["json"]) for place in held_out]
-    captions = kind_of(config().condition).preview_prompts(latents, trainer.latents.facts(), 3)
+    facts = [json.loads(trainer.batches.latents.reader.read(*place, ("json",))["json"]) for place in held_out]
+    captions = kind_of(config().condition).preview_prompts(latents, trainer.batches.latents.facts(), 3)
     assert captions[:2] == [sample["captions"][0] for sample in facts]
     assert len(set(captions)) == 3
 
 
 def test_each_epoch_draws_anew(upstream: dict[str, Artifact]) -> None:
     trainer = learner(upstream)
-    epoch = trainer.order.samples_per_epoch
-    place = trainer.order.sample(5)[2:]
-    again = next(p for p in range(epoch, 3 * epoch) if trainer.order.sample(p)[2:] == place)
-    first, second = (trainer.load([trainer.order.sample(position)]) for position in (5, again))
+    epoch = trainer.batches.order.samples_per_epoch
+    place = trainer.batches.order.sample(5)[2:]
+    again = next(p for p in range(epoch, 3 * epoch) if trainer.batches.order.sample(p)[2:] == place)
+    first, second = (tensors_of(trainer.batches, [trainer.batches.order.sample(position)]) for position in (5, again))
     assert torch.equal(first["moments"], second["moments"])
     for purpose in (Purpose.NOISE, Purpose.POSTERIOR):
         assert not torch.equal(trainer.noise(purpose, first), trainer.noise(purpose, second))
@@ -143,13 +146,13 @@ def test_each_epoch_draws_anew(upstream: dict[str, Artifact]) -> None:
 
 def test_all_captions_are_used_and_some_are_dropped(upstream: dict[str, Artifact]) -> None:
     trainer = learner(upstream, condition={"kind": "text", "transformer": TINY_TEXT, "dropout": 0.25})
-    batch = trainer.load([trainer.order.sample(position) for position in range(2100)])
+    batch = tensors_of(trainer.batches, [trainer.batches.order.sample(position) for position in range(2100)])
     empty = (batch["tokens"] == torch.tensor(upstream["latents"].details["empty_tokens"])).all(dim=1).float().mean()
     assert float(empty) == pytest.approx(0.25, abs=0.04)
     seen = {tuple(tokens) for tokens in batch["tokens"].tolist()}
-    for shard, rows in enumerate(trainer.latents.reader.rows_per_shard):
+    for shard, rows in enumerate(trainer.batches.latents.reader.rows_per_shard):
         for row in range(rows):
-            assert {tuple(tokens) for tokens in trainer.latents.get(shard, row)[1][0].tolist()} <= seen
+            assert {tuple(tokens) for tokens in trainer.batches.latents.get(shard, row)[1][0].tolist()} <= seen
     assert batch["t"].min() < 20
     assert batch["t"].max() > 980
 
@@ -157,7 +160,9 @@ def test_all_captions_are_used_and_some_are_dropped(upstream: dict[str, Artifact
 def test_the_loss_of_an_untrained_network_is_that_of_predicting_nothing(upstream: dict[str, Artifact]) -> None:
     """The output convolution starts at zero, so the eps loss is E[noise^2] = 1 (Eq. 3)."""
     trainer = learner(upstream)
-    losses = trainer.losses(trainer.network, trainer.load([trainer.order.sample(p) for p in range(256)]))
+    losses = trainer.losses(
+        trainer.network, tensors_of(trainer.batches, [trainer.batches.order.sample(p) for p in range(256)])
+    )
     assert losses.shape == (256,)
     assert float(losses.detach().mean()) == pytest.approx(1.0, abs=0.05)
 
@@ -165,7 +170,7 @@ def test_the_loss_of_an_untrained_network_is_that_of_predicting_nothing(upstream
 def test_the_network_sees_scaled_draws_of_the_posterior(upstream: dict[str, Artifact]) -> None:
     """Sec. 4.3.2: z = scale_factor * (mean + std * noise), noised to timestep t."""
     trainer = learner(upstream)
-    batch = trainer.load([trainer.order.sample(position) for position in range(4)])
+    batch = tensors_of(trainer.batches, [trainer.batches.order.sample(position) for position in range(4)])
     inputs = []
 
     def network(z_t: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from pipelines.errors import UserError
 from pipelines.shards.order import SamplePosition
 from pipelines.stage import StageContext
 from pipelines.stages.diffusion import work
+from pipelines.stages.diffusion.batches import LatentBatches
 from pipelines.stages.diffusion.config import DiffusionConfig
 from pipelines.stages.diffusion.learner import DiffusionLearner, DiffusionTask
 from pipelines.stages.diffusion.mix import mixed_latents
@@ -25,6 +26,9 @@ from pipelines.stages.latents.artifact import Latents
 from pipelines.store.ledger import Artifact
 from pipelines.training.config import TrainingConfig
 from pipelines.training.fit import finished
+from pipelines.training.loader.held_out import FIRST_POSITION
+from pipelines.training.loader.open import tensors_of
+from pipelines.training.loader.source import NewArray
 from pipelines.training.loop import Rank, TrainingLoop
 from pipelines.training.task import Task
 from tests.golden.test_golden_losses import NoCheckpoints, NoDriver
@@ -96,17 +100,13 @@ def test_a_model_is_trained_on_all_latents_each_with_its_share(
     tmp_path: Path, upstream: dict[str, Artifact], other: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained_on: list[SamplePosition] = []
+    assemble = LatentBatches.assemble
 
-    def watched(
-        load: Callable[[DiffusionLearner, Sequence[SamplePosition]], dict[str, torch.Tensor]],
-    ) -> Callable[[DiffusionLearner, Sequence[SamplePosition]], dict[str, torch.Tensor]]:
-        def load_and_note(self: DiffusionLearner, samples: Sequence[SamplePosition]) -> dict[str, torch.Tensor]:
-            trained_on.extend(samples)
-            return load(self, samples)
+    def assemble_and_note(self: LatentBatches, samples: Sequence[SamplePosition], new: NewArray) -> None:
+        trained_on.extend(sample for sample in samples if sample.position < FIRST_POSITION)
+        assemble(self, samples, new)
 
-        return load_and_note
-
-    monkeypatch.setattr(DiffusionLearner, "load", watched(DiffusionLearner.load))
+    monkeypatch.setattr(LatentBatches, "assemble", assemble_and_note)
     monkeypatch.setattr(work, "fit", train_here)
     artifact = run_stage(STAGE, config((other, 0.3)), tmp_path, upstream)
     # The fourth shard is the other artifact's.
@@ -123,15 +123,15 @@ def test_a_model_is_trained_on_all_latents_each_with_its_share(
 
 def test_a_batch_holds_what_each_of_the_latents_has_there(upstream: dict[str, Artifact], other: Artifact) -> None:
     trainer = learner(upstream, config((other, 0.5)))
-    samples = trainer.order.slice(7, 0, 1)
-    batch = trainer.load(samples)
+    samples = trainer.batches.order.slice(7, 0, 1)
+    batch = tensors_of(trainer.batches, samples)
     own, theirs = Latents(upstream["latents"]), Latents(other)
     for sample, moments in zip(samples, batch["moments"], strict=True):
         cache, shard = (theirs, 0) if sample.shard == 3 else (own, sample.shard)
         np.testing.assert_array_equal(moments.numpy(), cache.get(shard, sample.row)[0])
-        assert trainer.key(sample) == cache.reader.key(shard, sample.row)
+        assert trainer.batches.reader.key(*sample.place) == cache.reader.key(shard, sample.row)
     assert {sample.shard == 3 for sample in samples} == {True, False}
-    trainer.close()
+    trainer.batches.reader.close()
 
 
 def test_nothing_that_any_of_the_latents_holds_out_is_trained_on(
@@ -142,9 +142,9 @@ def test_nothing_that_any_of_the_latents_holds_out_is_trained_on(
     held_out = {*own, *((3 + shard, row) for shard, row in theirs)}
     assert len(own) == len(theirs) == 1
     every = {(shard, row) for shard, rows in ((0, 40), (2, 50), (3, 70)) for row in range(rows)}
-    seen = {trainer.order.sample(position).place for position in range(3 * 160)}
+    seen = {trainer.batches.order.sample(position).place for position in range(3 * 160)}
     assert every - seen == held_out
-    assert trainer.latents.held_out == own, "what the model is compared with"
+    assert trainer.batches.latents.held_out == own, "what the model is compared with"
 
 
 def test_a_key_holds_what_the_latents_are_and_not_where(

@@ -25,7 +25,7 @@ from pipelines.stages.pairs.config import PairsConfig
 from pipelines.stages.pairs.held_out import held_out_places
 from pipelines.stages.pairs.stage import STAGE as PAIRS
 from pipelines.store.ledger import Artifact
-from pipelines.training.loader.open import open_loader
+from pipelines.training.loader.open import open_loader, tensors_of
 from tests.golden.test_golden_losses import train
 from tests.pipelines.stages.diffusion.test_diffusion_stage import config, learner
 from tests.pipelines.stages.diffusion.test_mix import train_here
@@ -99,7 +99,7 @@ def test_a_batch_has_one_size_and_every_sample_is_seen_once_an_epoch_but_the_hel
         trainer, artifact = AutoencoderTask(settings, 0, upstream["pairs"]).build(CPU), upstream["pairs"]
     else:
         trainer, artifact = learner(dict(upstream)), upstream["latents"]
-    names, order = artifact.shards().names, trainer.order
+    names, order = artifact.shards().names, trainer.batches.order
     assert isinstance(order, BucketOrder)
     seen: dict[tuple[str, int], list[tuple[int, int]]] = {}
     for step in range(3 * order.samples_per_epoch // order.batch_size):
@@ -108,7 +108,7 @@ def test_a_batch_has_one_size_and_every_sample_is_seen_once_an_epoch_but_the_hel
         for sample in samples:
             seen.setdefault((bucket_of(names[sample.shard]), sample.epoch), []).append(sample.place)
         if step < 6:
-            batch = trainer.load(samples)
+            batch = tensors_of(trainer.batches, samples)
             if stage == "autoencoder":
                 assert batch["pixels"].shape == (4, height, width, 3)
                 assert batch["noise"].shape == (4, 4, height // 8, width // 8)
@@ -125,17 +125,17 @@ def test_a_batch_has_one_size_and_every_sample_is_seen_once_an_epoch_but_the_hel
         }
         for epoch in range(2):
             assert sorted(seen[bucket, epoch]) == sorted(every - held_out)
-    trainer.close()
+    trainer.batches.reader.close()
 
 
 def test_a_process_of_the_loader_makes_the_same_batches_of_both_sizes_wherever_training_resumes(
     upstream: Mapping[str, Artifact],
 ) -> None:
     trainer = learner(dict(upstream))
-    expected = [trainer.load(trainer.order.slice(step, 0, 1)) for step in range(12)]
+    expected = [tensors_of(trainer.batches, trainer.batches.order.slice(step, 0, 1)) for step in range(12)]
     assert len({batch["moments"].shape for batch in expected[5:]}) == 2
     for first in (0, 5):
-        loader = open_loader(trainer, 0, 1, first, 12, processes=1, device=CPU)
+        loader = open_loader(trainer.batches, 0, 1, first, 12, processes=1, device=CPU)
         try:
             for batch in expected[first:]:
                 found = loader.next()
@@ -144,7 +144,7 @@ def test_a_process_of_the_loader_makes_the_same_batches_of_both_sizes_wherever_t
                     assert torch.equal(found[name], tensor), name
         finally:
             loader.close()
-    trainer.close()
+    trainer.batches.reader.close()
 
 
 def test_both_networks_are_trained_on_both_sizes(
@@ -157,7 +157,7 @@ def test_both_networks_are_trained_on_both_sizes(
     preview = {**TRAINING, "sample_every_steps": 2}
     artifact = run_stage(DIFFUSION, config(training=preview), root, upstream)
     assert artifact.details["steps"] == 2
-    order = learner(dict(upstream)).order
+    order = learner(dict(upstream)).batches.order
     assert isinstance(order, BucketOrder)
     assert {order.bucket(step) for step in range(2)} == set(SIZES)
     with Image.open(artifact.storage.path("previews/step_00000002.png")) as grid:

@@ -26,6 +26,7 @@ from pipelines.stages.pairs.artifact import decode_image
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.ledger import Artifact
 from pipelines.store.storage import Storage
+from pipelines.training.loader.open import tensors_of
 from tests.pipelines.stages.latents.in_this_process import make, reordered
 from tests.shard_encoder import ShardEncoder
 from tests.tiny import TINY_TEXT, TINY_UNET
@@ -150,13 +151,13 @@ def test_training_picks_a_view_by_the_position_of_the_sample(mirrored: Artifact,
     positions = [SamplePosition(position, 0, 0, 1) for position in range(16)]
     sample = samples(mirrored)[1]
     views = [decode_npy(sample[name]) for name in ("latent.npy", "latent.1.npy")]
-    found = learner(mirrored, first_stage).load(positions)["moments"].numpy()
+    found = tensors_of(learner(mirrored, first_stage).batches, positions)["moments"].numpy()
     picked = [next(view for view in (0, 1) if (each == views[view]).all()) for each in found]
     assert set(picked) == {0, 1}
     # Whoever loads them again, in another batch and another process, after a restart.
     again = learner(mirrored, first_stage)
     for position, view in zip(positions, picked, strict=True):
-        np.testing.assert_array_equal(again.load([position])["moments"].numpy()[0], views[view])
+        np.testing.assert_array_equal(tensors_of(again.batches, [position])["moments"].numpy()[0], views[view])
 
 
 @pytest.mark.parametrize("values", [{"count": 3}, {"mirror": False}])

@@ -201,9 +201,10 @@ def test_every_stage_leaves_out_the_same_samples(pairs: Artifact, tmp_path: Path
     config = AutoencoderConfig.model_validate({"model": "tiny-kl-f8", "training": training})
     learner = AutoencoderTask(config=config, seed=0, pairs=pairs).build(torch.device("cpu"))
     # The samples divide among the partitions: an epoch of each ends with the same batch.
-    epoch = [learner.key(learner.order.sample(position)) for position in range(learner.order.samples_per_epoch)]
-    rows = learner.batches.reader.rows_per_shard
-    every = {learner.batches.reader.key(shard, row) for shard in (0, 2) for row in range(rows[shard])}
+    reader, order = learner.batches.reader, learner.batches.order
+    epoch = [reader.key(*order.sample(position).place) for position in range(order.samples_per_epoch)]
+    rows = reader.rows_per_shard
+    every = {reader.key(shard, row) for shard in (0, 2) for row in range(rows[shard])}
     assert len(epoch) == len(set(epoch))
     assert every - set(epoch) == held
     assert not set(training_places(pairs, 256)) & set(held_out_places(pairs))

@@ -43,6 +43,7 @@ class Numbers:
 class NumberBatches:
     def __init__(self, source: Numbers) -> None:
         self.source = source
+        self.reader = NoReader()
         self.order = SampleOrder((7, 0, 12, 5), 3, window=2, batch_size=BATCH_SIZE, partitions=4)
 
     def assemble(self, samples: Sequence[SamplePosition], new: NewArray) -> None:
@@ -62,8 +63,10 @@ class NumberBatches:
         values[:] = np.array([sample.position for sample in samples])[:, None]
         new("places", (len(samples), 2), np.int64)[:] = [sample.place for sample in samples]
 
-    def key(self, sample: SamplePosition) -> str:
-        return str(sample.position)
+
+class NoReader:
+    def key(self, shard: int, row: int) -> str:
+        return f"{shard}-{row}"
 
     def fetch_ahead(self, shards: list[int]) -> None:
         pass

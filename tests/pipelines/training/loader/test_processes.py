@@ -20,7 +20,7 @@ from pipelines.notices import told_to
 from pipelines.shards.format import encode_npy
 from pipelines.stages.diffusion.learner import DiffusionLearner
 from pipelines.training.fit import _FailedWorkersError, _raised_for
-from pipelines.training.loader.open import open_loader
+from pipelines.training.loader.open import open_loader, tensors_of
 from pipelines.training.loader.processes import SLOTS, ProcessLoader
 from pipelines.training.loader.source import Source
 from tests.golden.test_golden_losses import TRAINING, diffusion
@@ -60,7 +60,7 @@ def begun(log: Path) -> list[tuple[int, int]]:
 
 
 def batches(trainer: DiffusionLearner, rank: int, world_size: int, first: int, last: int, processes: int) -> list[Any]:
-    loader = open_loader(trainer, rank, world_size, first, last, processes=processes, device=CPU)
+    loader = open_loader(trainer.batches, rank, world_size, first, last, processes=processes, device=CPU)
     try:
         return [{name: tensor.clone() for name, tensor in loader.next().items()} for _ in range(first, last)]
     finally:
@@ -82,9 +82,19 @@ def test_what_a_process_tells_is_told_by_the_one_that_trains(tmp_path: Path) -> 
     assert len(places) == 6
 
 
+def test_a_process_that_reads_latents_imports_nothing_that_it_does_not_need() -> None:
+    check = """
+import sys
+import pipelines.stages.diffusion.batches, pipelines.training.loader.worker
+print(*({"PIL", "matplotlib", "pipelines.stages.latents.config", "ray", "torch"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
 def test_any_number_of_processes_makes_the_same_batches_wherever_training_begins(upstream: dict[str, Any]) -> None:
     trainer = learner(upstream)
-    expected = [trainer.load(trainer.order.slice(step, 0, 1)) for step in range(12)]
+    expected = [tensors_of(trainer.batches, trainer.batches.order.slice(step, 0, 1)) for step in range(12)]
     for processes in (0, 1, 3):
         for first in (0, 7):
             for found, whole in zip(batches(trainer, 0, 1, first, 12, processes), expected[first:], strict=True):
