@@ -89,7 +89,8 @@ class DiffusionLearner:
         self.batches = self.source.open()
         self.latents, self.order = self.batches.latents, self.batches.order
         # Compiled for one shape, and if buckets bring others for any.
-        self.draw_noise = torch.compile(standard_normal) if training.compile else standard_normal
+        compiled = device.type == "cuda" if training.compile is None else training.compile
+        self.draw_noise = torch.compile(standard_normal) if compiled else standard_normal
         self.objective = DiffusionObjective(
             NoiseSchedule(task.model.schedule, device=device),
             parameterization=task.model.parameterization,
