@@ -12,20 +12,22 @@ is: fp32 means fp32. In fp32, all that it does changes at most the last bits, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
+from torch.utils import _pytree as pytree
 
+from ldm_core.latent_diffusion import LatentDiffusion
 from ldm_core.networks.attention import SelfAttentionBlock
 from ldm_core.networks.blocks import ResidualBlock
 from ldm_core.networks.clip_text import ClipTextLayer
 from ldm_core.networks.text_transformer import TextTransformerLayer
-from ldm_core.networks.unet import UNetBlock
+from ldm_core.networks.unet import PreparedContext, UNetBlock
 
 Precision = Literal["fp32", "bf16"]
 Purpose = Literal["training", "sampling"]
@@ -101,12 +103,85 @@ def prepare(
             block.compile(dynamic=False)
     if on_gpu:
         _prefer_fused_attention()
+        if for_ == "sampling" and isinstance(network, LatentDiffusion):
+            network.step_graphs = StepGraphs()
     return chosen
+
+
+class StepGraphs:
+    """Runs steps of sampling as CUDA graphs, one for each step and shapes of its inputs.
+
+    A step of a UNet is a thousand kernels, which at small batches take longer to launch than to run; as a graph they
+    are launched at once. A graph reads fixed buffers: x and t are copied there at every step, a condition (keys and
+    values of all layers, mostly) once a run. It serves other runs as well, as long as the weights stay where they are.
+
+    Written without a GPU at hand; its tests replay by computing again.
+    """
+
+    def __init__(self) -> None:
+        self._captured: dict[Any, _CapturedStep] = {}
+
+    def __call__(self, step: Callable[..., Any], key: object, x: Tensor, t: Tensor, *condition: Any) -> Any:
+        """Return `step(x, t, *condition)`, where nothing records gradients from the graph that has this key."""
+        if torch.is_grad_enabled():
+            return step(x, t, *condition)
+        leaves, tree = pytree.tree_flatten((x, t, *condition))
+        shapes = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        found = self._captured.get((key, shapes, tree))
+        if found is None:
+            found = self._captured[key, shapes, tree] = _CapturedStep(
+                lambda leaves: step(*pytree.tree_unflatten(leaves, tree)), leaves, self._capture
+            )
+        return found(leaves)
+
+    @staticmethod
+    def _capture(compute: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """Return what computes anew, and where the answer then is."""
+        # On a stream of its own, as capturing asks for.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_PASSES):
+                compute()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            answer = compute()
+        return graph.replay, answer
+
+
+class _CapturedStep:
+    """A step on fixed buffers. Its inputs are x and t, then the leaves of the condition."""
+
+    def __init__(
+        self,
+        step: Callable[[list[Any]], Any],
+        leaves: list[Any],
+        capture: Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]],
+    ) -> None:
+        self._buffers = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._condition = leaves[2:]
+        self._replay, self._answer = capture(lambda: step(self._buffers))
+
+    def __call__(self, leaves: list[Any]) -> Any:
+        buffers, condition = self._buffers, leaves[2:]
+        changed = [new is not old for new, old in zip(condition, self._condition, strict=True)]
+        for buffer, leaf, copied in zip(buffers, leaves, [True, True, *changed], strict=True):
+            if copied and isinstance(leaf, Tensor):
+                buffer.copy_(leaf)
+        # Held, so that no other tensor is taken for one of these.
+        self._condition = condition
+        self._replay()
+        # Samplers keep answers, and the next step overwrites this one.
+        return pytree.tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, self._answer)
 
 
 def cpu_has_bf16() -> bool:
     """Tell whether this CPU multiplies in bf16 (AVX512-BF16 or AMX), as far as torch makes use of it."""
     return "AVX512" in torch.backends.cpu.get_cpu_capability() and torch.cpu._is_avx512_bf16_supported()
+
+
+pytree.register_dataclass(PreparedContext)
 
 
 def _outermost(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[nn.Module]:

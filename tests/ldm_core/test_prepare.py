@@ -1,8 +1,10 @@
 """Preparing networks: what is chosen, that fp32 on a CPU stays as it is, and that equal blocks are compiled once."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partialmethod
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from ldm_core import presets
 from ldm_core.latent_diffusion import DiffusionNetwork, LatentDiffusion
-from ldm_core.prepare import _prefer_fused_attention, prepare
+from ldm_core.prepare import StepGraphs, _prefer_fused_attention, prepare
 from tests.random_weights import without_zeros
 
 INPUTS = (torch.randn(2, 4, 8, 8), torch.tensor([5, 700]), torch.randint(0, 1000, (2, 9)))
@@ -101,3 +103,37 @@ def test_the_fused_attention_kernels_are_tried_from_the_fastest_on() -> None:
         assert torch._C._get_sdp_priority_order() == [3, 1, 2, 0, 4]
     finally:
         torch._C._set_sdp_priority_order(before)
+
+
+class Recomputed(StepGraphs):
+    """Replays a step by computing it again, from the same buffers into the same answer: what a CUDA graph does."""
+
+    captured = 0
+
+    def _capture(self, compute: Callable[[], Any]) -> tuple[Callable[[], None], Any]:  # type: ignore[override]
+        self.captured += 1
+        answer = compute()
+        return lambda: answer.copy_(compute()), answer
+
+
+@torch.no_grad()
+def test_a_captured_step_serves_every_step_of_every_run(model: LatentDiffusion) -> None:
+    other = copy.deepcopy(model)
+    other.step_graphs = graphs = Recomputed()
+    z, t = torch.randn(3, 2, 4, 4, 4), torch.tensor([[700, 700], [300, 300], [5, 5]])
+    empty = torch.zeros(1, 9, dtype=torch.long)
+    for seed in (1, 2):  # two runs with captions of their own
+        captions = torch.randint(0, 1000, (2, 9), generator=torch.Generator().manual_seed(seed))
+        settings: dict[str, Any] = {"unconditional": empty, "guidance_scale": 3.0}
+        plain, replayed = (each.guided_denoiser(captions, **settings) for each in (model, other))
+        answers = [replayed(z[step], t[step]) for step in range(3)]
+        for step, answer in enumerate(answers):
+            torch.testing.assert_close(answer, plain(z[step], t[step]))
+    assert graphs.captured == 1
+    other.guided_denoiser(captions, unconditional=empty, guidance_scale=4.0)(z[0], t[0])
+    assert graphs.captured == 2, "another scale is another step"
+    with torch.enable_grad():
+        x = z[0].clone().requires_grad_()
+        other.guided_denoiser(captions)(x, t[0]).sum().backward()  # type: ignore[union-attr]
+    assert x.grad is not None
+    assert graphs.captured == 2, "a graph records no gradients"
