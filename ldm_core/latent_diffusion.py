@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_core import guidance, objective, samplers
-from ldm_core.conditioning import Conditioner, Conditioning
+from ldm_core.conditioning import Conditioner, Conditioning, Shared
 from ldm_core.conditioning.build import build_conditioner
 from ldm_core.configs.model import LatentDiffusionConfig
 from ldm_core.configs.text import FrozenConfig
@@ -57,7 +57,7 @@ class DiffusionNetwork(nn.Module):
     def forward(self, z_t: Tensor, t: Tensor, inputs: Any = None) -> Tensor:
         """Return the UNet's raw prediction at z_t (B, C, h, w), t (B,), conditioned on the conditioner's inputs.
 
-        Inputs may be a `Conditioning`, which is taken as it is.
+        Inputs may be a `Conditioning`, which is taken as it is, or `Shared` by several samples.
 
         Raises:
             ValueError: inputs are given to an unconditional network or missing from a conditional one.
@@ -271,7 +271,13 @@ def _condition(conditioner: Conditioner | None, inputs: Any) -> Conditioning:
             "a conditional model needs its conditioner's inputs, such as token ids (B, L), and an unconditional one "
             f"takes none; got {'none' if inputs is None else 'some'}"
         )
-    return Conditioning() if conditioner is None else conditioner(inputs)
+    if conditioner is None:
+        return Conditioning()
+    if not isinstance(inputs, Shared):
+        return conditioner(inputs)
+    found = conditioner(inputs.inputs)
+    parts = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+    return Conditioning(**{name: None if part is None else part[inputs.row] for name, part in parts.items()})
 
 
 def _to(inputs: Any, device: torch.device) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm_core import guidance, presets, samplers
-from ldm_core.conditioning import Conditioning
+from ldm_core.conditioning import Conditioning, Shared
 from ldm_core.configs.model import LatentDiffusionConfig
 from ldm_core.configs.schedule import ScheduleConfig
 from ldm_core.configs.text import TextTransformerConfig
@@ -81,6 +81,24 @@ def test_a_training_step_reaches_every_trainable_weight(model: LatentDiffusion) 
     without = [name for name, p in network.named_parameters() if p.requires_grad and p.grad is None]
     network.zero_grad(set_to_none=True)
     assert without == []
+
+
+def test_captions_that_several_samples_share_are_encoded_once_with_the_same_result(model: LatentDiffusion) -> None:
+    network = copy.deepcopy(model).network()
+    encoded: list[int] = []
+    assert network.conditioner is not None
+    network.conditioner.register_forward_pre_hook(lambda _, arguments: encoded.append(len(arguments[0])))
+    z, t = torch.randn(3, *latent_shape(model)), torch.tensor([3, 500, 700])
+    distinct, row = torch.stack([captions(1)[0], EMPTY]), torch.tensor([1, 0, 1])
+    results = []
+    for inputs in (distinct[row], Shared(inputs=distinct, row=row)):
+        network.zero_grad()
+        output = network(z, t, inputs)
+        output.square().mean().backward()
+        results.append([output, *(weight.grad for weight in network.parameters() if weight.grad is not None)])
+    assert encoded == [3, 2]
+    for each, shared in zip(*results, strict=True):
+        torch.testing.assert_close(shared, each, rtol=1e-4, atol=1e-5)
 
 
 def test_an_image_depends_on_its_own_caption_and_seed_alone(model: LatentDiffusion) -> None:
