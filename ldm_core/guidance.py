@@ -18,8 +18,9 @@ from ldm_core.objective import Prediction
 from ldm_core.samplers import Denoise
 from ldm_core.schedule import NoiseSchedule
 
-# A step of sampling: (x, t, context, concat) -> answer. What runs it may compute it by other means, e.g. a CUDA graph.
+# A step of sampling: (x, t, context, concat) -> answer; and what runs it, perhaps by other means, e.g. a CUDA graph.
 Step = Callable[[Tensor, Tensor, Any, Tensor | None], Tensor | Prediction]
+Run = Callable[[Step, object, Tensor, Tensor, Any, Tensor | None], Tensor | Prediction]
 Convert = Callable[[Tensor, Tensor, Tensor], Tensor | Prediction]
 
 
@@ -49,7 +50,7 @@ def classifier_free(
     interval: tuple[int, int] | None = None,
     rescale: float = 0.0,
     convert: Convert = lambda output, x, t: output,
-    run: Callable[..., Tensor | Prediction] = run_step,
+    run: Run = run_step,
 ) -> Denoise:
     """Return a `denoise(x, t)` for classifier-free guidance: eps_u + guidance_scale * (eps_c - eps_u).
 
@@ -191,7 +192,7 @@ class _Bound:
         network: Network,
         conditioning: Conditioning,
         convert: Convert,
-        run: Callable[..., Any],
+        run: Run,
         *,
         key: object = None,
         contexts: int = 1,
@@ -210,8 +211,7 @@ class _Bound:
                 raise ValueError(f"the denoiser is bound to {bound} inputs, got {len(x)} latents: bind it anew")
             if self._prepared is None:
                 self._prepared = self.network.prepare_context(self.context, self.mask)
-        answer: Tensor | Prediction = self.run(self.step, self.key, x, t, self._prepared, self.concat)
-        return answer
+        return self.run(self.step, self.key, x, t, self._prepared, self.concat)
 
 
 def _both(null: Conditioning | None, condition: Conditioning, guidance_scale: float) -> Conditioning:

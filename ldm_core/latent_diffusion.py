@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,6 @@ from ldm_core.configs.text import FrozenConfig
 from ldm_core.networks.autoencoder import build_first_stage
 from ldm_core.networks.unet import UNet
 from ldm_core.schedule import NoiseSchedule
-
-if TYPE_CHECKING:
-    from ldm_core.prepare import StepGraphs
 
 # Steps of samplers that take a number of them.
 NUM_STEPS = 50
@@ -74,10 +71,8 @@ class LatentDiffusion(nn.Module):
         schedule: the forward process.
         scale_factor: factor between the first stage's latents and those that the UNet sees; the first stage does not
             apply it, `encode` and `decode` do.
-        step_graphs: runs the steps of sampling; set by `prepare` on GPUs.
+        run_step: runs the steps of sampling; `prepare` sets another one on GPUs.
     """
-
-    step_graphs: "StepGraphs | None" = None
 
     def __init__(self, config: LatentDiffusionConfig) -> None:
         super().__init__()
@@ -90,6 +85,7 @@ class LatentDiffusion(nn.Module):
         )
         self.schedule = NoiseSchedule(config.schedule)
         self.scale_factor = config.scale_factor
+        self.run_step: guidance.Run = guidance.run_step
 
     def network(self) -> DiffusionNetwork:
         """Return UNet and conditioner as one module that shares this model's weights."""
@@ -201,7 +197,7 @@ class LatentDiffusion(nn.Module):
             interval=interval,
             rescale=rescale,
             convert=self._prediction,
-            run=self.step_graphs or guidance.run_step,
+            run=self.run_step,
         )
 
     @property

@@ -104,7 +104,7 @@ def prepare(
     if on_gpu:
         _prefer_fused_attention()
         if for_ == "sampling" and isinstance(network, LatentDiffusion):
-            network.step_graphs = StepGraphs()
+            network.run_step = StepGraphs()
     return chosen
 
 

@@ -119,7 +119,7 @@ class Recomputed(StepGraphs):
 @torch.no_grad()
 def test_a_captured_step_serves_every_step_of_every_run(model: LatentDiffusion) -> None:
     other = copy.deepcopy(model)
-    other.step_graphs = graphs = Recomputed()
+    other.run_step = graphs = Recomputed()
     z, t = torch.randn(3, 2, 4, 4, 4), torch.tensor([[700, 700], [300, 300], [5, 5]])
     empty = torch.zeros(1, 9, dtype=torch.long)
     for seed in (1, 2):  # two runs with captions of their own
