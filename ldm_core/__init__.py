@@ -12,7 +12,7 @@ Read beside Section 3 of the paper, in this order:
     pretrained                 3.3  frozen caption encoders: CLIP, or any of the transformers library
     samplers                        from noise to latents: DDPM, DDIM, PLMS, Euler, Heun, DPM-Solver++, UniPC; editing
     guidance                        classifier-free and image guidance around a sampler's denoiser
-    latent_diffusion                the parts as one model
+    latent_diffusion                the parts as one model (prepare: fast on the device it is on)
     configs, presets                its configuration; the published ones by name
     checkpoint                      a model as a folder (checkpoint_formats: CompVis's and diffusers')
     ema, tiling, likelihood         averaged weights; images beyond memory; the variational bound in bits per dimension

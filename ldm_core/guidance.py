@@ -1,116 +1,102 @@
-"""Guidance: wrap a denoiser so that samples are pulled towards a condition, with any sampler.
+"""Guidance: denoisers by which samples are pulled towards a condition, with any sampler.
 
-Classifier-free guidance (Ho & Salimans 2021; Sec. 4.3.1 of the paper) and the paper's post-hoc image guidance
-(Appendix C). A denoiser may return the noise or a `Prediction`; the wrapped one returns the same kind.
+Classifier-free guidance of a network (Ho & Salimans 2021; Sec. 4.3.1 of the paper), and the paper's post-hoc image
+guidance of any denoiser (Appendix C).
 
 Shapes: x: (B, C, h, w); t: (B,) integers; context: (B, L, D); concat: (B, Cc, h, w).
 """
 
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ldm_core.conditioning import Conditioning
 from ldm_core.objective import Prediction
 from ldm_core.samplers import Denoise
 from ldm_core.schedule import NoiseSchedule
 
+# A step of sampling: (x, t, context, concat) -> answer; and what runs it, perhaps by other means, e.g. a CUDA graph.
+Step = Callable[[Tensor, Tensor, Any, Tensor | None], Tensor | Prediction]
+Run = Callable[[Step, object, Tensor, Tensor, Any, Tensor | None], Tensor | Prediction]
+Convert = Callable[[Tensor, Tensor, Tensor], Tensor | Prediction]
 
-class ConditionalDenoise(Protocol):
-    """Predicts the noise in x given a context; `LatentDiffusion.denoiser()` is one."""
 
-    def __call__(
-        self, x: Tensor, t: Tensor, *, context: Tensor | None = None, concat: Tensor | None = None
-    ) -> Tensor | Prediction: ...
+class Network(Protocol):
+    """What guidance asks; a `UNet` is one, in which several contexts share what they can of one latent."""
+
+    def prepare_context(self, context: Tensor, mask: Tensor | None = None) -> Any:
+        """Return what is computed once of contexts (k * B, L, D), for `context` of a call."""
+        ...
+
+    def __call__(self, z: Tensor, t: Tensor, *, context: Any = None, concat: Tensor | None = None) -> Tensor:
+        """(B, C, h, w), (B,) -> (k * B, C, h, w); of k * B contexts, number i goes with latent i modulo B."""
+        ...
+
+
+def run_step(step: Step, key: object, x: Tensor, t: Tensor, context: Any, concat: Tensor | None) -> Tensor | Prediction:
+    """Run a step as it is; `prepare.StepGraphs` replays one that has this key."""
+    return step(x, t, context, concat)
 
 
 def classifier_free(
-    denoise_with_context: ConditionalDenoise,
-    context: Tensor | None,
-    unconditional_context: Tensor | None,
-    guidance_scale: float,
-    concat: Tensor | None = None,
+    network: Network,
+    condition: Conditioning,
+    null: Conditioning | None = None,
+    guidance_scale: float = 1.0,
     *,
-    unconditional_concat: Tensor | None = None,
     interval: tuple[int, int] | None = None,
     rescale: float = 0.0,
+    convert: Convert = lambda output, x, t: output,
+    run: Run = run_step,
 ) -> Denoise:
     """Return a `denoise(x, t)` for classifier-free guidance: eps_u + guidance_scale * (eps_c - eps_u).
 
     eps_c is conditional and eps_u unconditional (Ho & Salimans 2021, Eq. 6, where w = guidance_scale - 1). Both are
-    computed in one batched call; a scale of 1 is the plain conditional model and skips the unconditional half. The
-    formula is linear, so that a network's own output (eps, v or x0) may be guided as well and converted afterwards by
-    `objective.to_prediction`.
+    computed in one call, in which they share what comes before the first context; keys and values of the contexts are
+    computed once, at the first call, after which the weights must not change. A scale of 1 is the plain conditional
+    model and skips the unconditional half.
 
     Args:
-        denoise_with_context: conditional denoiser.
-        context: (B, L, D) or (1, L, D) conditioning; None for a model without cross-attention.
-        unconditional_context: (B, L, D) or (1, L, D) null context, e.g. of the empty caption; None without context.
+        network: predicts eps, v or x0; guidance acts on its own output, as published for v (Lin et al. 2024).
+        condition: of B samples.
+        null: the null condition, e.g. of the empty caption, of one sample or of B; both have the condition's concat. It
+            is needed unless the scale is 1.
         guidance_scale: 0 is unconditional, 1 conditional, more is guided.
-        concat: (B, Cc, h, w) or (1, Cc, h, w) channels given to both halves.
-        unconditional_concat: channels of concat's shape given to the unconditional half instead.
         interval: (t_low, t_high), both inclusive, the timesteps to guide; at others the plain conditional model
             answers at half the cost (Kynkaanniemi et al. 2024). Reading t costs one device synchronisation a step.
             None guides everywhere.
         rescale: 0 to 1, share of the guided answer that is scaled back to the conditional one's standard deviation,
-            against over-exposure (Lin et al. 2024, Sec. 3.4, who take 0.7 and rescale the network's own output).
+            against over-exposure (Lin et al. 2024, Sec. 3.4, who take 0.7).
+        convert: makes what samplers take of (output, x, t), see `objective.to_prediction`; by default the output.
+        run: runs a step.
 
     Raises:
-        ValueError: for a scale that is not finite, contexts that differ in length or width, halves that cannot
-            differ, t_low above t_high, or a rescale outside 0 to 1; when called, for conditioning whose batch is
-            neither 1 nor x's, or a rescale of a `Prediction`.
+        ValueError: for a scale that is not finite, t_low above t_high, a rescale outside 0 to 1, a scale other than 1
+            without contexts, or contexts that differ in length or width; when called, for another batch.
     """
     check_settings(guidance_scale, interval, rescale)
-    _check_halves(context, unconditional_context, concat, unconditional_concat, guided=guidance_scale != 1.0)
-    other_concat = concat if unconditional_concat is None else unconditional_concat
+    conditional = _Bound(network, condition, convert, run)
+    if guidance_scale == 1.0:
+        return conditional
 
-    def conditional(x: Tensor, t: Tensor) -> Tensor | Prediction:
-        return denoise_with_context(
-            x, t, context=_for_batch(context, x, "context"), concat=_for_batch(concat, x, "concat")
-        )
+    def guide(output: Tensor, x: Tensor, t: Tensor) -> Tensor | Prediction:
+        without, with_it = output.chunk(2)
+        return convert(combine(without, with_it, guidance_scale, rescale=rescale), x, t)
 
-    def halves(x: Tensor, t: Tensor) -> tuple[Tensor | Prediction, Tensor | Prediction]:
-        both = denoise_with_context(
-            torch.cat([x, x]),
-            torch.cat([t, t]),
-            context=_both(
-                _for_batch(unconditional_context, x, "unconditional_context"), _for_batch(context, x, "context")
-            ),
-            concat=_both(_for_batch(other_concat, x, "unconditional_concat"), _for_batch(concat, x, "concat")),
-        )
-        return _map(lambda half: half.chunk(2)[0], both), _map(lambda half: half.chunk(2)[1], both)
-
-    return guide(conditional, halves, guidance_scale, interval=interval, rescale=rescale)
-
-
-def guide(
-    conditional: Denoise,
-    halves: Callable[[Tensor, Tensor], tuple[Tensor | Prediction, Tensor | Prediction]],
-    guidance_scale: float,
-    *,
-    interval: tuple[int, int] | None = None,
-    rescale: float = 0.0,
-) -> Denoise:
-    """Apply the rule of classifier-free guidance to predictions, whatever computes them.
-
-    `classifier_free` computes them with any conditional denoiser, `LatentDiffusion.guided_denoiser` with a UNet whose
-    two halves share what they can.
-
-    Args:
-        conditional: predicts with the condition, where nothing is guided.
-        halves: predicts without and with the condition, in this order.
-        guidance_scale, interval, rescale: as for `classifier_free`; see `check_settings`.
-    """
+    both = _Bound(
+        network, _both(null, condition, guidance_scale), guide, run, key=(guidance_scale, rescale), contexts=2
+    )
 
     def guided(x: Tensor, t: Tensor) -> Tensor | Prediction:
         # Samplers give one timestep to the whole batch.
         if interval is not None and not interval[0] <= int(t[0]) <= interval[1]:
             return conditional(x, t)
-        return combine(*halves(x, t), guidance_scale, rescale=rescale)
+        return both(x, t)
 
-    return conditional if guidance_scale == 1.0 else guided
+    return guided
 
 
 def check_settings(guidance_scale: float, interval: tuple[int, int] | None, rescale: float) -> None:
@@ -123,19 +109,9 @@ def check_settings(guidance_scale: float, interval: tuple[int, int] | None, resc
         raise ValueError(f"the guidance interval must be (t_low, t_high) with t_low <= t_high, got {interval}")
 
 
-def combine(
-    unconditional: Tensor | Prediction, conditional: Tensor | Prediction, guidance_scale: float, *, rescale: float = 0.0
-) -> Tensor | Prediction:
-    """Guide one answer by the other: u + guidance_scale * (c - u), then `rescale` as for `classifier_free`.
-
-    Args:
-        unconditional, conditional: answers (B, ...) of a network or a denoiser, both of the same kind.
-        guidance_scale, rescale: as for `classifier_free`.
-
-    Raises:
-        ValueError: for a rescale of a `Prediction`.
-    """
-    answer = _map(lambda u, c: u + guidance_scale * (c - u), unconditional, conditional)
+def combine(unconditional: Tensor, conditional: Tensor, guidance_scale: float, *, rescale: float = 0.0) -> Tensor:
+    """Guide one output (B, ...) of a network by the other: u + guidance_scale * (c - u), `rescale`d if it is not 0."""
+    answer = unconditional + guidance_scale * (conditional - unconditional)
     return _rescaled(answer, conditional, rescale) if rescale else answer
 
 
@@ -186,79 +162,82 @@ def image_guidance(
                 )
             # Each loss depends on its own image alone, so the gradient of the sum holds those of all.
             (gradient,) = torch.autograd.grad(losses.sum(), z_t)
-        answer = _map(torch.Tensor.detach, answer)
         shift = scale * sigma * gradient
         if not isinstance(answer, Prediction):
-            return answer + shift
+            return answer.detach() + shift
         # The clean latent moves along, so that signal x0 + sigma eps is still x; without signal it cannot be told.
         moves = signal > 0
         return Prediction(
-            answer.eps + torch.where(moves, shift, 0.0),
-            answer.x0 - torch.where(moves, sigma / signal * shift, 0.0),
+            answer.eps.detach() + torch.where(moves, shift, 0.0),
+            answer.x0.detach() - torch.where(moves, sigma / signal * shift, 0.0),
         )
 
     return guided
 
 
-def _rescaled(answer: Tensor | Prediction, conditional: Tensor | Prediction, share: float) -> Tensor:
-    """Scale a share of the guided answer to the conditional one's standard deviation (Lin et al. 2024, Sec. 3.4)."""
-    if isinstance(answer, Prediction) or isinstance(conditional, Prediction):
+class _Bound:
+    """A network with its conditioning bound: a `denoise(x, t)`.
+
+    Args:
+        network: the network.
+        conditioning: its context is (k * B, L, D), k contexts a latent; None without cross-attention.
+        convert: makes an answer (B, C, h, w) of (output (k * B, C, h, w), x, t).
+        run: runs a step.
+        key: what tells this step from others of the same network; None for the network alone.
+        contexts: k.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        conditioning: Conditioning,
+        convert: Convert,
+        run: Run,
+        *,
+        key: object = None,
+        contexts: int = 1,
+    ) -> None:
+        def step(x: Tensor, t: Tensor, context: Any, concat: Tensor | None) -> Tensor | Prediction:
+            return convert(network(x, t, context=context, concat=concat), x, t)
+
+        self.network, self.step, self.run, self.key, self.contexts = network, step, run, key, contexts
+        self.context, self.mask, self.concat = conditioning.context, conditioning.mask, conditioning.concat
+        self._prepared: Any = None
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor | Prediction:
+        if self.context is not None:
+            bound = len(self.context) // self.contexts
+            if bound != len(x):
+                raise ValueError(f"the denoiser is bound to {bound} inputs, got {len(x)} latents: bind it anew")
+            if self._prepared is None:
+                self._prepared = self.network.prepare_context(self.context, self.mask)
+        return self.run(self.step, self.key, x, t, self._prepared, self.concat)
+
+
+def _both(null: Conditioning | None, condition: Conditioning, guidance_scale: float) -> Conditioning:
+    """Join the null condition and the condition to one batch. Raises ValueError unless they fit together."""
+    context = condition.context
+    if context is None:
+        raise ValueError(f"only a model with a context can be guided: keep guidance_scale 1, got {guidance_scale}")
+    if null is None or null.context is None:
+        raise ValueError(f"guidance_scale={guidance_scale} needs a null condition with a context, got none")
+    if null.context.shape[1:] != context.shape[1:] or len(null.context) not in (1, len(context)):
         raise ValueError(
-            "guidance rescale needs the network's own output, got a Prediction: guide the output, then apply "
-            "objective.to_prediction"
+            "the unconditional input must be one, or one an input, and as long as these, "
+            f"got contexts {tuple(null.context.shape)} and {tuple(context.shape)}: tokenize both alike"
         )
+    mask = None
+    if null.mask is not None and condition.mask is not None:
+        mask = torch.cat([null.mask.expand_as(condition.mask), condition.mask])
+    return Conditioning(
+        context=torch.cat([null.context.expand_as(context), context]), mask=mask, concat=condition.concat
+    )
+
+
+def _rescaled(answer: Tensor, conditional: Tensor, share: float) -> Tensor:
+    """Scale a share of the guided answer to the conditional one's standard deviation (Lin et al. 2024, Sec. 3.4)."""
     dims = list(range(1, answer.dim()))
     # An untrained network answers zero everywhere, and 0 / 0 would be NaN.
     tiny = torch.finfo(answer.dtype).tiny
     ratio = conditional.std(dim=dims, keepdim=True) / answer.std(dim=dims, keepdim=True).clamp_min(tiny)
     return share * (answer * ratio) + (1 - share) * answer
-
-
-def _check_halves(
-    context: Tensor | None,
-    unconditional_context: Tensor | None,
-    concat: Tensor | None,
-    unconditional_concat: Tensor | None,
-    *,
-    guided: bool,
-) -> None:
-    """Raise ValueError unless the conditional and the unconditional half fit together, and can differ."""
-    if context is not None and unconditional_context is not None:
-        if context.dim() != 3 or context.shape[1:] != unconditional_context.shape[1:]:
-            raise ValueError(
-                "context and unconditional_context must be (batch, length, width), alike in length and width, "
-                f"got {tuple(context.shape)} and {tuple(unconditional_context.shape)}: tokenize both alike"
-            )
-    elif guided and (context is not None or unconditional_context is not None):
-        missing = "unconditional_context" if unconditional_context is None else "context"
-        raise ValueError(f"guidance needs context and unconditional_context, or neither, got no {missing}")
-    elif guided and (concat is None or unconditional_concat is None):
-        raise ValueError("guidance without a context needs concat and unconditional_concat, got none of one or both")
-    if unconditional_concat is not None and (concat is None or concat.shape[1:] != unconditional_concat.shape[1:]):
-        raise ValueError(
-            "unconditional_concat must be alike concat in channels and size, "
-            f"got {tuple(unconditional_concat.shape)} for {None if concat is None else tuple(concat.shape)}"
-        )
-
-
-def _map(function: Callable[..., Tensor], *answers: Tensor | Prediction) -> Tensor | Prediction:
-    """Apply a function of tensors to plain answers, or to both parts of predictions."""
-    if isinstance(answers[0], Prediction):
-        return Prediction(*(function(*parts) for parts in zip(*answers)))
-    return function(*answers)
-
-
-def _both(unconditional: Tensor | None, conditional: Tensor | None) -> Tensor | None:
-    """Concatenate both halves to one batch."""
-    return None if unconditional is None or conditional is None else torch.cat([unconditional, conditional])
-
-
-def _for_batch(conditioning: Tensor | None, x: Tensor, name: str) -> Tensor | None:
-    """Repeat conditioning that is one for all to x's batch."""
-    if conditioning is None:
-        return None
-    if conditioning.shape[0] not in (1, x.shape[0]):
-        raise ValueError(
-            f"{name} must hold one entry, or one for each of the {x.shape[0]} samples, got {conditioning.shape[0]}"
-        )
-    return conditioning.expand(x.shape[0], *conditioning.shape[1:])

@@ -7,19 +7,19 @@ for cross-attention; inputs: what the conditioner takes, e.g. token ids (B, L).
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ldm_core import guidance, objective, samplers
-from ldm_core.conditioning import Conditioner, Conditioning
+from ldm_core.conditioning import Conditioner, Conditioning, Shared
 from ldm_core.conditioning.build import build_conditioner
 from ldm_core.configs.model import LatentDiffusionConfig
 from ldm_core.configs.text import FrozenConfig
 from ldm_core.networks.autoencoder import build_first_stage
-from ldm_core.networks.unet import PreparedContext, UNet
+from ldm_core.networks.unet import UNet
 from ldm_core.schedule import NoiseSchedule
 
 # Steps of samplers that take a number of them.
@@ -55,7 +55,7 @@ class DiffusionNetwork(nn.Module):
     def forward(self, z_t: Tensor, t: Tensor, inputs: Any = None) -> Tensor:
         """Return the UNet's raw prediction at z_t (B, C, h, w), t (B,), conditioned on the conditioner's inputs.
 
-        Inputs may be a `Conditioning`, which is taken as it is.
+        Inputs may be a `Conditioning`, which is taken as it is, or `Shared` by several samples.
 
         Raises:
             ValueError: inputs are given to an unconditional network or missing from a conditional one.
@@ -72,6 +72,7 @@ class LatentDiffusion(nn.Module):
         schedule: the forward process.
         scale_factor: factor between the first stage's latents and those that the UNet sees; the first stage does not
             apply it, `encode` and `decode` do.
+        run_step: runs the steps of sampling; `prepare` sets another one on GPUs.
     """
 
     def __init__(self, config: LatentDiffusionConfig) -> None:
@@ -85,6 +86,7 @@ class LatentDiffusion(nn.Module):
         )
         self.schedule = NoiseSchedule(config.schedule)
         self.scale_factor = config.scale_factor
+        self.run_step: guidance.Run = guidance.run_step
 
     def network(self) -> DiffusionNetwork:
         """Return UNet and conditioner as one module that shares this model's weights."""
@@ -103,25 +105,6 @@ class LatentDiffusion(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """Decode scaled latents to images, (B, 3, H, W) around [-1, 1] (not clipped)."""
         return self.first_stage.decode(z / self.scale_factor)
-
-    def denoiser(self) -> guidance.ConditionalDenoise:
-        """Return the function `(x, t, *, context, concat)` that samplers and guidance are built on.
-
-        It returns the predicted noise; for a network that predicts v or x0, noise and clean latent, see
-        `objective.Prediction`.
-
-        Raises:
-            ValueError: the UNet does not attend to padding, which a context alone does not tell.
-        """
-        if getattr(self.config.conditioner, "mask_padding", False):
-            raise ValueError("this model does not attend to padding, which needs a mask: use guided_denoiser")
-
-        def denoise(
-            x: Tensor, t: Tensor, *, context: Tensor | None = None, concat: Tensor | None = None
-        ) -> Tensor | objective.Prediction:
-            return self._prediction(self.unet(x, t, context=context, concat=concat), x, t)
-
-        return denoise
 
     def _prediction(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor | objective.Prediction:
         """Turn the network's own output at (x, t) into what samplers take."""
@@ -190,11 +173,10 @@ class LatentDiffusion(nn.Module):
         interval: tuple[int, int] | None = None,
         rescale: float = 0.0,
     ) -> samplers.Denoise:
-        """Bind the condition and apply classifier-free guidance: the function that samplers take.
+        """Bind the condition and apply classifier-free guidance: the function `(x, t)` that samplers take.
 
-        It computes what `guidance.classifier_free` computes, only faster: keys and values of the context once, and
-        what both halves of guidance share once per step. The weights must not change between its first call and its
-        last.
+        It returns the predicted noise; for a network that predicts v or x0, noise and clean latent, see
+        `objective.Prediction`. The weights must not change between its first call and its last.
 
         Args:
             inputs, unconditional, guidance_scale: as for `sample`.
@@ -204,24 +186,20 @@ class LatentDiffusion(nn.Module):
             ValueError: as `sample`.
         """
         guidance.check_settings(guidance_scale, interval, rescale)
-        conditioning = _condition(self.conditioner, _to(inputs, self._device))
-        predict: samplers.Denoise = _BoundUNet(self.unet, conditioning)
-        if guidance_scale != 1.0:
-            if conditioning.context is None:
-                raise ValueError(
-                    f"only a model with a context can be guided: keep guidance_scale 1, got {guidance_scale}"
-                )
+        condition = _condition(self.conditioner, _to(inputs, self._device))
+        null = None
+        if guidance_scale != 1.0 and condition.context is not None:
             null = self._null_condition(unconditional, inputs, guidance_scale)
-            halves = _guidance_halves(self.unet, null, conditioning)
-            predict = guidance.guide(predict, halves, guidance_scale, interval=interval, rescale=rescale)
-
-        def denoise(x: Tensor, t: Tensor) -> Tensor | objective.Prediction:
-            # Guidance acts on the network's own output, as published for v (Lin et al. 2024), and then is converted.
-            output = predict(x, t)
-            assert isinstance(output, Tensor)
-            return self._prediction(output, x, t)
-
-        return denoise
+        return guidance.classifier_free(
+            self.unet,
+            condition,
+            null,
+            guidance_scale,
+            interval=interval,
+            rescale=rescale,
+            convert=self._prediction,
+            run=self.run_step,
+        )
 
     @property
     def _device(self) -> torch.device:
@@ -261,58 +239,6 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-class _BoundUNet:
-    """A UNet with its conditioning bound; keys and values of the context are computed at the first call.
-
-    Args:
-        unet: the network.
-        conditioning: its context is (k * B, L, D), k contexts per latent; None for a UNet without cross-attention.
-        contexts_per_latent: k.
-    """
-
-    def __init__(self, unet: UNet, conditioning: Conditioning, *, contexts_per_latent: int = 1) -> None:
-        self.unet, self.contexts_per_latent = unet, contexts_per_latent
-        self.context, self.mask, self.concat = conditioning.context, conditioning.mask, conditioning.concat
-        self._prepared: PreparedContext | None = None
-
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """(B, C, h, w), (B,) -> (k * B, C, h, w), the network's own output."""
-        if self.context is not None and len(self.context) != self.contexts_per_latent * len(x):
-            bound = len(self.context) // self.contexts_per_latent
-            raise ValueError(f"the denoiser is bound to {bound} inputs, got {len(x)} latents: bind it anew")
-        if self.context is not None and self._prepared is None:
-            self._prepared = self.unet.prepare_context(self.context, self.mask)
-        output: Tensor = self.unet(x, t, context=self._prepared, concat=self.concat)
-        return output
-
-
-def _guidance_halves(
-    unet: UNet, null: Conditioning, conditioned: Conditioning
-) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Predict without and with the condition in one pass, in which both share what comes before the first context."""
-    without_it, context = null.context, conditioned.context
-    assert without_it is not None
-    assert context is not None
-    if without_it.shape[1:] != context.shape[1:] or len(without_it) not in (1, len(context)):
-        raise ValueError(
-            "the unconditional input must be one, or one an input, and as long as these, "
-            f"got contexts {tuple(without_it.shape)} and {tuple(context.shape)}: tokenize both alike"
-        )
-    mask = None
-    if null.mask is not None and conditioned.mask is not None:
-        mask = torch.cat([null.mask.expand_as(conditioned.mask), conditioned.mask])
-    together = Conditioning(
-        context=torch.cat([without_it.expand_as(context), context]), mask=mask, concat=conditioned.concat
-    )
-    both = _BoundUNet(unet, together, contexts_per_latent=2)
-
-    def halves(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        without, with_it = both(x, t).chunk(2)
-        return without, with_it
-
-    return halves
-
-
 def _options_of(sampler: samplers.Sampler, given: Mapping[str, Any], noise: samplers.NoiseSource) -> dict[str, Any]:
     """Return the options to call a sampler with: what is given, not None, and what it should not do without.
 
@@ -342,7 +268,13 @@ def _condition(conditioner: Conditioner | None, inputs: Any) -> Conditioning:
             "a conditional model needs its conditioner's inputs, such as token ids (B, L), and an unconditional one "
             f"takes none; got {'none' if inputs is None else 'some'}"
         )
-    return Conditioning() if conditioner is None else conditioner(inputs)
+    if conditioner is None:
+        return Conditioning()
+    if not isinstance(inputs, Shared):
+        return conditioner(inputs)
+    found = conditioner(inputs.inputs)
+    parts = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+    return Conditioning(**{name: None if part is None else part[inputs.row] for name, part in parts.items()})
 
 
 def _to(inputs: Any, device: torch.device) -> Any:

@@ -11,7 +11,7 @@ build        the conditioner of a configuration (`configs.conditioning`, `config
 
 from ldm_core.conditioning.build import build_conditioner
 from ldm_core.conditioning.frozen_text import FrozenClipConditioner, FrozenTextConditioner, JoinedTextConditioner
-from ldm_core.conditioning.interface import Conditioner, Conditioning, drop
+from ldm_core.conditioning.interface import Conditioner, Conditioning, Shared, drop
 from ldm_core.conditioning.labels import ClassConditioner
 from ldm_core.conditioning.layout import LayoutConditioner
 from ldm_core.conditioning.spatial import (
@@ -36,6 +36,7 @@ __all__ = [
     "MaskedImageConditioner",
     "MaskedLatent",
     "SemanticMapConditioner",
+    "Shared",
     "TextConditioner",
     "build_conditioner",
     "drop",

@@ -31,6 +31,19 @@ class Conditioning:
     concat: Tensor | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """Inputs that several samples have in common, such as the empty caption: a network encodes each of them once.
+
+    Args:
+        inputs: (K, ...) a conditioner's inputs.
+        row: (B,) which of them each sample has.
+    """
+
+    inputs: Tensor
+    row: Tensor
+
+
 class Conditioner(nn.Module):
     """Maps a batch of inputs to a `Conditioning`; the `forward` of each kind says what its inputs are."""
 

@@ -205,7 +205,8 @@ class SelfAttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        fused = self.query_key_value(self.norm(x)).flatten(2)  # (B, 3C, N)
-        query, key, value = fused.unflatten(1, (self.num_heads, 3, -1)).transpose(-1, -2).unbind(2)
-        attended = attend(query, key, value)  # (B, heads, N, d)
-        return x + self.project_out(attended.transpose(-1, -2).reshape(x.shape))
+        fused = self.query_key_value(self.norm(x)).flatten(2).transpose(1, 2)  # (B, N, 3C)
+        # The fused kernels take the channels of a head side by side. In channels_last memory they already are.
+        query, key, value = fused.contiguous().unflatten(2, (self.num_heads, 3, -1)).transpose(1, 2).unbind(3)
+        attended = attend(query, key, value).transpose(1, 2).flatten(2)  # (B, N, C)
+        return x + self.project_out(attended.transpose(1, 2).unflatten(2, x.shape[2:]))

@@ -7,11 +7,18 @@ Source: Rombach et al. 2022, Appendix E; residual blocks as in Ho et al. 2020 an
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Switch autocast off; devices without it, such as meta, are as they are."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def zero_init(module: nn.Conv2d) -> nn.Conv2d:
@@ -62,7 +69,9 @@ class TimestepEmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """(B,) timesteps -> (B, 4 * model_channels) in the dtype of the weights."""
         waves = sinusoidal_embedding(t, self.model_channels).to(self.linear1.weight.dtype)
-        return F.silu(self.linear2(F.silu(self.linear1(waves))))
+        # In full precision under autocast, too: neighbouring timesteps lie close, and it costs next to nothing.
+        with full_precision(t.device):
+            return F.silu(self.linear2(F.silu(self.linear1(waves))))
 
 
 class Downsample(nn.Module):

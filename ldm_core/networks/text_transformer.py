@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ldm_core.configs.text import TextTransformerConfig
 from ldm_core.networks.attention import Attention, FeedForward
@@ -35,12 +36,14 @@ class TextTransformer(nn.Module):
     """Unmasked transformer encoder over token ids; padding is attended to, as published.
 
     `output_head` takes no part in `forward`. The published checkpoints carry it and the paper's "1.45B" counts it, so
-    it is kept for exact import and export; without gradients, since DDP would wait for them.
+    it is kept for exact import and export; without gradients, since DDP would wait for them. Set
+    `activation_checkpointing` to recompute layers in the backward pass instead of storing their activations.
     """
 
     def __init__(self, config: TextTransformerConfig) -> None:
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False
         self.token_embedding = nn.Embedding(config.vocabulary_size, config.width)
         self.position_embedding = nn.Embedding(config.max_length, config.width)
         self.layers = nn.ModuleList(TextTransformerLayer(config) for _ in range(config.layers))
@@ -65,5 +68,8 @@ class TextTransformer(nn.Module):
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.token_embedding(tokens) + self.position_embedding(positions)
         for layer in self.layers:
-            x = layer(x)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x)
         return self.norm_out(x)

@@ -259,7 +259,9 @@ class UNet(nn.Module):
 
     def _run(self, block: nn.Module, h: Tensor, embedding: Tensor, context: BlockContext) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, h, embedding, context, use_reentrant=False)
+            # Only dropout draws random numbers, and reading their state makes a GPU wait.
+            drawing = self.config.dropout > 0
+            return checkpoint(block, h, embedding, context, use_reentrant=False, preserve_rng_state=drawing)
         return block(h, embedding, context)
 
     def _check_latent(self, z: Tensor, t: Tensor, concat: Tensor | None) -> None:

@@ -18,7 +18,10 @@ from pipelines.shards.format import decode_npy
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ldm_core.conditioning import Conditioning
+    from ldm_core.conditioning import Conditioning, Shared
+
+# The rows that a text transformer encodes are filled up to sixteenths of a batch: it is compiled for each number.
+ROW_STEPS = 16
 
 # What is cached of one sample, decoded.
 Cached = tuple[NDArray[Any], ...]
@@ -45,7 +48,7 @@ class Examples(Protocol):
         ...
 
     def batch(self, drawn: Sequence[NDArray[Any]], uniform: NDArray[np.float64]) -> Arrays:
-        """Return the arrays of a batch, first dimension B, some of them dropped for classifier-free guidance.
+        """Return the arrays of a batch of B samples, some of them dropped for classifier-free guidance.
 
         Args:
             drawn: what `draw` returned, one a sample.
@@ -96,10 +99,17 @@ class CaptionExamples:
     def batch(self, drawn: Sequence[NDArray[Any]], uniform: NDArray[np.float64]) -> Arrays:
         tokens = np.stack(drawn).astype(np.int64)
         tokens[uniform < self.dropout] = self.empty_tokens
-        return {"tokens": tokens}
+        # The empty caption and others that come more than once are encoded once.
+        _, first, caption = np.unique(tokens, axis=0, return_index=True, return_inverse=True)
+        step = -(-len(tokens) // ROW_STEPS)
+        first = np.pad(first, (0, -len(first) % step), mode="edge")
+        return {"tokens": tokens, "distinct": first.astype(np.int64), "caption": caption.reshape(-1).astype(np.int64)}
 
-    def inputs(self, batch: Mapping[str, Tensor]) -> Tensor:
-        return batch["tokens"]
+    def inputs(self, batch: Mapping[str, Tensor]) -> Shared:
+        # Only in the process that trains: see above.
+        from ldm_core.conditioning import Shared
+
+        return Shared(inputs=batch["tokens"][batch["distinct"]], row=batch["caption"])
 
 
 class ClassExamples:

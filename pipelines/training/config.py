@@ -24,9 +24,11 @@ class TrainingConfig(Config):
         betas: AdamW's decay rates of the gradient's first and second moment.
         gradient_clip: maximum global norm of the gradient; None does not clip.
         ema_decay: decay of the exponential moving average of the weights.
-        precision: autocast dtype of the forward and backward pass.
-        compile: use `torch.compile`; it needs a C++ compiler and pays on GPUs.
-        activation_checkpointing: recompute blocks in the backward pass, which saves memory and costs time.
+        precision: autocast dtype of the forward and backward pass. `auto` is bf16 on GPUs and on CPUs with instructions
+            for it, else fp32: numbers then depend on the machine, which they do not unless a recipe says so.
+        compile: use `torch.compile`; it needs a C++ compiler. None compiles on GPUs, where it pays.
+        activation_checkpointing: recompute the blocks of UNet and text transformer in the backward pass, which saves
+            memory and costs time.
         workers: number of Ray Train workers, one per GPU or CPU core.
         loader_workers: processes that make the batches of each worker; 0 makes them in a thread of its own process.
             None takes two for a GPU, and the thread where a CPU trains.
@@ -50,8 +52,8 @@ class TrainingConfig(Config):
     betas: tuple[float, float] = (0.9, 0.999)
     gradient_clip: float | None = Field(1.0, gt=0)
     ema_decay: float = Field(0.9999, ge=0, lt=1)
-    precision: Literal["fp32", "bf16"] = "fp32"
-    compile: bool = runtime(False)
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    compile: bool | None = runtime(None)
     activation_checkpointing: bool = runtime(False)
     workers: int = runtime(1, ge=1)
     loader_workers: int | None = runtime(None, ge=0)

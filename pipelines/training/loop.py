@@ -20,7 +20,7 @@ from pipelines.notices import tell
 from pipelines.shards.randomness import Purpose, generator
 from pipelines.training.held_out import HeldOutLoss
 from pipelines.training.loader.open import Loader, open_loader
-from pipelines.training.optimization import build_optimizer, clip_gradient, learning_rate, wrap
+from pipelines.training.optimization import build_optimizer, in_parallel, learning_rate, optimize, prepare_network
 from pipelines.training.outputs import DETAILS_FILE, HISTORY_FILE
 from pipelines.training.relay import Message
 
@@ -71,6 +71,7 @@ class TrainingLoop:
         torch.manual_seed(seed)
         self.learner = task.build(rank.device)
         self.network = self.learner.network.to(rank.device).train()
+        self.prepared = prepare_network(self.network, config)
         self.optimizer = build_optimizer(self.network, config)
         self.weights: list[torch.nn.Parameter] = self.optimizer.param_groups[0]["params"]
         self.ema = EMA(self.network, decay=config.ema_decay) if rank.leads else None
@@ -79,6 +80,7 @@ class TrainingLoop:
         # Summed on the device: reading a loss at every step would make a GPU wait for it.
         self.loss_sum = torch.zeros((), device=rank.device)
         self.norm_sum = torch.zeros((), device=rank.device)
+        self._last: _Verdict | None = None
 
     def run(self, checkpoints: Checkpoints) -> None:
         """Train to the last step; on rank 0, then have the task save its files from the averaged weights."""
@@ -92,7 +94,7 @@ class TrainingLoop:
             self._restore(state)
         # Else the device would hold it until training ends.
         del state
-        wrapped = wrap(self.network, self.config, self.rank.world_size)
+        wrapped = in_parallel(self.network, self.rank.world_size)
         batches = open_loader(
             self.learner.batches,
             self.rank.index,
@@ -111,10 +113,15 @@ class TrainingLoop:
                 self._obey_stop()
                 self._train_step(wrapped, batches.next())
                 saves = self._due(self.config.checkpoint_every_steps)
+                previews = self._due(self.config.sample_every_steps)
+                logs = saves or self._due(self.config.log_every_steps)
+                if logs or previews:
+                    # Neither a log nor a checkpoint tells of a step that was skipped.
+                    self._require_finite()
                 # Logged before every checkpoint too: the sums are then empty, and need not be part of it.
-                if saves or self._due(self.config.log_every_steps):
+                if logs:
                     self._log(clock, batches)
-                if self._due(self.config.sample_every_steps) and self.ema is not None:
+                if previews and self.ema is not None:
                     self._preview(self.ema)
                     if held_out is not None:
                         self._measure(held_out, self.ema)
@@ -140,21 +147,30 @@ class TrainingLoop:
         # Dropout, where a network has any, draws from the global generator: after a restart it must draw the same.
         torch.manual_seed(_dropout_seed(self.seed, self.step, self.rank.index))
         self.optimizer.param_groups[0]["lr"] = learning_rate(self.config, self.step)
-        with self._autocast():
+        # Freed before the forward pass: they take as much memory as the weights.
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.prepared.autocast():
             losses = self.learner.losses(wrapped, tensors)
         loss = losses.mean()
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = clip_gradient(self.weights, self.config.gradient_clip)
-        # DDP has averaged the gradient, so that it is the same on all workers and all of them stop here together.
-        if not torch.isfinite(norm):
-            self._stop(losses.detach())
-        self.optimizer.step()
+        self._require_finite()
+        norm = optimize(self.optimizer, self.config.gradient_clip)
+        self._last = _Verdict(self.step, losses.detach(), norm.isfinite())
         if self.ema is not None:
             self.ema.update()
         self.loss_sum += loss.detach()
         self.norm_sum += norm
         self.step += 1
+
+    def _require_finite(self) -> None:
+        """Raise UserError if the last step's gradient was not finite, by which nothing has been changed.
+
+        Looked at while the next step is computed, so that a GPU never waits to be asked. DDP has averaged the gradient:
+        it is the same on all workers, and all of them stop here together.
+        """
+        last, self._last = self._last, None
+        if last is not None and not last.finite():
+            self._stop(last.step, last.losses)
 
     def _log(self, clock: _Clock, batches: Loader) -> None:
         elapsed, steps = clock.lap(self.step)
@@ -186,7 +202,7 @@ class TrainingLoop:
         # After a restart, steps are done again whose preview is committed already.
         if self.writer.is_committed(name):
             return
-        with ema.swapped(), torch.no_grad():
+        with ema.swapped(), torch.no_grad(), self.prepared.autocast():
             self.network.eval()
             picture = self.learner.preview()
             self.network.train()
@@ -206,7 +222,7 @@ class TrainingLoop:
         return HeldOutLoss(self.learner, self.config.held_out_samples, self.config.batch_size // self.rank.world_size)
 
     def _measure(self, held_out: HeldOutLoss, ema: EMA) -> None:
-        with ema.swapped(), self._autocast():
+        with ema.swapped(), self.prepared.autocast():
             self.network.eval()
             losses = held_out.measure(self.rank.device)
             self.network.train()
@@ -217,12 +233,9 @@ class TrainingLoop:
         self.history[-1] |= {name: _short(loss) for name, loss in losses.items()}
         self.relay.send(Message(self.step, {f"loss/{name}": loss for name, loss in losses.items()}))
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.rank.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
-
-    def _stop(self, losses: Tensor) -> None:
+    def _stop(self, step: int, losses: Tensor) -> None:
         """Save the state for debugging, then raise UserError with the keys of the samples to blame, of all workers."""
-        samples = self.learner.batches.order.slice(self.step, self.rank.index, self.rank.world_size)
+        samples = self.learner.batches.order.slice(step, self.rank.index, self.rank.world_size)
         mine = [self.learner.batches.reader.key(*sample.place) for sample in samples]
         bad = [key for key, fine in zip(mine, losses.isfinite().tolist(), strict=True) if not fine]
         gathered: list[Any] = [(bad, mine)]
@@ -231,9 +244,9 @@ class TrainingLoop:
             dist.all_gather_object(gathered, (bad, mine))
         bad = [key for part, _ in gathered for key in part]
         keys = [key for _, part in gathered for key in part]
-        name = f"debug/step_{self.step:08d}.pt"
+        name = f"debug/step_{step:08d}.pt"
         if self.rank.leads:
-            state = {"step": self.step, "keys": keys, "bad_keys": bad, "network": self.network.state_dict()}
+            state = {"step": step, "keys": keys, "bad_keys": bad, "network": self.network.state_dict()}
             with self.writer.storage.writer(name) as path:
                 torch.save(state, path)
         if self.rank.world_size > 1:
@@ -243,7 +256,7 @@ class TrainingLoop:
         named = bad or keys
         shown = ", ".join(named[:SHOWN_KEYS]) + (f" and {len(named) - SHOWN_KEYS} more" if named[SHOWN_KEYS:] else "")
         raise UserError(
-            f"the {what} is not finite at step {self.step} for samples {shown}: look at these samples, or lower the "
+            f"the {what} is not finite at step {step} for samples {shown}: look at these samples, or lower the "
             f"learning rate (now {self.config.learning_rate:g}); the state is in {self.writer.storage.url}/{name}"
         )
 
@@ -280,6 +293,30 @@ class TrainingLoop:
             **facts,
         }
         self.writer.storage.write_json(DETAILS_FILE, details)
+
+
+class _Verdict:
+    """Whether a step's gradient was finite, on its way from the device.
+
+    Args:
+        step: which one.
+        losses: (B,) its losses.
+        finite: () bool, both on the device.
+    """
+
+    def __init__(self, step: int, losses: Tensor, finite: Tensor) -> None:
+        self.step, self.losses = step, losses
+        # Into pinned memory, beside what is computed next.
+        self._finite = finite.to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.Event() if finite.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def finite(self) -> bool:
+        """Wait for it."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return bool(self._finite)
 
 
 class _Clock:

@@ -1,8 +1,8 @@
 """ldm_core against diffusers, side by side: `python -m tests.benchmarks.bench_core`, or `make bench-core`.
 
 One process, the same weights and inputs, interleaved rounds, medians; both sides in the best shape found for each.
-Prints tables; the last line of stdout is one JSON object {machine, rows, ratios}. On a GPU the models are the paper's
-own (txt2img-1p4b, kl-f8, LDM-1 and LDM-4); on a CPU small ones, but for kl-f8 itself.
+Prints tables, after each part a line of JSON {part, rows}, and as its last line {machine, rows, ratios}. On a GPU the
+models are the paper's own (txt2img-1p4b, kl-f8, LDM-1 and LDM-4); on a CPU small ones, but for kl-f8 itself.
 """
 
 from __future__ import annotations
@@ -18,12 +18,28 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks import encoding, network, peers, pixel_latent, sampling, train_step
+from tests.benchmarks import encoding, network, peers, pixel_latent, prepared, sampling, train_step
 from tests.benchmarks.plan import PARTS, Plan, plan_for
-from tests.benchmarks.shapes import OURS, Duel, Shape, duel
-from tests.benchmarks.timing import CPU_THREADS, count_flops, machine, matmul_flops_per_s, release_memory
+from tests.benchmarks.shapes import OURS, Duel, duel
+from tests.benchmarks.timing import (
+    CPU_THREADS,
+    count_flops,
+    interleaved,
+    is_out_of_memory,
+    machine,
+    matmul_flops_per_s,
+    ratio,
+    release_memory,
+)
 
-RATIOS = ("train_vs_diffusers", "sample_vs_diffusers", "encode_vs_diffusers", "pixel_vs_latent", "matmul_fraction")
+RATIOS = (
+    "prepare_vs_eager",
+    "train_vs_diffusers",
+    "sample_vs_diffusers",
+    "encode_vs_diffusers",
+    "pixel_vs_latent",
+    "matmul_fraction",
+)
 
 
 class Report:
@@ -43,6 +59,10 @@ class Report:
         self.rows.append({"part": part, "name": name} | values)
         shown = "  ".join(f"{key} {_short(value)}" for key, value in values.items() if value is not None)
         print(f"  {name:34s} {shown}", flush=True)
+
+    def json(self, part: str) -> None:
+        """Print what was measured of a part: all of it is lost to whoever stops the rest, otherwise."""
+        print(json.dumps({"part": part, "rows": [row for row in self.rows if row["part"] == part]}), flush=True)
 
     def duel(self, part: str, result: Duel, images: int, **extra: Any) -> float | None:
         """Print and keep all candidates of a comparison, then its ratio."""
@@ -72,7 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--quick", action="store_true", help="tiny models and few rounds: the code paths, not the figures"
     )
     parser.add_argument("--only", type=lambda text: text.split(","), default=list(PARTS), help=",".join(PARTS))
-    parser.add_argument("--batch-sizes", type=lambda text: [int(each) for each in text.split(",")], help="of the sweep")
+    parser.add_argument(
+        "--batch-sizes", type=lambda text: [int(each) for each in text.split(",")], help="of every part"
+    )
     options = parser.parse_args(arguments)
     unknown = set(options.only) - set(PARTS)
     if unknown:
@@ -87,19 +109,51 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = Report()
     for part in options.only:
         report.title(part)
-        PART_FUNCTIONS[part](plan, device, report)
+        try:
+            PART_FUNCTIONS[part](plan, device, report)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            # What has been measured stays, and the other parts may fit.
+            report.row(part, "out of memory")
+        report.json(part)
         release_memory()
     json.dump({"machine": machine(device), "rows": report.rows, "ratios": report.ratios}, sys.stdout)
     print()
 
 
+def prepare(plan: Plan, device: torch.device, report: Report) -> None:
+    """Measure what `prepare` gains; the ratio is the least of both networks, in training and in sampling."""
+    ratios = []
+    for recipe in prepared.RECIPES:
+        for batch_size in plan.prepare_batch_sizes:
+            found = prepared.candidates(prepared.model_of(recipe), batch_size, plan.prepare_steps, device)
+            for kind, calls in found.items():
+                timings = interleaved(calls, device, rounds=plan.rounds)
+                gained = ratio(timings, prepared.PREPARED, prepared.EAGER)
+                assert gained is not None
+                ratios.append(gained)
+                report.row(
+                    "prepare",
+                    f"{recipe}, {kind}",
+                    batch_size=batch_size,
+                    ratio=gained,
+                    **{f"{name}_ms": 1e3 * timing.median_s for name, timing in timings.items()},
+                    spread=max(timing.spread for timing in timings.values()),
+                )
+    report.ratios["prepare_vs_eager"] = min(ratios)
+
+
 def train(plan: Plan, device: torch.device, report: Report) -> None:
-    """Measure one training step of the UNet."""
-    batch = train_step.random_batch(plan.unet, plan.train_batch_size, 77, device)
-    result = duel(train_step.sides(plan.unet, batch, device), device, rounds=plan.rounds)
-    report.ratios["train_vs_diffusers"] = report.duel(
-        "train", result, plan.train_batch_size, batch_size=plan.train_batch_size
-    )
+    """Measure one training step of the UNet; the ratio is that of the batch size at which we gain least."""
+    ratios = []
+    for batch_size in plan.train_batch_sizes:
+        batch = train_step.random_batch(plan.unet, batch_size, 77, device)
+        result = duel(train_step.sides(plan.unet, batch, device), device, rounds=plan.rounds)
+        ratios.append(report.duel("train", result, batch_size, batch_size=batch_size))
+        del result
+        release_memory()
+        report.ratios["train_vs_diffusers"] = _least(ratios)
 
 
 def sample(plan: Plan, device: torch.device, report: Report) -> None:
@@ -116,27 +170,31 @@ def sample(plan: Plan, device: torch.device, report: Report) -> None:
         ratios.append(report.duel("sample", result, batch_size, batch_size=batch_size))
         report.row("sample", f"ratio at batch {batch_size}", ratio=ratios[-1])
         release_memory()
-    report.ratios["sample_vs_diffusers"] = min((each for each in ratios if each is not None), default=None)
+        report.ratios["sample_vs_diffusers"] = _least(ratios)
 
 
 def encode(plan: Plan, device: torch.device, report: Report) -> None:
-    """Measure images to latents."""
-    result = duel(encoding.sides(plan.first_stage, plan.encode_batch_size, device), device, rounds=plan.rounds)
+    """Measure images to latents; the ratio is that of the batch size at which we gain least."""
     first_stage = encoding.initial_first_stage(plan.first_stage, torch.device("meta"))
     side = plan.first_stage.trained_at_resolution
     flops = count_flops(lambda: first_stage.encode(torch.empty(1, 3, side, side, device="meta")))
-    ratio = report.duel("encode", result, plan.encode_batch_size, batch_size=plan.encode_batch_size)
-    report.ratios["encode_vs_diffusers"] = ratio
-    per_s = flops * plan.encode_batch_size / result.timings[result.best[OURS]].median_s
-    fraction = per_s / matmul_flops_per_s(device) if device.type == "cuda" else None
-    report.row("encode", "ours", gflop_per_image=flops / 1e9, tflop_per_s=per_s / 1e12, matmul_fraction=fraction)
+    ceiling = matmul_flops_per_s(device) if device.type == "cuda" else None
+    ratios = []
+    for batch_size in plan.encode_batch_sizes:
+        result = duel(encoding.sides(plan.first_stage, batch_size, device), device, rounds=plan.rounds)
+        ratios.append(report.duel("encode", result, batch_size, batch_size=batch_size))
+        report.ratios["encode_vs_diffusers"] = _least(ratios)
+        per_s = flops * batch_size / result.timings[result.best[OURS]].median_s
+        fraction = per_s / ceiling if ceiling else None
+        report.row("encode", "ours", gflop_per_image=flops / 1e9, tflop_per_s=per_s / 1e12, matmul_fraction=fraction)
+        del result
+        release_memory()
 
 
 def pixel(plan: Plan, device: torch.device, report: Report) -> None:
     """Measure training throughput at f=1 and at f=4."""
-    shape = Shape("bf16", channels_last=device.type == "cuda", compiled=device.type == "cuda")
     timings, parameters = pixel_latent.throughput(
-        plan.pixel_latent, plan.pixel_latent_batch_sizes, shape, device, rounds=plan.rounds
+        plan.pixel_latent, plan.pixel_latent_batch_sizes, device, rounds=plan.rounds
     )
     per_s = {name: plan.pixel_latent_batch_sizes[name] / timing.median_s for name, timing in timings.items()}
     for name, timing in timings.items():
@@ -173,13 +231,16 @@ def sweep(plan: Plan, device: torch.device, report: Report) -> None:
             note=None if run.timing else "out of memory",
         )
 
-    shape = Shape("bf16", channels_last=device.type == "cuda", compiled=device.type == "cuda")
-    network.sweep(plan.model, plan.sweep_batch_sizes, shape, device, rounds=plan.rounds, report=show)
+    network.sweep(plan.model, plan.sweep_batch_sizes, device, rounds=plan.rounds, report=show)
     fractions = [row["matmul_fraction"] for row in report.rows if row["part"] == "sweep" and row.get("matmul_fraction")]
     report.ratios["matmul_fraction"] = max(fractions, default=None)
 
 
-PART_FUNCTIONS = dict(zip(PARTS, (train, sample, encode, pixel, sweep), strict=True))
+PART_FUNCTIONS = dict(zip(PARTS, (prepare, train, sample, encode, pixel, sweep), strict=True))
+
+
+def _least(ratios: Sequence[float | None]) -> float | None:
+    return min((each for each in ratios if each is not None), default=None)
 
 
 def _short(value: Any) -> str:

@@ -31,6 +31,7 @@ from pipelines.shards.reader import ShardReader
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.storage import Storage
 from pipelines.training.loader.prefetch import Prefetcher
+from pipelines.training.optimization import optimize
 from tests.benchmarks.encoding import initial_first_stage
 from tests.benchmarks.shapes import Shape
 from tests.benchmarks.timing import count_flops, interleaved, machine, ratio
@@ -129,10 +130,9 @@ def _steps(plan: Plan, device: torch.device, folder: Path) -> Iterator[dict[str,
 def _training_step(plan: Plan, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the step that both share: moments (B, 2, C, h, w) and context (B, L, D) to the loss."""
     unet = initial_unet(plan.model.unet, device).train()
+    prepared = plan.shape.prepare(unet, "training")
     ema = EMA(unet)
-    plan.shape.for_training(unet)
-    weights = list(unet.parameters())
-    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, fused=True)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=LEARNING_RATE, fused=True)
     scale = plan.model.scale_factor
 
     def step(moments: Tensor, context: Tensor) -> Tensor:
@@ -140,13 +140,12 @@ def _training_step(plan: Plan, device: torch.device) -> Callable[[Tensor, Tensor
         z0 = scale * DiagonalGaussian.from_moments(moments).sample(noise=torch.randn_like(moments[:, 0]))
         noise, t = torch.randn_like(z0), torch.randint(0, TIMESTEPS, (len(z0),), device=device)
         # The arithmetic of the schedule costs the same on both sides, and next to nothing.
-        z_t = plan.shape.input((z0 + noise) / 2**0.5, cast=False)
-        with plan.shape.autocast(device):
+        z_t = (z0 + noise) / 2**0.5
+        optimizer.zero_grad(set_to_none=True)
+        with prepared.autocast():
             loss = torch.nn.functional.mse_loss(unet(z_t, t, context=context).float(), noise)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, GRADIENT_NORM)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimize(optimizer, GRADIENT_NORM)
         ema.update()
         return loss.detach()
 
@@ -156,17 +155,15 @@ def _training_step(plan: Plan, device: torch.device) -> Callable[[Tensor, Tensor
 def _encoders(plan: Plan, device: torch.device) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return what makes moments and contexts of pictures (B, 3, H, W) uint8 and token ids (B, L)."""
     first_stage = initial_first_stage(plan.model.first_stage, device)
-    plan.shape.for_inference(first_stage.encoder)
-    plan.shape.for_inference(first_stage.quant_conv)
+    plan.shape.prepare(first_stage, "sampling")
     torch.manual_seed(2)
     with device:
         text = build_conditioner(plan.model.conditioner)
-    plan.shape.for_inference(text)
+    plan.shape.prepare(text, "sampling")
 
     def encode(pictures: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            images = plan.shape.input(pictures.to(plan.shape.dtype) / 127.5 - 1, cast=True)
-            return first_stage.encode(images).moments, text(tokens).context
+            return first_stage.encode(pictures / 127.5 - 1).moments, text(tokens).context
 
     return encode
 

@@ -19,16 +19,15 @@ def sides(config: FirstStageConfig, batch_size: int, device: torch.device) -> di
 
     def ours(shape: Shape) -> Call:
         first_stage = initial_first_stage(config, device)
-        shape.for_inference(first_stage.encoder)
-        shape.for_inference(first_stage.quant_conv)
-        images = shape.input(x, cast=True)
-        return torch.inference_mode()(lambda: first_stage.encode(images).mode())
+        shape.prepare(first_stage, "sampling")
+        return torch.inference_mode()(lambda: first_stage.encode(x).mode())
 
     def theirs(shape: Shape) -> Call:
         first_stage = peers.diffusers_first_stage(initial_first_stage(config, device))
-        shape.for_inference(first_stage.encoder)
-        shape.for_inference(first_stage.quant_conv)
-        images = shape.input(x, cast=True)
+        for part in (first_stage.encoder, first_stage.quant_conv):
+            shape.infer_theirs(part)
+            shape.compile_theirs(part)
+        images = x.to(shape.dtype).contiguous(memory_format=shape.memory_format)
         return torch.inference_mode()(lambda: first_stage.encode(images).latent_dist.mode())
 
     return {OURS: ours, THEIRS: theirs} if peers.available() else {OURS: ours}

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ldm_core.configs.model import LatentDiffusionConfig
-from ldm_core.ema import EMA
-from tests.benchmarks.shapes import Shape
-from tests.benchmarks.timing import Timing, count_flops, interleaved, release_memory
-from tests.benchmarks.train_step import random_batch, training_step
+from ldm_core.networks.text_transformer import TextTransformer
+from ldm_core.networks.unet import UNet
+from tests.benchmarks.timing import Timing, count_flops, interleaved, is_out_of_memory, release_memory
+from tests.benchmarks.train_step import prepared_step, random_batch
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,18 @@ def training_flops(config: LatentDiffusionConfig) -> dict[str, int]:
 def sweep(
     config: LatentDiffusionConfig,
     batch_sizes: Sequence[int],
-    shape: Shape,
     device: torch.device,
     *,
     rounds: int,
     report: Callable[[NetworkRun], None],
 ) -> list[NetworkRun]:
-    """Time a training step at each batch size, with and without activation checkpointing, until memory is full."""
-    runs = []
+    """Time a training step at each batch size until memory is full; from there on with activation checkpointing."""
+    runs: list[NetworkRun] = []
     for checkpointing in (False, True):
-        for batch_size in sorted(batch_sizes):
-            timing = _time_step(config, batch_size, shape, checkpointing, device, rounds)
+        # Smaller batches, for which memory suffices, are slower with it.
+        fitting = max((run.batch_size for run in runs if run.timing), default=0)
+        for batch_size in sorted(size for size in batch_sizes if size >= fitting):
+            timing = _time_step(config, batch_size, checkpointing, device, rounds)
             release_memory()
             runs.append(NetworkRun(batch_size, checkpointing, timing))
             report(runs[-1])
@@ -72,31 +73,29 @@ def sweep(
 
 
 def _time_step(
-    config: LatentDiffusionConfig, batch_size: int, shape: Shape, checkpointing: bool, device: torch.device, rounds: int
+    config: LatentDiffusionConfig, batch_size: int, checkpointing: bool, device: torch.device, rounds: int
 ) -> Timing | None:
     """Time a step; None if memory does not suffice. Its own function, so that the network is gone when it returns."""
     try:
-        step = _step(config, batch_size, shape, checkpointing, device)
+        step = _step(config, batch_size, checkpointing, device)
         return interleaved({"step": step}, device, rounds=rounds)["step"]
-    except torch.cuda.OutOfMemoryError:
-        return None
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            return None
+        raise
 
 
 def _step(
-    config: LatentDiffusionConfig, batch_size: int, shape: Shape, checkpointing: bool, device: torch.device
+    config: LatentDiffusionConfig, batch_size: int, checkpointing: bool, device: torch.device
 ) -> Callable[[], Tensor]:
     torch.manual_seed(1)
     network = config.build_network(device).train()
-    network.unet.activation_checkpointing = checkpointing
-    shape.for_training(network)
+    for part in network.modules():
+        if isinstance(part, (UNet, TextTransformer)):
+            part.activation_checkpointing = checkpointing
     tokens = _tokens(config, batch_size, device)
-    return training_step(
-        network,
-        lambda z, t: network(z, t, tokens),
-        EMA(network).update,
-        random_batch(config.unet, batch_size, tokens.shape[1], device),
-        shape,
-    )
+    batch = random_batch(config.unet, batch_size, tokens.shape[1], device)
+    return prepared_step(network, batch, lambda z, t: network(z, t, tokens), None)
 
 
 def _tokens(config: LatentDiffusionConfig, batch_size: int, device: torch.device) -> Tensor:

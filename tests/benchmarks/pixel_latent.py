@@ -9,7 +9,6 @@ import torch
 
 from ldm_core import presets
 from ldm_core.configs.unet import UNetConfig
-from tests.benchmarks.shapes import Shape
 from tests.benchmarks.timing import Timing, interleaved
 from tests.benchmarks.train_step import initial_unet, our_step, random_batch
 
@@ -29,7 +28,7 @@ def small() -> dict[str, UNetConfig]:
 
 
 def throughput(
-    configs: dict[str, UNetConfig], batch_sizes: dict[str, int], shape: Shape, device: torch.device, *, rounds: int
+    configs: dict[str, UNetConfig], batch_sizes: dict[str, int], device: torch.device, *, rounds: int
 ) -> tuple[dict[str, Timing], dict[str, int]]:
     """Time a training step at each of the two; return the parameters of each UNet too."""
     steps: dict[str, Callable[[], object]] = {}
@@ -37,7 +36,8 @@ def throughput(
     for name, config in configs.items():
         unet = initial_unet(config, device)
         parameters[name] = sum(weight.numel() for weight in unet.parameters())
-        steps[name] = our_step(unet, random_batch(config, batch_sizes[name], 1, device), shape)
+        batch = random_batch(config, batch_sizes[name], 1, device)
+        steps[name] = our_step(unet.train(), batch, None)
     return interleaved(steps, device, rounds=rounds, warmup=1), parameters
 
 

@@ -40,17 +40,21 @@ def sides(
 
     def ours(shape: Shape) -> Call:
         model = initial_model(config, device)
-        _prepare(shape, model.unet, model.first_stage, model.conditioner)
+        shape.prepare(model, "sampling")
         return lambda: model.sample(
             tokens, seeds=seeds, unconditional=empty, num_steps=num_steps, guidance_scale=GUIDANCE_SCALE
         )
 
     def theirs(shape: Shape) -> Call:
         pipeline = peers.diffusers_pipeline(initial_model(config, device), vocabulary)
-        _prepare(shape, pipeline.unet, pipeline.vqvae, pipeline.bert)
+        for part in (pipeline.unet, pipeline.vqvae, pipeline.bert):
+            shape.infer_theirs(part)
+        # The text transformer runs once.
+        for part in (pipeline.unet, pipeline.vqvae.decoder):
+            shape.compile_theirs(part)
         size = config.unet.latent_size
         noise = initial_noise(seeds, (config.unet.in_channels, size, size), device)
-        latents = shape.input(noise, cast=True)
+        latents = noise.to(shape.dtype).contiguous(memory_format=shape.memory_format)
 
         def run() -> Tensor:
             images = pipeline(
@@ -83,17 +87,6 @@ def initial_model(config: LatentDiffusionConfig, device: torch.device) -> Latent
         if weight.ndim > 1:
             nn.init.normal_(weight, std=0.02)
     return model.eval()
-
-
-def _prepare(shape: Shape, unet: nn.Module, first_stage: nn.Module, text: nn.Module | None) -> None:
-    """Set the shape's precision and compile what runs long; the text transformer runs once and is not compiled."""
-    eager = Shape(shape.precision, shape.channels_last)
-    assert text is not None
-    eager.for_inference(text)
-    eager.for_inference(first_stage)
-    shape.for_inference(unet)
-    if shape.compiled:
-        first_stage.decoder.compile(dynamic=False)  # type: ignore[union-attr]
 
 
 def _padded(ids: list[int]) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.benchmarks import network, peers, plan, timing, train_step
-from tests.benchmarks.bench_core import RATIOS, main
+from tests.benchmarks.bench_core import PART_FUNCTIONS, RATIOS, main
 from tests.benchmarks.shapes import OURS, THEIRS, Shape
 from tests.benchmarks.timing import Timing, ratio
 
@@ -56,9 +56,18 @@ def test_both_sides_train_alike() -> None:
     assert losses[OURS][-1] < losses[OURS][0]
 
 
-def test_the_last_line_is_json_with_every_ratio(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--device", "cpu", "--quick", "--only", "pixel,sweep", "--batch-sizes", "2"])
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+def test_the_last_line_is_json_with_every_ratio_and_each_part_has_a_line_of_its_own(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "SHORTEST_ROUND_S", 0.0)
+    main(["--device", "cpu", "--quick", "--only", "prepare,pixel,sweep", "--batch-sizes", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    result = json.loads(lines[-1])
+    parts = [json.loads(line) for line in lines[:-1] if line.startswith("{")]
+    assert [part["part"] for part in parts] == ["prepare", "pixel", "sweep"]
+    assert [row for part in parts for row in part["rows"]] == result["rows"]
+    assert {row["batch_size"] for row in parts[0]["rows"]} == {2}
+    assert result["ratios"]["prepare_vs_eager"] > 0
     assert set(result) == {"machine", "rows", "ratios"}
     assert set(result["ratios"]) == set(RATIOS)
     assert result["ratios"]["pixel_vs_latent"] > 0
@@ -67,7 +76,31 @@ def test_the_last_line_is_json_with_every_ratio(capsys: pytest.CaptureFixture[st
     assert [row["name"] for row in result["rows"] if row["part"] == "sweep"][1:] == ["batch 2", "batch 2 checkpointed"]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
+    ],
+)
+def test_a_part_that_memory_does_not_suffice_for_ends_no_other(
+    error: RuntimeError, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setitem(PART_FUNCTIONS, "train", fail)
+    monkeypatch.setitem(PART_FUNCTIONS, "sweep", lambda *arguments: None)
+    main(["--device", "cpu", "--quick", "--only", "train,sweep"])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert rows == [{"part": "train", "name": "out of memory"}]
+    monkeypatch.setitem(PART_FUNCTIONS, "train", lambda *arguments: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        main(["--device", "cpu", "--quick", "--only", "train,sweep"])
+
+
 def test_unknown_parts_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--only", "train,encoding"])
-    assert "--only takes train, sample, encode, pixel, sweep; got encoding" in capsys.readouterr().err
+    assert "--only takes prepare, train, sample, encode, pixel, sweep; got encoding" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 SHORTEST_ROUND_S = 0.25
 CPU_THREADS = 1
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "ALLOC_FAILED",
+    "unable to find an engine",
+    "NOT_INITIALIZED",
+    "can't allocate memory",
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,7 @@ class Timing:
         seconds: every round's time for one call; on a CPU that of its one thread, which is what other processes on the
             machine disturb least.
         first_call_s: wall time of the first call, compilation included.
-        peak_gib: most memory allocated on the GPU during the rounds; None on the CPU.
+        peak_gib: most memory that it had allocated on the GPU during the rounds; None on the CPU.
     """
 
     seconds: tuple[float, ...]
@@ -54,7 +62,12 @@ def synchronize(device: torch.device) -> None:
 
 
 def interleaved(
-    candidates: Mapping[str, Callable[[], object]], device: torch.device, *, rounds: int, warmup: int = 2
+    candidates: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    rounds: int,
+    warmup: int = 2,
+    held_bytes: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, Timing]:
     """Time candidates in turn, A B A B ..., so that whatever else the machine does meets all of them alike.
 
@@ -63,6 +76,8 @@ def interleaved(
         device: where they run.
         rounds: timed rounds of each; a round is as many calls as last a quarter of a second.
         warmup: calls after the first one that are not timed.
+        held_bytes: what a candidate keeps on the GPU between calls; without it, all that is kept there counts as its
+            own.
     """
     first_s, calls = {}, {}
     for name, call in candidates.items():
@@ -73,15 +88,22 @@ def interleaved(
     peak: dict[str, float] = dict.fromkeys(candidates, 0.0)
     for _ in range(rounds):
         for name, call in candidates.items():
+            before = allocated_bytes(device)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             seconds[name].append(_timed(call, calls[name], device))
             if device.type == "cuda":
-                peak[name] = max(peak[name], torch.cuda.max_memory_allocated(device) / 2**30)
+                passing = torch.cuda.max_memory_allocated(device) - before
+                peak[name] = max(peak[name], (held_bytes.get(name, before) + passing) / 2**30)
     return {
         name: Timing(tuple(seconds[name]), first_s[name], peak[name] if device.type == "cuda" else None)
         for name in candidates
     }
+
+
+def allocated_bytes(device: torch.device) -> int:
+    """Return what torch has allocated on a GPU; 0 for a CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def ratio(timings: Mapping[str, Timing], ours: str, theirs: str) -> float | None:
@@ -98,6 +120,11 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Tell whether memory did not suffice, which torch's allocator says, and near its limit cuBLAS and cuDNN too."""
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY)
 
 
 def matmul_flops_per_s(device: torch.device, *, side: int = 8192, rounds: int = 20) -> float:

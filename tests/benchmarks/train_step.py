@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from ldm_core.configs.unet import UNetConfig
 from ldm_core.ema import EMA
 from ldm_core.networks.unet import UNet
+from ldm_core.prepare import prepare
+from pipelines.training.optimization import optimize
 from tests.benchmarks import peers
 from tests.benchmarks.shapes import OURS, THEIRS, Call, Shape
 
@@ -62,44 +65,59 @@ def initial_unet(config: UNetConfig, device: torch.device) -> UNet:
         return UNet(config)
 
 
-def our_step(unet: UNet, batch: Batch, shape: Shape) -> Callable[[], Tensor]:
-    """Return a training step of our UNet with our EMA."""
-    shape.for_training(unet.train())
-    return training_step(unet, lambda z, t: unet(z, t, context=batch.context), EMA(unet).update, batch, shape)
+def our_step(unet: UNet, batch: Batch, shape: Shape | None) -> Callable[[], Tensor]:
+    """Return a training step of our UNet with our EMA; without a shape `prepare` chooses."""
+    return prepared_step(unet.train(), batch, lambda z, t: unet(z, t, context=batch.context), shape)
+
+
+def prepared_step(
+    network: nn.Module, batch: Batch, predict: Callable[[Tensor, Tensor], Tensor], shape: Shape | None
+) -> Callable[[], Tensor]:
+    """Return a training step of a network of ours, as the trainer makes it; without a shape `prepare` chooses."""
+    prepared = shape.prepare(network, "training") if shape else prepare(network, for_="training")
+    average = EMA(network)
+
+    def update(optimizer: torch.optim.AdamW) -> None:
+        optimize(optimizer, GRADIENT_NORM)
+        average.update()
+
+    return training_step(network, predict, update, batch, prepared.autocast)
 
 
 def their_step(unet: Any, batch: Batch, shape: Shape) -> Callable[[], Tensor]:
     """Return a training step of diffusers' UNet with diffusers' EMA, both in their fastest setting."""
     from diffusers.training_utils import EMAModel
 
-    shape.for_training(unet.train())
+    autocast = shape.train_theirs(unet.train())
+    z_t = batch.z_t.contiguous(memory_format=shape.memory_format)
     context = {} if batch.context is None else {"encoder_hidden_states": batch.context}
-    ema = EMAModel(unet.parameters(), foreach=True)
-    return training_step(
-        unet, lambda z, t: unet(z, t, **context).sample, lambda: ema.step(unet.parameters()), batch, shape
-    )
+    average = EMAModel(unet.parameters(), foreach=True)
+
+    def update(optimizer: torch.optim.AdamW) -> None:
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], GRADIENT_NORM)
+        optimizer.step()
+        average.step(unet.parameters())
+
+    return training_step(unet, lambda z, t: unet(z, t, **context).sample, update, replace(batch, z_t=z_t), autocast)
 
 
 def training_step(
     network: nn.Module,
     predict: Callable[[Tensor, Tensor], Tensor],
-    update_average: Callable[[], None],
+    update: Callable[[torch.optim.AdamW], None],
     batch: Batch,
-    shape: Shape,
+    autocast: Callable[[], AbstractContextManager[Any]],
 ) -> Callable[[], Tensor]:
-    """Return the step that both sides run, down to the optimizer; it returns the loss."""
+    """Return the step that both sides run, but for `update`, which clips, optimises and averages; it gives the loss."""
     weights = [weight for weight in network.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, fused=True)
-    z_t = shape.input(batch.z_t, cast=False)
 
     def step() -> Tensor:
-        with shape.autocast(z_t.device):
-            loss = F.mse_loss(predict(z_t, batch.t).float(), batch.noise)
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights, GRADIENT_NORM)
-        optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        update_average()
+        with autocast():
+            loss = F.mse_loss(predict(batch.z_t, batch.t).float(), batch.noise)
+        loss.backward()
+        update(optimizer)
         return loss.detach()
 
     return step

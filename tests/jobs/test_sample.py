@@ -5,8 +5,10 @@ import json
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ldm_core import checkpoint, presets
 from ldm_core.configs.conditioning import ClassConfig
@@ -43,6 +45,19 @@ def test_classes_are_asked_for_by_name(classes: Path, ldm: Ldm) -> None:
     code, out, err = ldm("sample", classes, "hat", "dress", "--images", 2, *FAST)
     assert code == 0, err
     assert [row["prompt"] for row in json.loads(out)["images"]] == ["hat", "hat", "dress", "dress"]
+
+
+def test_the_precision_is_told_and_hardly_changes_the_pictures(classes: Path, tmp_path: Path, ldm: Ldm) -> None:
+    pictures = {}
+    for precision in ("fp32", "bf16"):
+        out = tmp_path / precision
+        code, told, err = ldm("sample", classes, "hat", "--precision", precision, "--out", out, *FAST)
+        assert code == 0, err
+        assert json.loads(told)["precision"] == precision
+        pictures[precision] = np.asarray(Image.open(out / "000.png")).astype(int)
+    difference = np.abs(pictures["fp32"] - pictures["bf16"])
+    assert difference.max() > 0
+    assert difference.mean() < 0.1 * pictures["fp32"].std()
 
 
 def test_a_class_that_is_none_is_one_line(classes: Path, ldm: Ldm) -> None:

@@ -1,144 +1,135 @@
 """Guidance: its formulas, one batched call, nothing computed in vain, and that it leads where it should."""
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from ldm_core import samplers
+from ldm_core.conditioning import Conditioning
 from ldm_core.configs.schedule import ScheduleConfig
-from ldm_core.guidance import classifier_free, image_guidance
+from ldm_core.guidance import classifier_free, combine, image_guidance
 from ldm_core.objective import Prediction, to_prediction
 from ldm_core.schedule import NoiseSchedule
 
 
 class Recorder:
-    """A conditional denoiser, linear in its context, that remembers what it was called with."""
+    """A network, linear in its context, that remembers what it was called with."""
 
     def __init__(self) -> None:
-        self.batches: list[int] = []
-        self.concat: list[Tensor | None] = []
+        self.contexts: list[int] = []
+        self.prepared = 0
 
-    def __call__(self, x: Tensor, t: Tensor, *, context: Tensor | None = None, concat: Tensor | None = None) -> Tensor:
-        assert len(t) == len(x)
-        self.batches.append(len(x))
-        self.concat.append(concat)
-        answer = 0.1 * x
-        if context is not None:
-            answer = answer + context.mean(dim=(1, 2)).view(-1, 1, 1, 1)
-        return answer if concat is None else answer + concat
+    def prepare_context(self, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        self.prepared += 1
+        return context
+
+    def __call__(self, z: Tensor, t: Tensor, *, context: Any = None, concat: Tensor | None = None) -> Tensor:
+        assert len(t) == len(z)
+        answer = 0.1 * z if concat is None else 0.1 * z + concat
+        if context is None:
+            return answer
+        self.contexts.append(len(context) // len(z))
+        return answer.repeat(len(context) // len(z), 1, 1, 1) + context.mean(dim=(1, 2)).view(-1, 1, 1, 1)
 
 
 X = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
 T = torch.tensor([5, 5, 5])
 CONTEXT = torch.randn(3, 7, 6, generator=torch.Generator().manual_seed(1))
 EMPTY = torch.randn(1, 7, 6, generator=torch.Generator().manual_seed(2))
+CONDITION, NULL = Conditioning(context=CONTEXT), Conditioning(context=EMPTY)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0, 7.5])
 def test_guidance_extrapolates_from_the_unconditional_prediction(scale: float) -> None:
-    denoise = Recorder()
-    unconditional = denoise(X, T, context=EMPTY.expand(3, -1, -1))
-    conditional = denoise(X, T, context=CONTEXT)
-    guided = classifier_free(denoise, CONTEXT, EMPTY, scale)(X, T)
+    network = Recorder()
+    unconditional = network(X, T, context=EMPTY.expand(3, -1, -1))
+    conditional = network(X, T, context=CONTEXT)
+    guided = classifier_free(network, CONDITION, NULL, scale)(X, T)
     torch.testing.assert_close(guided, unconditional + scale * (conditional - unconditional))
 
 
 def test_both_halves_take_one_call_and_a_scale_of_one_only_half_of_it() -> None:
-    denoise = Recorder()
-    classifier_free(denoise, CONTEXT, EMPTY, 3.0)(X, T)
-    classifier_free(denoise, CONTEXT, EMPTY, 1.0)(X, T)
-    assert denoise.batches == [6, 3]
+    network = Recorder()
+    classifier_free(network, CONDITION, NULL, 3.0)(X, T)
+    classifier_free(network, CONDITION)(X, T)
+    assert network.contexts == [2, 1]
+
+
+def test_what_is_computed_of_a_context_is_computed_once() -> None:
+    network = Recorder()
+    denoise = classifier_free(network, CONDITION, NULL, 3.0)
+    for _ in range(3):
+        denoise(X, T)
+    assert network.prepared == 1
 
 
 def test_channels_to_concatenate_reach_both_halves() -> None:
-    denoise = Recorder()
-    concat = torch.randn(3, 1, 2, 2)
-    classifier_free(denoise, CONTEXT, EMPTY, 3.0, concat)(X, T)
-    assert denoise.concat[0] is not None
-    assert torch.equal(denoise.concat[0], torch.cat([concat, concat]))
+    concat = torch.randn(3, 4, 2, 2)
+    plain = classifier_free(Recorder(), CONDITION, NULL, 3.0)(X, T)
+    joined = classifier_free(Recorder(), Conditioning(context=CONTEXT, concat=concat), NULL, 3.0)(X, T)
+    torch.testing.assert_close(joined, plain + concat)  # type: ignore[operator]
 
 
-def test_one_context_serves_a_whole_batch() -> None:
-    alone = classifier_free(Recorder(), CONTEXT[:1], EMPTY, 3.0)(X, T)
-    repeated = classifier_free(Recorder(), CONTEXT[:1].expand(3, -1, -1), EMPTY.expand(3, -1, -1), 3.0)(X, T)
+def test_one_null_condition_serves_a_whole_batch() -> None:
+    alone = classifier_free(Recorder(), CONDITION, NULL, 3.0)(X, T)
+    repeated = classifier_free(Recorder(), CONDITION, Conditioning(context=EMPTY.expand(3, -1, -1)), 3.0)(X, T)
     assert torch.equal(alone, repeated)
-
-
-def test_contexts_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"alike in length and width, got \(3, 7, 6\) and \(1, 5, 6\)"):
-        classifier_free(Recorder(), CONTEXT, EMPTY[:, :5], 3.0)
-    with pytest.raises(ValueError, match="one for each of the 3 samples, got 2"):
-        classifier_free(Recorder(), CONTEXT[:2], EMPTY, 3.0)(X, T)
-    with pytest.raises(ValueError, match="guidance_scale must be a finite number, got nan"):
-        classifier_free(Recorder(), CONTEXT, EMPTY, float("nan"))
 
 
 def test_both_parts_of_a_prediction_are_guided() -> None:
     schedule = NoiseSchedule(ScheduleConfig(zero_terminal_snr=True))
     t = torch.tensor([999, 400, 0])
-
-    def denoise(x: Tensor, t: Tensor, *, context: Tensor | None = None, concat: Tensor | None = None) -> Prediction:
-        return to_prediction("v", schedule, Recorder()(x, t, context=context), x, t)
-
-    guided = classifier_free(denoise, CONTEXT, EMPTY, 5.0)(X, t)
-    # The formula is linear: guiding the network's own output and converting it is the same.
-    expected = to_prediction("v", schedule, classifier_free(Recorder(), CONTEXT, EMPTY, 5.0)(X, t), X, t)
+    convert = partial(to_prediction, "v", schedule)
+    guided = classifier_free(Recorder(), CONDITION, NULL, 5.0, convert=convert)(X, t)
+    # The formula is linear: guiding both predictions is the same as converting the guided output.
+    without, with_it = (
+        convert(Recorder()(X, t, context=EMPTY.expand(3, -1, -1)), X, t),
+        convert(Recorder()(X, t, context=CONTEXT), X, t),
+    )
     assert isinstance(guided, Prediction)
+    expected = Prediction(*(u + 5.0 * (c - u) for u, c in zip(without, with_it, strict=True)))
     torch.testing.assert_close(guided, expected)
 
 
-@pytest.mark.parametrize(("timestep", "evaluations"), [(199, 3), (200, 6), (500, 6), (501, 3)])
-def test_outside_of_the_interval_the_conditional_model_answers_at_half_the_cost(
-    timestep: int, evaluations: int
-) -> None:
-    denoise = Recorder()
+@pytest.mark.parametrize(("timestep", "contexts"), [(199, 1), (200, 2), (500, 2), (501, 1)])
+def test_outside_of_the_interval_the_conditional_model_answers_at_half_the_cost(timestep: int, contexts: int) -> None:
+    network = Recorder()
     t = torch.full((3,), timestep)
-    answer = classifier_free(denoise, CONTEXT, EMPTY, 3.0, interval=(200, 500))(X, t)
-    assert denoise.batches == [evaluations]
-    scale = 3.0 if evaluations == 6 else 1.0
-    torch.testing.assert_close(answer, classifier_free(Recorder(), CONTEXT, EMPTY, scale)(X, t))
+    answer = classifier_free(network, CONDITION, NULL, 3.0, interval=(200, 500))(X, t)
+    assert network.contexts == [contexts]
+    scale = 3.0 if contexts == 2 else 1.0
+    torch.testing.assert_close(answer, classifier_free(Recorder(), CONDITION, NULL, scale)(X, t))
 
 
 def test_rescaling_brings_back_the_spread_of_the_conditional_prediction_image_by_image() -> None:
-    def denoise(x: Tensor, t: Tensor, *, context: Tensor | None = None, concat: Tensor | None = None) -> Tensor:
-        assert context is not None
-        return x * (1 + context[:, :1, :1, None])
-
-    conditional = denoise(X, T, context=CONTEXT)
-    guided = classifier_free(denoise, CONTEXT, EMPTY, 7.5)(X, T)
-    rescaled = classifier_free(denoise, CONTEXT, EMPTY, 7.5, rescale=1.0)(X, T)
-    mixed = classifier_free(denoise, CONTEXT, EMPTY, 7.5, rescale=0.7)(X, T)
-    torch.testing.assert_close(rescaled.flatten(1).std(dim=1), conditional.flatten(1).std(dim=1))  # type: ignore[union-attr]
-    torch.testing.assert_close(mixed, 0.7 * rescaled + 0.3 * guided)  # type: ignore[operator]
-    alone = classifier_free(denoise, CONTEXT[1:2], EMPTY, 7.5, rescale=0.7)(X[1:2], T[1:2])
-    torch.testing.assert_close(mixed[1:2], alone)
-
-
-def test_channels_alone_may_be_guided() -> None:
-    denoise = Recorder()
-    concat, without = torch.ones(3, 4, 2, 2), torch.zeros(1, 4, 2, 2)
-    guided = classifier_free(denoise, None, None, 3.0, concat, unconditional_concat=without)(X, T)
-    assert denoise.batches == [6]
-    torch.testing.assert_close(guided, 0.1 * X + 3.0)
-    plain = classifier_free(denoise, None, None, 1.0, concat)(X, T)
-    assert denoise.batches == [6, 3]
-    torch.testing.assert_close(plain, 0.1 * X + 1.0)
+    conditional, unconditional = torch.randn(2, *X.shape)
+    guided = combine(unconditional, conditional, 7.5)
+    rescaled = combine(unconditional, conditional, 7.5, rescale=1.0)
+    mixed = combine(unconditional, conditional, 7.5, rescale=0.7)
+    torch.testing.assert_close(rescaled.flatten(1).std(dim=1), conditional.flatten(1).std(dim=1))
+    torch.testing.assert_close(mixed, 0.7 * rescaled + 0.3 * guided)
+    torch.testing.assert_close(mixed[1:2], combine(unconditional[1:2], conditional[1:2], 7.5, rescale=0.7))
 
 
 def test_guidance_that_cannot_be_is_refused() -> None:
-    concat = torch.ones(3, 4, 2, 2)
-    with pytest.raises(ValueError, match="needs context and unconditional_context, or neither, got no unconditional"):
-        classifier_free(Recorder(), CONTEXT, None, 3.0)
-    with pytest.raises(ValueError, match="without a context needs concat and unconditional_concat"):
-        classifier_free(Recorder(), None, None, 3.0, concat)
-    with pytest.raises(ValueError, match=r"alike concat in channels and size, got \(1, 2, 2, 2\) for \(3, 4, 2, 2\)"):
-        classifier_free(Recorder(), None, None, 3.0, concat, unconditional_concat=torch.ones(1, 2, 2, 2))
+    shorter = Conditioning(context=EMPTY[:, :5])
+    with pytest.raises(ValueError, match=r"as long as these, got contexts \(1, 5, 6\) and \(3, 7, 6\)"):
+        classifier_free(Recorder(), CONDITION, shorter, 3.0)
+    with pytest.raises(ValueError, match="bound to 3 inputs, got 2 latents"):
+        classifier_free(Recorder(), CONDITION, NULL, 3.0)(X[:2], T[:2])
+    with pytest.raises(ValueError, match="guidance_scale must be a finite number, got nan"):
+        classifier_free(Recorder(), CONDITION, NULL, float("nan"))
+    with pytest.raises(ValueError, match=r"guidance_scale=3\.0 needs a null condition with a context, got none"):
+        classifier_free(Recorder(), CONDITION, None, 3.0)
+    with pytest.raises(ValueError, match=r"only a model with a context can be guided: keep guidance_scale 1, got 3\.0"):
+        classifier_free(Recorder(), Conditioning(concat=X), NULL, 3.0)
     with pytest.raises(ValueError, match=r"with t_low <= t_high, got \(500, 200\)"):
-        classifier_free(Recorder(), CONTEXT, EMPTY, 3.0, interval=(500, 200))
+        classifier_free(Recorder(), CONDITION, NULL, 3.0, interval=(500, 200))
     with pytest.raises(ValueError, match=r"rescale must be between 0 \(none\) and 1, got 1\.5"):
-        classifier_free(Recorder(), CONTEXT, EMPTY, 3.0, rescale=1.5)
-    with pytest.raises(ValueError, match="needs the network's own output, got a Prediction"):
-        classifier_free(lambda x, t, **_: Prediction(x, x), CONTEXT, EMPTY, 3.0, rescale=0.5)(X, T)
+        classifier_free(Recorder(), CONDITION, NULL, 3.0, rescale=1.5)
 
 
 SCHEDULE = NoiseSchedule(ScheduleConfig())

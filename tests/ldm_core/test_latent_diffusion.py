@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm_core import guidance, presets, samplers
+from ldm_core.conditioning import Conditioning, Shared
 from ldm_core.configs.model import LatentDiffusionConfig
 from ldm_core.configs.schedule import ScheduleConfig
 from ldm_core.configs.text import TextTransformerConfig
@@ -82,6 +83,24 @@ def test_a_training_step_reaches_every_trainable_weight(model: LatentDiffusion) 
     assert without == []
 
 
+def test_captions_that_several_samples_share_are_encoded_once_with_the_same_result(model: LatentDiffusion) -> None:
+    network = copy.deepcopy(model).network()
+    encoded: list[int] = []
+    assert network.conditioner is not None
+    network.conditioner.register_forward_pre_hook(lambda _, arguments: encoded.append(len(arguments[0])))
+    z, t = torch.randn(3, *latent_shape(model)), torch.tensor([3, 500, 700])
+    distinct, row = torch.stack([captions(1)[0], EMPTY]), torch.tensor([1, 0, 1])
+    results = []
+    for inputs in (distinct[row], Shared(inputs=distinct, row=row)):
+        network.zero_grad()
+        output = network(z, t, inputs)
+        output.square().mean().backward()
+        results.append([output, *(weight.grad for weight in network.parameters() if weight.grad is not None)])
+    assert encoded == [3, 2]
+    for each, shared in zip(*results, strict=True):
+        torch.testing.assert_close(shared, each, rtol=1e-4, atol=1e-5)
+
+
 def test_an_image_depends_on_its_own_caption_and_seed_alone(model: LatentDiffusion) -> None:
     settings: dict[str, Any] = {"unconditional": EMPTY, "num_steps": 4, "guidance_scale": 3.0, "eta": 0.5}
     together = model.sample(captions(1, 2, 3), seeds=[11, 12, 13], **settings)
@@ -124,7 +143,7 @@ def test_the_denoiser_predicts_the_noise_whatever_the_network_predicts(model: La
         config = dataclasses.replace(model.config, parameterization=parameterization)  # type: ignore[arg-type]
         other = config.build()
         other.load_state_dict(model.state_dict())
-        answer = other.denoiser()(z, t, context=context)
+        answer = other.guided_denoiser(Conditioning(context=context))(z, t)
         assert isinstance(answer, Tensor) == (parameterization == "eps")
         torch.testing.assert_close(answer.eps if isinstance(answer, Prediction) else answer, eps)
 
@@ -135,11 +154,17 @@ def test_the_guided_denoiser_is_classifier_free_guidance_of_the_networks_output(
     model = copy.deepcopy(model).double()
     z, t = torch.randn(2, *latent_shape(model), dtype=torch.float64), torch.tensor([400, 400])
     contexts = [model.conditioner(tokens).context for tokens in (captions(1, 2), EMPTY.view(1, -1))]  # type: ignore[misc]
-    for settings in ({}, {"rescale": 0.7}, {"interval": (0, 399)}, {"interval": (400, 999)}):
-        plain = guidance.classifier_free(model.denoiser(), contexts[0], contexts[1], 3.0, **settings)  # type: ignore[arg-type]
+    cases: tuple[dict[str, Any], ...] = ({}, {"rescale": 0.7}, {"interval": (0, 399)}, {"interval": (400, 999)})
+    for settings in cases:
+        with_it, without = (
+            model.unet(z, t, context=contexts[0]),
+            model.unet(z, t, context=contexts[1].expand(2, -1, -1)),
+        )
+        guided = settings.get("interval", (0, 999))[1] >= 400
+        expected = guidance.combine(without, with_it, 3.0, rescale=settings.get("rescale", 0.0)) if guided else with_it
         fast = model.guided_denoiser(captions(1, 2), unconditional=EMPTY, guidance_scale=3.0, **settings)  # type: ignore[arg-type]
         for _ in range(2):  # the second call uses what the first one kept
-            torch.testing.assert_close(fast(z, t), plain(z, t), atol=1e-12, rtol=1e-12)
+            torch.testing.assert_close(fast(z, t), expected, atol=1e-12, rtol=1e-12)
     with pytest.raises(ValueError, match="bound to 2 inputs, got 1 latents"):
         fast(z[:1], t[:1])
     with pytest.raises(ValueError, match="tokenize both alike"):
@@ -160,8 +185,6 @@ def test_both_halves_of_guidance_are_blind_to_padding_where_the_model_is(model: 
     torch.testing.assert_close(guided, without + 3.0 * (with_it - without), atol=1e-12, rtol=1e-12)
     seen = copy.deepcopy(model).double().guided_denoiser(tokens, unconditional=EMPTY, guidance_scale=3.0)(z, t)
     assert (guided - seen).abs().max() > 1e-3  # type: ignore[operator]
-    with pytest.raises(ValueError, match="needs a mask: use guided_denoiser"):
-        masked.denoiser()
 
 
 @torch.no_grad()

@@ -88,7 +88,8 @@ class DiffusionLearner:
             timesteps=task.config.timesteps,
         ).open()
         # Compiled for one shape, and if buckets bring others for any.
-        self.draw_noise = torch.compile(standard_normal) if training.compile else standard_normal
+        compiled = device.type == "cuda" if training.compile is None else training.compile
+        self.draw_noise = torch.compile(standard_normal) if compiled else standard_normal
         schedule = NoiseSchedule(task.model.schedule, device=device)
         kinds: dict[str, Any] = {"parameterization": task.model.parameterization, "loss": task.model.loss}
         self.objective = DiffusionObjective(

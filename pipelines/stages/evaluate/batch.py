@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ldm_core.prepare import Precision, prepare
 from pipelines.compute.actor_pool import prepare_torch
 from pipelines.drawing.grids import encode_png
 from pipelines.shards.format import read_shard, write_shard
@@ -29,6 +30,7 @@ class SampleBatch:
         prompts: all captions to sample; picture i has seed `seed + i`.
         seed: the seed of the first picture.
         sampling: sampler, steps and guidance.
+        precision: of the network; None for what the device is fast in.
         device: torch device of the model.
     """
 
@@ -40,17 +42,23 @@ class SampleBatch:
         prompts: list[str],
         seed: int,
         sampling: SamplingConfig,
+        precision: Precision | None,
         device: str,
     ) -> None:
         prepare_torch(device)
         self.writer, self.prompts, self.seed, self.sampling = writer, prompts, seed, sampling
         self.model, self.reader = load_model(model, device)
+        self.prepared = prepare(self.model, for_="sampling", precision=precision)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         """Sample and commit one shard: `item` has its name `shard`, and `start` and `stop`, its pictures' numbers."""
         numbers = range(item["start"], item["stop"])
         prompts, seeds = self.prompts[item["start"] : item["stop"]], [self.seed + number for number in numbers]
-        images = sample_prompts(self.model, self.reader, prompts, seeds, self.sampling)
+        # Filled up to the size of the others, for which the network is compiled.
+        fill = min(self.sampling.batch_size, len(self.prompts)) - len(prompts) if self.prepared.compiled else 0
+        images = sample_prompts(
+            self.model, self.reader, prompts + prompts[-1:] * fill, seeds + seeds[-1:] * fill, self.sampling
+        )[: len(prompts)]
         samples = [
             (
                 f"{number:06d}",

@@ -19,6 +19,8 @@ class EvaluateConfig(Config):
             they belong to.
         held_out_captions: how many of held-out pairs to sample and show likewise; no more than are held out.
         sampling: sampler, steps and guidance.
+        precision: of the network. `auto` is bf16 on GPUs and on CPUs with instructions for it, else fp32: pictures then
+            depend on the machine, which they do not unless a recipe says so.
         detector: `shapes` reads colour and shape back from the pixels and reports `alignment_accuracy`; None scores
             nothing.
         workers: number of Ray actors, each with one model on one GPU or CPU core; None takes all of them.
@@ -30,6 +32,7 @@ class EvaluateConfig(Config):
     training_captions: int = Field(8, ge=0)
     held_out_captions: int = Field(8, ge=0)
     sampling: SamplingConfig = SamplingConfig()
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
     detector: Literal["shapes"] | None = None
     workers: int | None = runtime(None, ge=1)
     use_gpu: bool | None = runtime(None)

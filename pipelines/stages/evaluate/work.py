@@ -118,6 +118,7 @@ def _sample(context: StageContext[EvaluateConfig], model: Artifact, captions: li
             "prompts": captions,
             "seed": context.seed,
             "sampling": config.sampling,
+            "precision": None if config.precision == "auto" else config.precision,
             "device": size.device,
         }
         done = before = len(captions) - sum(item["stop"] - item["start"] for item in pending)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from ldm_core.configs.unet import UNetConfig
+from ldm_core.networks import attention
 from ldm_core.networks.attention import SelfAttentionBlock, SpatialTransformer, attend
-from ldm_core.networks.blocks import sinusoidal_embedding
+from ldm_core.networks.blocks import TimestepEmbedding, sinusoidal_embedding
 from ldm_core.networks.unet import UNet
 from tests.random_weights import randomized
 
@@ -177,6 +178,14 @@ def test_every_parameter_gets_a_gradient_as_ddp_requires() -> None:
     assert [name for name, parameter in unet.named_parameters() if parameter.grad is None] == []
 
 
+def test_the_timestep_embedding_is_exact_under_autocast() -> None:
+    embedding = TimestepEmbedding(32)
+    t = torch.tensor([998, 999])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = embedding(t)
+    assert torch.equal(found, embedding(t))
+
+
 def test_timestep_embedding_has_cosines_first_and_period_10000() -> None:
     embedding = sinusoidal_embedding(torch.tensor([0, 7]), 4)
     assert embedding[0].tolist() == [1.0, 1.0, 0.0, 0.0]
@@ -192,6 +201,21 @@ def test_self_attention_keeps_the_published_channel_order() -> None:
     weights = torch.softmax(query.transpose(1, 2) @ key / 16**0.5, dim=-1)
     attended = (value @ weights.transpose(1, 2)).reshape(2, 64, 3, 5)
     assert torch.allclose(block(x), x + block.project_out(attended), atol=1e-5)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_self_attention_has_the_channels_of_a_head_side_by_side_as_fused_kernels_want_them(
+    memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strides: list[int] = []
+
+    def watched(*arguments: torch.Tensor) -> torch.Tensor:
+        strides.extend(each.stride(-1) for each in arguments)
+        return attend(*arguments)
+
+    monkeypatch.setattr(attention, "attend", watched)
+    SelfAttentionBlock(64, num_heads=4)(torch.randn(2, 64, 3, 5).contiguous(memory_format=memory_format))
+    assert strides == [1, 1, 1]
 
 
 @pytest.mark.parametrize(

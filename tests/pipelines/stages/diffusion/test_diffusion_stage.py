@@ -153,6 +153,9 @@ def test_all_captions_are_used_and_some_are_dropped(upstream: dict[str, Artifact
     for shard, rows in enumerate(trainer.batches.latents.reader.rows_per_shard):
         for row in range(rows):
             assert {tuple(tokens) for tokens in trainer.batches.latents.get(shard, row)[1][0].tolist()} <= seen
+    inputs = trainer.batches.source.examples.inputs(batch)
+    assert torch.equal(inputs.inputs[inputs.row], batch["tokens"])
+    assert len(inputs.inputs) < 0.5 * len(batch["tokens"]), "the pictures have few captions"
     assert batch["t"].min() < 20
     assert batch["t"].max() > 980
 
