@@ -301,7 +301,7 @@ def reconstruct(
     }
 
 
-def reconstruction_shares(snapshots: Sequence[tuple[int, float]], wanted: tuple[int, float]) -> NDArray[np.float64]:
+def reconstruction_shares(snapshots: Sequence[tuple[int, float]], wanted: tuple[int, float]) -> NDArray[np.floating]:
     """Return the shares of snapshots whose profiles sum to the wanted one, by least squares (appendix C.2).
 
     Args:

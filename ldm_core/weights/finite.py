@@ -23,11 +23,12 @@ def check_finite(module: nn.Module) -> None:
         if tensor.is_floating_point() and not tensor.is_meta
     }
     with torch.no_grad():
-        # One scalar per tensor, all read together, so that a GPU synchronises once.
-        finite = [tensor.isfinite().all() for tensor in tensors.values()]
-    wrong = (
-        [name for name, each in zip(tensors, torch.stack(finite).tolist(), strict=True) if not each] if finite else []
-    )
+        # One scalar per tensor, all read together, so that a GPU synchronises once. NaN and infinity make a sum so, in
+        # one pass over the weights; large numbers may overflow it, so that only a sum that is finite says something.
+        sums = [tensor.sum().isfinite() for tensor in tensors.values()]
+        fine = torch.stack(sums).tolist() if sums else []
+        suspects = [name for name, each in zip(tensors, fine, strict=True) if not each]
+        wrong = [name for name in suspects if not tensors[name].isfinite().all()]
     if wrong:
         shown = ", ".join(wrong[:NAMED_AT_MOST]) + (", ..." if len(wrong) > NAMED_AT_MOST else "")
         raise ValueError(
