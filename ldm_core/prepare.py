@@ -96,7 +96,7 @@ def prepare(
         if chosen.precision == "bf16":
             network.to(torch.bfloat16)
     if chosen.channels_last:
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network.to(memory_format=torch.channels_last)
     if chosen.compiled:
         torch._dynamo.config.recompile_limit = MOST_SHAPES
         for block in _outermost(network, BLOCKS):
@@ -195,6 +195,6 @@ def _outermost(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterato
 
 def _prefer_fused_attention() -> None:
     """Have this process try the fused kernels from the fastest on; torch's own order has cuDNN's last."""
-    first = [int(backend) for backend in ATTENTION_BACKENDS]
+    first = [int(backend.value) for backend in ATTENTION_BACKENDS]
     rest = [backend for backend in torch._C._get_sdp_priority_order() if backend not in first]
     torch._C._set_sdp_priority_order(first + rest)
