@@ -295,6 +295,11 @@ class JoinedReader:
         number, shard = self._find(shard)
         return self._readers[number].read_into(shard, row, extension, head, values)
 
+    def facts(self, shard: int, row: int) -> bytes:
+        """Return the json of one sample; raises as `ShardReader.facts` does."""
+        number, shard = self._find(shard)
+        return self._readers[number].facts(shard, row)
+
     def fetch_ahead(self, shards: list[int]) -> None:
         """Start to fetch remote shards in the background, and let go of others."""
         wanted: list[list[int]] = [[] for _ in self._readers]

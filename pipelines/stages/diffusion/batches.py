@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.conditions.examples import Examples
-from pipelines.shards.buckets import BucketOrder, buckets_of
+from pipelines.shards.buckets import BucketOrder
 from pipelines.shards.mixture import Mixture
 from pipelines.shards.order import Order, SamplePosition
 from pipelines.shards.randomness import Purpose, words
@@ -60,7 +60,7 @@ class LatentBatches:
     def __init__(self, source: LatentSource) -> None:
         self.source = source
         self.latents = Latents(source.latents, source.files, source.examples.decode, source.mixed)
-        buckets = buckets_of(source.latents.shards().names)
+        buckets = self.latents.buckets
         seed, window, parts = source.seed, source.shuffle_window, self.latents.parts(source.weights)
         options: dict[str, Any] = {"batch_size": source.batch_size, "partitions": source.partitions}
         self.order: Order = (
