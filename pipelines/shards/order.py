@@ -340,8 +340,8 @@ class SampleOrder:
         pieces = [self._cut_at_shards(begin, begin + last - first - beyond), self._cut_at_shards(0, beyond)]
         firsts, sizes = (np.concatenate(each) for each in zip(*pieces, strict=True))
         order = generator(self.seed, Purpose.SHARD_ORDER, number, partition).permutation(len(firsts))
-        dtype = np.uint32 if self.samples_per_epoch < 2**32 else np.int64
-        edges = np.zeros(len(firsts) + 1, dtype)
+        dtype: type[np.integer[Any]] = np.uint32 if self.samples_per_epoch < 2**32 else np.int64
+        edges: NDArray[np.integer[Any]] = np.zeros(len(firsts) + 1, dtype)
         np.cumsum(sizes[order], dtype=dtype, out=edges[1:])
         return _Epoch(number, first, last, firsts[order].astype(dtype), edges, self._window)
 
