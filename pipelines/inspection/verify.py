@@ -193,7 +193,7 @@ def _differences(storage: Storage, record: FileRecord, index: FileRecord, found:
         problems.add(shown(difference))
     for row in range(len(written) if written.has_facts else 0):
         if problem := _unreadable(decode_json, written.facts(row)):
-            problems.add(f"the json of {shown(written.key(row))} in its index {problem}")
+            problems.add(f"the json of {shown(written.key(row))} in its index {index.name} {problem}")
     return problems.lines()
 
 
