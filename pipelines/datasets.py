@@ -1,7 +1,8 @@
 """Finished pairs and latents as `webdataset` pipelines of decoded samples, for your own training loop or notebook.
 
 The shards are plain WebDataset tars, which every tool reads; these two calls add what a tar alone does not tell: which
-shards belong to the artifact, how its arrays are laid out, and that a damaged shard is an error, not a shorter epoch.
+shards belong to the artifact, how its arrays are laid out, the captions of latents, and that a damaged shard is an
+error, not a shorter epoch.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import webdataset
 
 from pipelines.errors import UserError
-from pipelines.shards.format import decode_json, decode_npy, read_shard
+from pipelines.shards.format import decode_json, decode_npy, read_shard, read_with_facts
 from pipelines.shards.tar_headers import shown
 from pipelines.stages.latents.artifact import FORMAT_VERSION
 from pipelines.stages.latents.encoding.names import latent_files
@@ -56,7 +57,7 @@ def open_pairs(
     Raises:
         UserError: there is no such artifact; or, while it is read, a shard or a sample of it is damaged.
     """
-    return _open(url, "pairs", PAIRS_FORMAT, _decode_pair, shuffle, seed, nodesplitter)
+    return _open(url, "pairs", PAIRS_FORMAT, _read_pairs, _decode_pair, shuffle, seed, nodesplitter)
 
 
 def open_latents(
@@ -83,13 +84,14 @@ def open_latents(
     Raises:
         UserError: there is no such artifact; or, while it is read, a shard or a sample of it is damaged.
     """
-    return _open(url, "latents", FORMAT_VERSION, _decode_latents, shuffle, seed, nodesplitter)
+    return _open(url, "latents", FORMAT_VERSION, read_with_facts, _decode_latents, shuffle, seed, nodesplitter)
 
 
 def _open(
     url: str | Path,
     stage: str,
     format_version: int,
+    read: Callable[[Storage, str], Iterator[Sample]],
     decode: Callable[[Sample], Sample],
     shuffle: int,
     seed: int | None,
@@ -102,7 +104,7 @@ def _open(
     steps = [webdataset.SimpleShardList(shards), nodesplitter, _not_empty, webdataset.split_by_worker]
     if shuffle:
         steps.append(_shuffled(len(shards), seed))
-    steps.append(partial(_read, storage))
+    steps.append(partial(_read, read, storage))
     if shuffle:
         # Before they are decoded: a picture is many times larger than its file.
         steps.append(_shuffled(shuffle, seed))
@@ -126,13 +128,19 @@ def _shuffled(buffer: int, seed: int | None) -> Any:
     return webdataset.detshuffle(buffer, initial=buffer, seed=seed)
 
 
-def _read(storage: Storage, shards: Iterable[dict[str, str]]) -> Iterator[Sample]:
+def _read(
+    read: Callable[[Storage, str], Iterator[Sample]], storage: Storage, shards: Iterable[dict[str, str]]
+) -> Iterator[Sample]:
     """Yield the samples of the shards, each a dict of encoded files."""
     # By our reader: webdataset's own takes the place where a tar was cut for its end.
     for shard in shards:
-        with storage.open(shard["url"]) as file:
-            for sample in read_shard(file):
-                yield {**sample, "__url__": f"{storage.url}/{shard['url']}"}
+        for sample in read(storage, shard["url"]):
+            yield {**sample, "__url__": f"{storage.url}/{shard['url']}"}
+
+
+def _read_pairs(storage: Storage, shard: str) -> Iterator[Sample]:
+    with storage.open(shard) as file:
+        yield from read_shard(file)
 
 
 def _decode(decode: Callable[[Sample], Sample], sample: Sample) -> Sample:

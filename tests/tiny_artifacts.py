@@ -148,18 +148,16 @@ def latents_artifact(
         for row in range(count):
             captions = [" ".join(random.choice(WORDS, 2)) for _ in range(2)]
             moments = random.standard_normal((2, 4, 4, 4)).astype(np.float16)
-            files = {
-                "latent.npy": encode_npy(moments),
-                "tokens.npy": encode_npy(tokenizer.encode(captions)),
-                "json": json.dumps({"captions": captions}).encode(),
-            }
-            samples.append((f"{shard:05d}{row:04d}", files))
+            files = {"latent.npy": encode_npy(moments), "tokens.npy": encode_npy(tokenizer.encode(captions))}
+            samples.append((f"{shard:05d}{row:04d}", files, json.dumps({"captions": captions}).encode()))
         name, index = f"{shard:06d}.tar", IndexBuilder()
         with writer.storage.writer(name) as path, ShardWriter(path, index) as tar:
-            for key, files in samples:
+            for key, files, _ in samples:
                 tar.add(key, files)
         writer.commit(name, rows=count, sha256=tar.sha256, content=tar.content)
-        writer.storage.write_bytes(index_name(name), index.index().encode())
+        writer.storage.write_bytes(
+            index_name(name), index.index().with_facts([facts for *_, facts in samples]).encode()
+        )
         writer.commit(index_name(name))
     with writer.storage.writer("vocab.txt") as path:
         tokenizer.write(path)

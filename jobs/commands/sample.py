@@ -1,7 +1,7 @@
 """`ldm sample`: sample pictures for prompts."""
 
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import click
 from PIL import Image

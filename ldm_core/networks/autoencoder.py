@@ -5,6 +5,7 @@ Shapes: x: (B, 3, H, W) images in [-1, 1]; z: (B, C, h, w) latent with h = H / f
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ldm_core.configs.first_stage import FirstStageConfig
@@ -134,14 +135,14 @@ class AutoencoderKL(nn.Module):
             x: (B, 3, H, W) in [-1, 1]; H and W are multiples of the downsampling factor.
 
         Returns:
-            Posterior over (B, embed_dim, h, w), its logvar clamped to [-30, 20]. Latents are not scaled here: that is
-            the model's part.
+            Posterior over (B, embed_dim, h, w), its logvar clamped to [-30, 20], in the dtype of the weights under
+            autocast, too. Latents are not scaled here: that is the model's part.
 
         Raises:
             ValueError: x has another shape.
         """
         _check_images(self.config, x)
-        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        mean, logvar = _exactly(self.quant_conv, self.encoder(x)).chunk(2, dim=1)
         return DiagonalGaussian(mean, logvar.clamp(-30.0, 20.0))
 
     def decode(self, z: Tensor) -> Tensor:
@@ -172,13 +173,14 @@ class VQAutoencoder(nn.Module):
             x: (B, 3, H, W) in [-1, 1]; H and W are multiples of the downsampling factor.
 
         Returns:
-            (B, embed_dim, h, w) latent before quantization, as a posterior.
+            (B, embed_dim, h, w) latent before quantization, as a posterior, in the dtype of the weights under autocast,
+            too.
 
         Raises:
             ValueError: x has another shape.
         """
         _check_images(self.config, x)
-        return PointPosterior(self.quant_conv(self.encoder(x)))
+        return PointPosterior(_exactly(self.quant_conv, self.encoder(x)))
 
     def quantize(self, z: Tensor) -> Quantization:
         """(B, embed_dim, h, w) latent before quantization -> Quantization; ValueError on another shape."""
@@ -206,6 +208,16 @@ def _residual(config: FirstStageConfig, in_channels: int, out_channels: int) -> 
 
 def _attention(config: FirstStageConfig, channels: int) -> SelfAttentionBlock:
     return SelfAttentionBlock(channels, eps=1e-6, groups=config.norm_groups, zero_output=False)
+
+
+def _exactly(quant_conv: nn.Conv2d, h: Tensor) -> Tensor:
+    """Apply the last layer of an encoder, without autocast.
+
+    Latents come to about +-5, where bfloat16 rounds by as much as the posterior's standard deviation is.
+    """
+    with torch.autocast(h.device.type, enabled=False):
+        moments: Tensor = quant_conv(h.to(quant_conv.weight.dtype))
+        return moments
 
 
 def _check_images(config: FirstStageConfig, x: Tensor) -> None:

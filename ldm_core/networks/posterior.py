@@ -48,8 +48,13 @@ class DiagonalGaussian:
         return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean)
 
     def kl(self) -> Tensor:
-        """Return the Kullback-Leibler divergence from a standard normal, (B,) nats, summed over C, h, w."""
-        return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).flatten(1).sum(1)
+        """Return the Kullback-Leibler divergence from a standard normal, (B,) nats, summed over C, h, w.
+
+        It is computed and returned in float32 at least: a sum of thousands is too much for half precision.
+        """
+        dtype = torch.promote_types(self.mean.dtype, torch.float32)
+        mean, logvar = self.mean.to(dtype), self.logvar.to(dtype)
+        return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(1)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,8 @@ from pipelines.drawing.grids import encode_png
 from pipelines.errors import UserError
 from pipelines.inspection.verify import finished_artifacts
 from pipelines.run.plan import STAGES
-from pipelines.shards.format import decode_json, decode_npy, read_shard
+from pipelines.shards.format import decode_json, decode_npy, read_shard, read_with_facts
+from pipelines.shards.index import index_name
 from pipelines.store.commits import COMMITS
 from pipelines.store.ledger import LEDGER, WORK, Artifact
 from pipelines.store.manifest import MANIFEST, read_files, read_manifest
@@ -114,12 +116,11 @@ def _shard(storage: Storage) -> dict[str, Any]:
     samples = 0
     extensions: set[str] = set()
     first: list[dict[str, Any]] = []
-    with Storage(folder).open(name) as file:
-        for sample in read_shard(file):
-            samples += 1
-            extensions |= sample.keys() - {"__key__"}
-            if len(first) < FIRST_SAMPLES:
-                first.append(_sample(sample))
+    for sample in _samples(Storage(folder), name, has_index=Storage(folder).exists(index_name(name))):
+        samples += 1
+        extensions |= sample.keys() - {"__key__"}
+        if len(first) < FIRST_SAMPLES:
+            first.append(_sample(sample))
     return {
         "kind": "shard",
         "url": storage.url,
@@ -128,6 +129,14 @@ def _shard(storage: Storage) -> dict[str, Any]:
         "extensions": sorted(extensions),
         "first_samples": first,
     }
+
+
+def _samples(storage: Storage, shard: str, *, has_index: bool) -> Iterator[dict[str, Any]]:
+    if has_index:
+        yield from read_with_facts(storage, shard)
+        return
+    with storage.open(shard) as file:
+        yield from read_shard(file)
 
 
 def _sample(sample: dict[str, Any]) -> dict[str, Any]:
@@ -147,12 +156,13 @@ def _sample(sample: dict[str, Any]) -> dict[str, Any]:
 
 def _artifact(storage: Storage) -> dict[str, Any]:
     manifest = read_manifest(storage)
-    shards = read_files(storage, manifest.table).shards()
+    files = read_files(storage, manifest.table)
+    shards = files.shards()
     first: list[dict[str, Any]] = []
     for record in shards:
         if record.rows:
-            with storage.open(record.name) as file:
-                first = [_sample(sample) for sample in islice(read_shard(file), FIRST_SAMPLES)]
+            found = _samples(storage, record.name, has_index=index_name(record.name) in files)
+            first = [_sample(sample) for sample in islice(found, FIRST_SAMPLES)]
             break
     return _summary(storage) | {
         "kind": "artifact",

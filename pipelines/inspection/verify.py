@@ -183,7 +183,7 @@ def _differences(storage: Storage, record: FileRecord, index: FileRecord, found:
     """List where a shard is not as its index says."""
     problems = _Problems()
     try:
-        written = ShardIndex.decode(storage.read_bytes(index.name), shard_bytes=record.bytes)
+        written = ShardIndex.decode(storage.read_bytes(index.name), shard_bytes=record.bytes, facts=True)
     except MissingFileError:
         # Said of the index itself.
         return []
@@ -191,6 +191,9 @@ def _differences(storage: Storage, record: FileRecord, index: FileRecord, found:
         return [f"its index {index.name} cannot be read ({error})"]
     for difference in found.differences(written):
         problems.add(shown(difference))
+    for row in range(len(written) if written.has_facts else 0):
+        if problem := _unreadable(decode_json, written.facts(row)):
+            problems.add(f"the json of {shown(written.key(row))} in its index {index.name} {problem}")
     return problems.lines()
 
 
@@ -225,7 +228,10 @@ def _damage(tar: FileBytes, member: Member) -> str | None:
     check = _CHECKS.get(member.name.rpartition(".")[2].lower())
     if check is None:
         return None
-    data = contents(tar, member)
+    return _unreadable(check, contents(tar, member))
+
+
+def _unreadable(check: Callable[[bytes], object], data: bytes) -> str | None:
     try:
         check(data)
     # Decoders raise anything on hostile bytes; whatever it is, the shard is damaged there.

@@ -18,9 +18,10 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from pipelines.errors import UserError
-from pipelines.shards.index import IndexBuilder, Span
+from pipelines.shards.index import FACTS, IndexBuilder, ShardIndex, Span, index_name
 from pipelines.shards.samples import MOST_TEXT_BYTES, contents, shard_samples
 from pipelines.shards.tar_headers import FileBytes, TarError
+from pipelines.store.storage import Storage
 
 
 class ShardWriter:
@@ -147,6 +148,30 @@ def read_shard(file: BinaryIO | Path | str) -> Iterator[dict[str, Any]]:
             yield {"__key__": sample.key, **sample.files}
     except TarError as error:
         raise UserError(f"shard {name} is truncated or damaged ({error}): remove it and make it again") from error
+
+
+def read_with_facts(storage: Storage, shard: str) -> Iterator[dict[str, Any]]:
+    """Yield the samples of a shard with an index as `read_shard` does, each with the `json` that the index has of it.
+
+    Raises:
+        UserError: the shard or its index is damaged, or the index is another shard's.
+    """
+    written = f"{storage.url}/{index_name(shard)}"
+    data = storage.read_bytes(index_name(shard))
+    with storage.open(shard) as file:
+        try:
+            index = ShardIndex.decode(data, shard_bytes=file.seek(0, io.SEEK_END), facts=True)
+        except ValueError as error:
+            raise UserError(f"{written} is damaged ({error}): remove the folder and make it again") from error
+        rows = 0
+        for rows, sample in enumerate(read_shard(file), 1):
+            if rows > len(index) or index.key(rows - 1) != sample["__key__"]:
+                break
+            yield {**sample, **({FACTS: index.facts(rows - 1)} if index.has_facts else {})}
+        else:
+            if rows == len(index):
+                return
+        raise UserError(f"{written} is not the index of {shard}: `ldm verify {storage.url}` tells what is whole")
 
 
 _READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}

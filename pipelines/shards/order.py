@@ -19,7 +19,7 @@ sample further than another: small sets are not seen unevenly.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,16 +119,35 @@ class _Epoch(NamedTuple):
     """An epoch of a partition: `first` to `last` - 1 of its stream, and its pieces of shards as they are permuted.
 
     firsts: first sample of each piece, among the kept ones
-    sizes: samples of each piece
-    starts: where in the epoch each window starts, and its end
+    edges: where in the epoch each piece starts, and its end
+    window: pieces of a window
+
+    Both arrays in half the memory where the numbers allow it.
     """
 
     number: int
     first: int
     last: int
-    firsts: _Numbers
-    sizes: _Numbers
-    starts: _Numbers
+    firsts: NDArray[np.integer[Any]]
+    edges: NDArray[np.integer[Any]]
+    window: int
+
+    def window_at(self, place: int) -> int:
+        """Return the number of the window that holds a place of the stream."""
+        # Of its own dtype: another would copy the edges.
+        place_here = self.edges.dtype.type(place - self.first)
+        return (int(np.searchsorted(self.edges, place_here, side="right")) - 1) // self.window
+
+    def bounds(self, window: int) -> tuple[int, int]:
+        """Return where in the epoch a window starts and ends."""
+        last = len(self.edges) - 1
+        return int(self.edges[window * self.window]), int(self.edges[min((window + 1) * self.window, last)])
+
+    def pieces(self, window: int) -> tuple[_Numbers, _Numbers]:
+        """Return the first sample and the size of each piece of a window."""
+        pieces = slice(window * self.window, (window + 1) * self.window)
+        edges = self.edges[pieces.start : pieces.stop + 1].astype(np.int64)
+        return self.firsts[pieces].astype(np.int64), np.diff(edges)
 
 
 class _Window(NamedTuple):
@@ -169,14 +188,14 @@ class SampleOrder:
     ) -> None:
         if window < 1:
             raise ValueError(f"window must be at least 1 shard, got {window}")
-        # The first row of each shard, and the end of the last one, counted over all rows and over the kept ones.
-        self._starts = np.concatenate([[0], np.cumsum(np.asarray(rows_per_shard, np.int64))])
+        # The first row of each shard, and the end of the last one. The one array that grows with the number of shards.
+        self._starts = np.zeros(len(rows_per_shard) + 1, np.int64)
+        np.cumsum(np.asarray(rows_per_shard, np.int64), out=self._starts[1:])
         places = np.array(list(excluded), np.int64).reshape(-1, 2)
-        left_out = np.unique(self._starts[places[:, 0]] + places[:, 1])
-        self._kept_starts = self._starts - np.searchsorted(left_out, self._starts)
+        self._left_out = np.unique(self._starts[places[:, 0]] + places[:, 1])
         # How many rows are kept before each excluded one.
-        self._kept_before = left_out - np.arange(len(left_out))
-        self.samples_per_epoch = int(self._kept_starts[-1])
+        self._kept_before = self._left_out - np.arange(len(self._left_out))
+        self.samples_per_epoch = int(self._starts[-1]) - len(self._left_out)
         if self.samples_per_epoch == 0:
             raise ValueError(f"there must be at least one sample, got none in {len(rows_per_shard)} shards")
         self.seed, self.batch_size, self._most_partitions = seed, batch_size, partitions
@@ -252,12 +271,12 @@ class SampleOrder:
         left, last = 0, first
         while True:
             epoch = self._epoch_at(partition, last)
-            index = int(np.searchsorted(epoch.starts, last - epoch.first, side="right")) - 1
-            shards.append(self._shards(epoch.firsts[index * self._window : (index + 1) * self._window]))
+            index = epoch.window_at(last)
+            shards.append(self._shards(epoch.pieces(index)[0]))
             starts.append(last)
             if left and last >= end:
                 return Ahead(shards, starts, left, last)
-            last = epoch.first + int(epoch.starts[index + 1])
+            last = epoch.first + epoch.bounds(index)[1]
             left = left or last
 
     def _look_ahead(self, step: int, rank: int, world: int) -> Needed:
@@ -280,7 +299,7 @@ class SampleOrder:
 
     def _shards(self, samples: _Numbers) -> _Numbers:
         """Return the shards of kept samples."""
-        return np.searchsorted(self._kept_starts, samples, side="right") - 1
+        return self.places(samples)[0]
 
     def _window_at(self, partition: int, place: int) -> _Window:
         """Return the window that holds a place of a partition's stream."""
@@ -291,13 +310,12 @@ class SampleOrder:
 
     def _shuffle(self, partition: int, place: int) -> _Window:
         epoch = self._epoch_at(partition, place)
-        index = int(np.searchsorted(epoch.starts, place - epoch.first, side="right")) - 1
-        pieces = slice(index * self._window, (index + 1) * self._window)
-        samples = _ranges(epoch.firsts[pieces], epoch.sizes[pieces])
+        index = epoch.window_at(place)
+        samples = _ranges(*epoch.pieces(index))
         # One number for window and partition; of two words of the counter the epoch has the other.
         inner = index * self.partitions + partition
         order = generator(self.seed, Purpose.SAMPLE_ORDER, epoch.number, inner).permutation(len(samples))
-        start, end = epoch.starts[index : index + 2].tolist()
+        start, end = epoch.bounds(index)
         return _Window(epoch.number, epoch.first + start, epoch.first + end, samples[order])
 
     def _epoch_at(self, partition: int, place: int) -> _Epoch:
@@ -322,11 +340,10 @@ class SampleOrder:
         pieces = [self._cut_at_shards(begin, begin + last - first - beyond), self._cut_at_shards(0, beyond)]
         firsts, sizes = (np.concatenate(each) for each in zip(*pieces, strict=True))
         order = generator(self.seed, Purpose.SHARD_ORDER, number, partition).permutation(len(firsts))
-        firsts, sizes = firsts[order], sizes[order]
-        ends = np.cumsum(sizes)
-        starts = np.concatenate([[0], ends[self._window - 1 :: self._window]])
-        # Unless the last window is full, its end is not among them.
-        return _Epoch(number, first, last, firsts, sizes, np.union1d(starts, ends[-1:]))
+        dtype: type[np.integer[Any]] = np.uint32 if self.samples_per_epoch < 2**32 else np.int64
+        edges: NDArray[np.integer[Any]] = np.zeros(len(firsts) + 1, dtype)
+        np.cumsum(sizes[order], dtype=dtype, out=edges[1:])
+        return _Epoch(number, first, last, firsts[order].astype(dtype), edges, self._window)
 
     def _epoch_start(self, partition: int, number: int) -> int:
         """Return how many samples of a partition's stream come before one of its epochs."""
@@ -341,8 +358,9 @@ class SampleOrder:
         if begin == end:
             return np.empty(0, np.int64), np.empty(0, np.int64)
         shards = self._shards(np.array([begin, end - 1]))
-        # Empty shards start where the next one does.
-        edges = np.unique(self._kept_starts[shards[0] : shards[1] + 2].clip(begin, end))
+        starts = self._starts[shards[0] : shards[1] + 2]
+        # As the kept samples are counted. Empty shards start where the next one does.
+        edges = np.unique((starts - np.searchsorted(self._left_out, starts)).clip(begin, end))
         return edges[:-1], np.diff(edges)
 
 

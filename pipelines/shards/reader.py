@@ -11,11 +11,12 @@ import threading
 import zlib
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, chain
 from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.errors import UserError
 from pipelines.shards.index import MOST_INDEX_BYTES, ShardIndex, Span, index_name, scan_shard
@@ -29,6 +30,9 @@ from pipelines.store.storage import Storage
 # Those of a few shuffle windows. One takes some sixty bytes a sample, so that the second bound holds for large shards.
 MAX_INDEXES = 4096
 MAX_INDEXES_BYTES = 128 << 20
+NAMES_AT_ONCE = 8192
+# Those with the json of their samples: whoever reads that goes from one sample to the next.
+MAX_FACTS = 16
 
 
 class ShardReader:
@@ -39,9 +43,6 @@ class ShardReader:
         files: its files: the shards, numbered in the order of their names, and their indexes if they have any.
         max_open: number of files kept open.
         cache_bytes: size of the node's cache of remote shards; None takes LDM_CACHE_GIB, or 32 GiB.
-
-    Attributes:
-        rows_per_shard: samples in each shard, (shards,) int64.
     """
 
     def __init__(
@@ -54,15 +55,33 @@ class ShardReader:
     ) -> None:
         self.storage, self._files = storage, files
         # A record is made when it is needed: as an object it would take many times what it takes in the table.
-        self._positions = files.positions()
-        self.rows_per_shard = files.table.column("rows").to_numpy()[self._positions]
+        self._positions = _compact(files.positions())
         self._max_open = max_open
         self._lock = threading.Lock()
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._indexes_bytes = 0
+        self._facts: OrderedDict[int, ShardIndex] = OrderedDict()
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._ahead: list[int] = []
         self._cache = None if storage.is_local else NodeCache(storage, cache_bytes)
+
+    @property
+    def rows_per_shard(self) -> NDArray[np.int64]:
+        """Samples in each shard, (shards,) int64; not kept, since they lie in the table of files."""
+        rows = self._files.table.column("rows")
+        if isinstance(self._positions, range):
+            return rows.slice(self._positions.start, len(self._positions)).to_numpy()
+        return rows.to_numpy()[self._positions]
+
+    def names(self) -> Iterator[str]:
+        """Yield the names of the shards, in order."""
+        names = self._files.table.column("name")
+        for first in range(0, len(self._positions), NAMES_AT_ONCE):
+            positions = self._positions[first : first + NAMES_AT_ONCE]
+            if isinstance(positions, range):
+                yield from names.slice(positions.start, len(positions)).to_pylist()
+            else:
+                yield from names.take(positions).to_pylist()
 
     def key(self, shard: int, row: int) -> str:
         """Return the key of one sample. Raises as `read` does."""
@@ -99,6 +118,26 @@ class ShardReader:
         found = self._file(shard).read_into(span.offset, [head, values])
         self._check((shard, row), extension, span, found, zlib.crc32(values, zlib.crc32(head)))
         return True
+
+    def facts(self, shard: int, row: int) -> bytes:
+        """Return the json of one sample, which its shard's index has: the shard itself is not read.
+
+        Raises:
+            UserError: the index is missing, damaged or of another shard.
+        """
+        with self._lock:
+            index = self._facts.pop(shard, None)
+        if index is None:
+            record = self._record(shard)
+            written = self._files.get(index_name(record.name))
+            index = None if written is None else self._load(record, written, facts=True)
+            if index is None or not index.has_facts:
+                raise self._damaged(record, "has no index with the json of its samples")
+        with self._lock:
+            self._facts[shard] = index
+            while len(self._facts) > MAX_FACTS:
+                self._facts.popitem(last=False)
+        return index.facts(row)
 
     def fetch_ahead(self, shards: list[int]) -> None:
         """Start to fetch remote shards in the background, and let go of others; a no-op if storage is local.
@@ -138,8 +177,6 @@ class ShardReader:
         record = self._record(shard)
         written = self._files.get(index_name(record.name))
         index = self._scan(shard, record) if written is None else self._load(record, written)
-        if len(index) != record.rows:
-            raise self._damaged(record, f"holds {len(index)} samples, but {record.rows} were committed")
         with self._lock:
             if shard not in self._indexes:
                 self._indexes[shard] = index
@@ -150,12 +187,13 @@ class ShardReader:
                 self._indexes_bytes -= self._indexes.popitem(last=False)[1].nbytes
         return index
 
-    def _load(self, record: FileRecord, written: FileRecord) -> ShardIndex:
-        """Read the index that was written with a shard."""
+    def _load(self, record: FileRecord, written: FileRecord, *, facts: bool = False) -> ShardIndex:
+        """Read the index that was written with a shard; with the json of its samples if `facts`."""
         try:
             if written.bytes > MOST_INDEX_BYTES:
                 raise ValueError(f"it has {written.bytes} bytes, more than {MOST_INDEX_BYTES}")
-            return ShardIndex.decode(self._read(written), shard_bytes=record.bytes)
+            index = ShardIndex.decode(self._read(written), shard_bytes=record.bytes, facts=facts)
+            return self._of_all_rows(record, index)
         except MissingFileError:
             raise self._damaged(record, f"has lost its index: {written.name} is missing") from None
         except NotAsCommittedError as error:
@@ -177,9 +215,14 @@ class ShardReader:
         """Find the samples of a shard that was written without an index."""
         with self._open_anew(shard) as file:
             try:
-                return scan_shard(file, checksums=False)
+                return self._of_all_rows(record, scan_shard(file, checksums=False))
             except TarError as error:
                 raise self._damaged(record, f"is not a whole tar ({error})") from error
+
+    def _of_all_rows(self, record: FileRecord, index: ShardIndex) -> ShardIndex:
+        if len(index) != record.rows:
+            raise self._damaged(record, f"holds {len(index)} samples, but {record.rows} were committed")
+        return index
 
     def _file(self, shard: int) -> "_OpenShard":
         with self._lock:
@@ -237,6 +280,13 @@ class ShardReader:
         )
 
 
+def _compact(positions: NDArray[np.int64]) -> NDArray[np.int64] | range:
+    """Return positions as a range where they follow each other, as those of latents do: every process holds them."""
+    if len(positions) and positions[-1] - positions[0] == len(positions) - 1:
+        return range(int(positions[0]), int(positions[-1]) + 1)
+    return positions
+
+
 class _OpenShard:
     """An open file that several threads may read at once: `pread` has no position that they could move."""
 
@@ -286,6 +336,11 @@ class JoinedReader:
         """Read one file of a sample into memory that is there, as `ShardReader.read_into` does."""
         number, shard = self._find(shard)
         return self._readers[number].read_into(shard, row, extension, head, values)
+
+    def facts(self, shard: int, row: int) -> bytes:
+        """Return the json of one sample; raises as `ShardReader.facts` does."""
+        number, shard = self._find(shard)
+        return self._readers[number].facts(shard, row)
 
     def fetch_ahead(self, shards: list[int]) -> None:
         """Start to fetch remote shards in the background, and let go of others."""

@@ -124,7 +124,10 @@ class FileTable:
                     pa.Table.from_batches([batch]).cast(_schema())
                     for batch in packed.iter_batches(_UNPACKED_AT_ONCE, use_threads=False)
                 )
-                return cls(_on_disk(batches))
+                table = cls(_on_disk(batches))
+            # Arrow's allocator would keep what was unpacked, some 30 MB, in every process.
+            pa.default_memory_pool().release_unused()
+            return table
         except FileNotFoundError:
             raise
         except (pa.ArrowException, OSError) as error:
@@ -173,7 +176,12 @@ class FileTable:
         import numpy as np
         import pyarrow.compute as pc
 
-        return np.flatnonzero(pc.ends_with(self._table.column("name"), suffix).to_numpy())
+        found, first = [np.empty(0, np.int64)], 0
+        # Chunk by chunk, in this thread: others would keep memory of their own.
+        for names in self._table.column("name").chunks:
+            found.append(np.flatnonzero(pc.ends_with(names, suffix).to_numpy(zero_copy_only=False)) + first)
+            first += len(names)
+        return np.concatenate(found)
 
     def at(self, position: int) -> FileRecord:
         """Return the record at a position, in the order of the names."""

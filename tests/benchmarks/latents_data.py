@@ -60,15 +60,15 @@ def make_latents(root: Path, shards: int, rows: int) -> Artifact:
 
 def write_shard(writer: ArtifactWriter, name: str, numbers: range) -> None:
     """Write and commit a shard and its index."""
-    index = IndexBuilder()
+    index, facts = IndexBuilder(), []
     with writer.storage.writer(name) as path, ShardWriter(path, index) as tar:
         for number in numbers:
             moments, tokens = sample(number)
-            facts = {"captions": [f"a photograph of number {number}, as somebody has described it"], "width": 1152}
-            files = {"latent.npy": encode_npy(moments), "tokens.npy": encode_npy(tokens)}
-            tar.add(f"{number:09d}", {**files, "json": json.dumps(facts).encode()})
+            caption = f"a photograph of number {number}, as somebody has described it"
+            facts.append(json.dumps({"captions": [caption], "width": 1152}).encode())
+            tar.add(f"{number:09d}", {"latent.npy": encode_npy(moments), "tokens.npy": encode_npy(tokens)})
     writer.commit(name, rows=len(numbers), sha256=tar.sha256)
-    writer.storage.write_bytes(index_name(name), index.index().encode())
+    writer.storage.write_bytes(index_name(name), index.index().with_facts(facts).encode())
     writer.commit(index_name(name))
 
 

@@ -60,3 +60,4 @@ def test_the_last_line_is_json(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert set(result["readers"]) == {"ours", "webdataset"}
     assert result["consumers"]["processes"] == 2
     assert list(result["sizes"]) == ["3", "5"]
+    assert result["ratios"]["overhead"] < bench_latents.GOALS["overhead"]

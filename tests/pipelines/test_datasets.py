@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 from ldm_core.tokenizers.tokenizer import Tokenizer
 from pipelines.datasets import open_latents, open_pairs
 from pipelines.errors import UserError
-from pipelines.shards.format import decode_npy, encode_npy, read_shard, write_shard
+from pipelines.shards.format import ShardWriter, decode_npy, encode_npy, read_shard, write_shard
+from pipelines.shards.index import IndexBuilder
 from pipelines.stages.latents.artifact import FORMAT_VERSION
 from pipelines.stages.pairs.artifact import PAIRS_FORMAT
 from pipelines.store.commits import ArtifactWriter
@@ -232,11 +233,33 @@ def test_a_picture_that_claims_to_be_huge_is_not_decoded(tmp_path: Path) -> None
 def test_pickled_latents_are_never_loaded(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    writer = ArtifactWriter("latents", "one", Storage(str(tmp_path)) / "latents" / "one")
-    files = {"latent.npy": buffer.getvalue(), "tokens.npy": encode_npy(np.zeros((1, 8), np.uint16)), "json": FACTS}
-    with writer.storage.writer("000000.tar") as path:
-        write_shard(path, [("000000000", files)])
-    writer.commit("000000.tar", rows=1)
-    artifact = finish(writer, {}, FORMAT_VERSION)
+    artifact = one_latent(tmp_path, {"latent.npy": buffer.getvalue()})
     with pytest.raises(UserError, match=r"cannot be decoded \(Object arrays are not read"):
         list(open_latents(artifact.storage.url))
+
+
+def test_latents_beside_the_index_of_others_are_refused(tmp_path: Path) -> None:
+    artifact = one_latent(tmp_path, {"latent.npy": encode_npy(np.zeros((2, 4, 4, 4), np.float16))})
+    (sample,) = open_latents(artifact.storage.url)
+    assert sample["captions"] == ["a bear"]
+    shard = artifact.storage.path("000000.tar")
+    for samples in ([], ["000000001"], ["000000000", "000000001"]):
+        write_shard(shard, [(key, {"tokens.npy": encode_npy(np.zeros((40, 77)))}) for key in samples])
+        with pytest.raises(
+            UserError, match=r"index/000000\.arrow is (not the index of 000000\.tar|damaged \(a latent)"
+        ):
+            list(open_latents(artifact.storage.url))
+    artifact.storage.write_bytes("index/000000.arrow", b"ARROW1")
+    with pytest.raises(UserError, match=r"index/000000\.arrow is damaged"):
+        list(open_latents(artifact.storage.url))
+
+
+def one_latent(root: Path, files: dict[str, bytes]) -> Artifact:
+    """Make a finished artifact of a single sample with these files."""
+    writer, index = ArtifactWriter("latents", "one", Storage(str(root)) / "latents" / "one"), IndexBuilder()
+    with writer.storage.writer("000000.tar") as path, ShardWriter(path, index) as tar:
+        tar.add("000000000", files)
+    writer.commit("000000.tar", rows=1)
+    writer.storage.write_bytes("index/000000.arrow", index.index().with_facts([FACTS]).encode())
+    writer.commit("index/000000.arrow")
+    return finish(writer, {}, FORMAT_VERSION)

@@ -17,7 +17,7 @@ from ldm_core.configs.objective import TimestepsConfig
 from ldm_core.configs.schedule import ScheduleConfig
 from ldm_core.timesteps import draw_timesteps
 from pipelines.conditions.examples import Examples
-from pipelines.shards.buckets import buckets_of, order_of
+from pipelines.shards.buckets import order_of
 from pipelines.shards.order import SamplePosition
 from pipelines.shards.randomness import Purpose, words
 from pipelines.stages.latents.artifact import Latents
@@ -68,7 +68,7 @@ class LatentBatches:
         self.reader = self.latents.reader
         # Those that the model is compared with, and not of what is mixed in.
         self.held_out = self.latents.held_out
-        self.buckets = buckets_of(source.latents.shards().names)
+        self.buckets = self.latents.buckets
         self.order = order_of(
             self.latents.parts(source.weights),
             self.buckets,

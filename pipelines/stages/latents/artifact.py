@@ -6,13 +6,14 @@ moments: (2, C, h, w) mean and log-variance of a KL first stage, (1, C, h, w) la
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from pipelines.errors import UserError
+from pipelines.shards.buckets import buckets_of
 from pipelines.shards.format import decode_json, decode_npy, npy_header_bytes, parse_npy_header
 from pipelines.shards.mixture import Part
 from pipelines.shards.order import Place
@@ -22,7 +23,7 @@ from pipelines.stages.pairs.held_out import held_out_places
 from pipelines.store.ledger import Artifact
 
 # Raised when the bytes that the stage writes, or their meaning, change. Its writer and its readers go by this number.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 Condition = tuple[NDArray[Any], ...]
 
@@ -47,7 +48,8 @@ class Latents:
         mixed: other such artifacts; their shards are numbered after those of the first.
 
     Attributes:
-        views: how many there are of each picture in each shard, (shards,) int64.
+        views: how many there are of each picture in each shard, (shards,) uint8.
+        buckets: the bucket of each shard, if there are any; they are not mixed.
         held_out: the places of the first artifact that nothing is trained on, by ascending hash.
 
     Raises:
@@ -68,7 +70,10 @@ class Latents:
         self.reader = joined(self._readers)
         self._files, self._decode = files, decode
         views = [each.details.get("views", 1) for each in self._artifacts]
-        self.views = np.repeat(np.array(views, np.int64), [len(each.rows_per_shard) for each in self._readers])
+        self.views = np.repeat(np.array(views, np.uint8), [len(each.rows_per_shard) for each in self._readers])
+        # All shards have one, or none has: hundreds of thousands of names need not be looked at.
+        names = self._readers[0].names
+        self.buckets = buckets_of(names()) if buckets_of(islice(names(), 1)) else []
         self.held_out = held_out_places(artifact)
 
     def parts(self, weights: Sequence[int]) -> list[Part]:
@@ -130,4 +135,4 @@ class Latents:
         every = ((shard, row) for shard, rows in enumerate(self.reader.rows_per_shard) for row in range(rows))
         held_out = set(self.held_out)
         for place in chain(self.held_out, (place for place in every if place not in held_out)):
-            yield decode_json(self.reader.read(*place, ("json",))["json"])
+            yield decode_json(self.reader.facts(*place))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipelines.errors import UserError
 from pipelines.shards.format import decode_npy, read_shard
-from pipelines.shards.index import ShardIndex, index_name, scan_shard
+from pipelines.shards.index import MOST_INDEX_BYTES, ShardIndex, index_name, scan_shard
 from pipelines.shards.tar_headers import TarError
 from pipelines.stages.latents.encoding.names import latent_files
 from pipelines.stages.latents.statistics import ShardStatistics, statistics_name
@@ -30,7 +30,10 @@ class Identity:
 
 @dataclass(frozen=True)
 class Written:
-    """What is known of a shard once it is written. `sha256` is None if nobody has computed it."""
+    """What is known of a shard once it is written; `index` has the json of its samples.
+
+    `sha256` is None if nobody has computed it.
+    """
 
     sha256: str | None
     index: ShardIndex
@@ -113,11 +116,21 @@ class ShardCommit:
         if written.sha256 is not None:
             self._require(self.shard, records[0], written.sha256)
         beside = {
-            index_name(self.shard): written.index.encode(),
+            index_name(self.shard): self._encoded(written.index),
             statistics_name(self.shard): encode_json(written.statistics.to_json()),
         }
         records += [self._commit_beside(name, data) for name, data in beside.items()]
         return Committed(records, written.statistics)
+
+    def _encoded(self, index: ShardIndex) -> bytes:
+        data = index.encode()
+        # No reader would take it.
+        if len(data) > MOST_INDEX_BYTES:
+            raise UserError(
+                f"the captions and other facts of the {len(index)} samples of {self.shard} take {len(data) >> 20} MiB, "
+                f"more than {MOST_INDEX_BYTES >> 20}: set pairs.rows_per_shard lower"
+            )
+        return data
 
     def _commit_beside(self, name: str, data: bytes) -> FileRecord:
         if not self.writer.is_committed(name):
@@ -151,9 +164,16 @@ class ShardCommit:
             for sample in read_shard(path):
                 for latent in latent_files(sample).values():
                     statistics.add(sample["__key__"], decode_npy(latent))
-        if len(index) < self.pairs_rows:
-            encoded = set(index.keys)
-            with whole_shard(self.pairs, self.shard, self.pairs_sha256) as path, open(path, "rb") as file:
-                keys = scan_shard(file, checksums=False).keys
-            statistics.unencodable.update({key: row for row, key in enumerate(keys) if key not in encoded})
-        return Written(sha256, index, statistics)
+        facts, encoded = [], set(index.keys)
+        with whole_shard(self.pairs, self.shard, self.pairs_sha256) as path:
+            for row, pair in enumerate(read_shard(path)):
+                if pair["__key__"] in encoded:
+                    facts.append(pair["json"])
+                else:
+                    statistics.unencodable[pair["__key__"]] = row
+        if len(facts) != len(index):
+            raise UserError(
+                f"{storage.url}/{self.shard} holds samples that its pairs do not: remove it and run the same command "
+                "again"
+            )
+        return Written(sha256, index.with_facts(facts), statistics)

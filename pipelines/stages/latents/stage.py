@@ -1,11 +1,11 @@
 """The `latents` stage: every pair through the frozen encoders once. Tasks read, actors encode, tasks write.
 
 Writes for each pairs shard a `NNNNNN.tar` with the same keys (`KEY.latent.npy`, of further views `KEY.latent.1.npy` and
-so on, `KEY.json`, and what the condition caches, such as `KEY.tokens.npy`), but for pictures whose latent is not
-finite; beside it `index/NNNNNN.arrow`, which says where its files lie and what their checksums are, and
-`stats/NNNNNN.json`, the sums that the scale factor is computed from and the pictures left out; what the condition has
-once for all samples, such as `vocab.txt`; and the pairs' `held_out/N.parquet`. `poison/NNNNNN.json` stands for a shard
-that could not be encoded.
+so on, and what the condition caches, such as `KEY.tokens.npy`), but for pictures whose latent is not finite; beside it
+`index/NNNNNN.arrow`, which says where its files lie and what their checksums are, and has the pairs' json of each
+sample, and `stats/NNNNNN.json`, the sums that the scale factor is computed from and the pictures left out; what the
+condition has once for all samples, such as `vocab.txt`; and the pairs' `held_out/N.parquet`. `poison/NNNNNN.json`
+stands for a shard that could not be encoded.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 FP16_BYTES = 2
-# Headers and padding of a sample's three members, and its JSON.
-TAR_OVERHEAD_BYTES = 3_500
+# Headers and padding of a member, the tar's and its array's; and what the index has of a sample, its json mostly.
+MEMBER_OVERHEAD_BYTES = 900
+INDEX_BYTES = 500
 
 
 # `work` and `section` are imported when they are called: a recipe or a plan needs neither torch nor matplotlib.
@@ -97,9 +98,8 @@ def _estimate(sections: Sections, before: Mapping[str, Estimate]) -> Estimate:
     latent = FP16_BYTES * moments * model.embed_dim * side * side
     condition = sections["condition"].bytes_a_sample()
     views = sections["latents"].views
-    # Beside the first, a view is one more member.
-    more = (views.count - 1) * (latent + TAR_OVERHEAD_BYTES // 3) if views else 0
-    return Estimate(rows=rows, bytes=rows * (latent + more + condition + TAR_OVERHEAD_BYTES))
+    latents = (views.count if views else 1) * (latent + MEMBER_OVERHEAD_BYTES)
+    return Estimate(rows=rows, bytes=rows * (latents + condition + MEMBER_OVERHEAD_BYTES + INDEX_BYTES))
 
 
 STAGE = Stage(

@@ -211,11 +211,11 @@ class _Take:
         source, shard = step.source, step.pairs_shard
         commit = ShardCommit(self.pairs, self.writer, shard.name, shard.sha256, shard.rows, step.identity)
         try:
-            index = ShardIndex.decode(_read(source, source.index), shard_bytes=source.record.bytes)
             statistics = ShardStatistics.from_json(json.loads(_read(source, source.statistics)))
             if source.same_bytes:
                 # Not written once: a link or a copy by the store.
                 source.storage.copy(source.record.name, self.writer.storage, shard.name)
+                index = ShardIndex.decode(_read(source, source.index), shard_bytes=source.record.bytes, facts=True)
                 return commit.of(Written(source.record.sha256, index, statistics)).records
             with source.storage.local_copy(source.record.name) as latents:
                 if sha256_file(latents) != source.record.sha256:
@@ -226,7 +226,7 @@ class _Take:
 
     def _write_again(self, step: _Step, latents_path: Path, statistics: ShardStatistics, path: Path) -> Written:
         """Write latents under the keys and with the conditions of a pairs shard."""
-        index, latents = IndexBuilder(), read_shard(latents_path)
+        index, facts, latents = IndexBuilder(), list[bytes](), read_shard(latents_path)
         missing, unencodable = set(statistics.unencodable.values()), {}
         with (
             whole_shard(self.pairs, step.pairs_shard.name, step.pairs_shard.sha256) as pairs_shard,
@@ -242,9 +242,9 @@ class _Take:
                     condition = self.encoder.encode([Pair(pair["__key__"], decode_json(pair["json"]))])[0]
                 else:
                     condition = {name: latent[name] for name in self.kind.files}
-                files = {**latent_files(latent), **condition, "json": pair["json"]}
-                shard.add(pair["__key__"], files)
-        return Written(shard.sha256, index.index(), replace(statistics, unencodable=unencodable))
+                shard.add(pair["__key__"], {**latent_files(latent), **condition})
+                facts.append(pair["json"])
+        return Written(shard.sha256, index.index().with_facts(facts), replace(statistics, unencodable=unencodable))
 
 
 def _read(source: _Source, record: FileRecord) -> bytes:

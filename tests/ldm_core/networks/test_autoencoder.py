@@ -59,6 +59,31 @@ def test_training_loss_reaches_every_parameter() -> None:
         assert [name for name, each in first_stage.named_parameters() if each.grad is None] == []
 
 
+@pytest.mark.parametrize("changes", [{}, VQ], ids=["kl", "vq"])
+def test_latents_are_not_rounded_by_autocast(changes: dict[str, Any]) -> None:
+    first_stage = build_first_stage(config(**changes)).eval()
+    x = torch.randn(2, 3, 16, 16)
+    with torch.inference_mode():
+        plain = first_stage.encode(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            features = first_stage.encoder(x)
+            posterior = first_stage.encode(x)
+            sample = posterior.sample()
+        exact = first_stage.quant_conv(features.float())
+    assert features.dtype == torch.bfloat16
+    assert {posterior.moments.dtype, sample.dtype, posterior.mode().dtype} == {torch.float32}
+    assert torch.equal(posterior.mode(), exact[:, :3])
+    # What comes before is still computed in half precision.
+    assert 0 < (posterior.mode() - plain.mode()).abs().max() < 0.1
+
+
+def test_kl_of_a_posterior_in_half_precision_is_summed_in_float32() -> None:
+    moments = torch.randn(2, 2, 4, 32, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    kl = DiagonalGaussian.from_moments(moments).kl()
+    assert torch.equal(kl, DiagonalGaussian.from_moments(moments.float()).kl())
+    assert DiagonalGaussian.from_moments(moments.double()).kl().dtype == torch.float64
+
+
 def test_encoder_starts_within_the_clamp_of_the_log_variance() -> None:
     first_stage = build_first_stage(config())
     assert isinstance(first_stage, AutoencoderKL)

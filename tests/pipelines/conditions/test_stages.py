@@ -17,7 +17,7 @@ from pipelines.inspection.verify import verify_path
 from pipelines.run.recipe import parse_recipe
 from pipelines.run.results import RunResult
 from pipelines.run.walk import run
-from pipelines.shards.format import decode_npy, read_shard
+from pipelines.shards.format import decode_npy, read_with_facts
 from pipelines.stages.diffusion.config import DiffusionConfig, SamplingConfig
 from pipelines.stages.diffusion.find_model import open_model
 from pipelines.stages.diffusion.sampling import sample_prompts
@@ -103,7 +103,7 @@ def two_encoders(root: Path, frozen: RunResult) -> RunResult:
 
 def samples(latents: Artifact) -> Iterator[dict[str, Any]]:
     for record in latents.shards():
-        yield from read_shard(Path(latents.storage.path(record.name)))
+        yield from read_with_facts(latents.storage, record.name)
 
 
 def test_pictures_without_captions_are_samples_and_their_classes_are_cached(of_classes: RunResult) -> None:

@@ -130,9 +130,21 @@ def test_shards_in_each_others_place_are_not_what_their_indexes_say(latents: Art
     assert "000000.tar: and 1 more problems" in report.problems
 
 
+def cut_in_half(index: Path) -> None:
+    index.write_bytes(index.read_bytes()[: index.stat().st_size // 2])
+
+
+def spoil_the_json(index: Path) -> None:
+    index.write_bytes(index.read_bytes().replace(b'{"captions"', b'["captions"', 1))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [(Path.unlink, "index/000000.arrow: missing"), (flip_a_bit, "000000.tar: its index index/000000.arrow cannot")],
+    [
+        (Path.unlink, "index/000000.arrow: missing"),
+        (cut_in_half, "000000.tar: its index index/000000.arrow cannot"),
+        (spoil_the_json, "000000.tar: the json of 000000000 in its index index/000000.arrow is unreadable"),
+    ],
 )
 def test_a_damaged_index_is_named(latents: Artifact, damage: Callable[[Path], None], message: str) -> None:
     damage(Path(latents.storage.path("index/000000.arrow")))

@@ -3,6 +3,7 @@
 import os
 import struct
 import time
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -38,12 +39,14 @@ def write_shard(path: Path, shard: int, rows: int) -> ShardIndex:
     return builder.index()
 
 
-def write(storage: Storage, rows: tuple[int, ...]) -> FileTable:
+def write(storage: Storage, rows: tuple[int, ...], facts: bytes = b"") -> FileTable:
     writer = ArtifactWriter("latents", "key", storage)
     for shard, count in enumerate(rows):
         name = f"{shard:06d}.tar"
         with storage.writer(name) as path:
             index = write_shard(path, shard, count)
+        if facts:
+            index = index.with_facts([facts % row for row in range(count)])
         writer.commit(name, rows=count)
         storage.write_bytes(index_name(name), index.encode())
         writer.commit(index_name(name))
@@ -81,6 +84,48 @@ def test_an_index_made_from_the_tar_is_the_one_that_was_written_with_it(tmp_path
     assert (decoded.keys, len(decoded)) == (index.keys, rows)
     assert [decoded.spans(row) for row in range(rows)] == [index.spans(row) for row in range(rows)]
     assert list(decoded.differences(index)) == []
+
+
+def test_the_json_of_samples_is_read_from_the_index_where_it_is_asked_for(tmp_path: Path) -> None:
+    facts = [b'{"row": %d}' % row for row in range(5)]
+    plain = write_shard(tmp_path / "a.tar", 0, 5)
+    encoded = plain.with_facts(facts).encode()
+    with_facts = ShardIndex.decode(encoded, shard_bytes=1 << 20, facts=True)
+    assert [with_facts.facts(row) for row in range(5)] == facts
+    assert with_facts.encode() == encoded
+    without = ShardIndex.decode(encoded, shard_bytes=1 << 20)
+    assert not without.has_facts
+    assert without.encode() == plain.encode()
+
+
+def test_an_index_in_memory_keeps_nothing_of_the_json_it_was_read_with() -> None:
+    # A gigabyte, if the columns lay in the bytes of the files.
+    index = IndexBuilder()
+    index.add("0", {"latent.npy": Span(0, 1, 0)})
+    encoded = index.index().with_facts([bytes(1 << 20)]).encode()
+    before = pa.total_allocated_bytes()
+    tracemalloc.start()
+    kept = [ShardIndex.decode(bytes(bytearray(encoded)), shard_bytes=1) for _ in range(20)]
+    python, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert python + pa.total_allocated_bytes() - before < 1 << 20
+    assert kept[0].nbytes < 1000
+
+
+def test_the_json_of_a_sample_is_read_without_its_shard(storage: Storage) -> None:
+    reader = ShardReader(storage, write(storage, (3, 0, 2), facts=b'{"row": %d}'))
+    storage.remove("000002.tar")
+    assert [reader.facts(2, row) for row in (1, 0)] == [b'{"row": 1}', b'{"row": 0}']
+    storage.remove("index/000000.arrow")
+    with pytest.raises(UserError, match=r"000000\.tar (has lost its index|cannot be read by its index)"):
+        reader.facts(0, 0)
+    reader.close()
+
+
+def test_an_index_without_the_json_of_its_samples_is_named(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    with pytest.raises(UserError, match=r"000000\.tar has no index with the json of its samples"):
+        ShardReader(storage, write(storage, (3,))).facts(0, 0)
 
 
 def test_what_two_indexes_say_otherwise_is_named(tmp_path: Path) -> None:

@@ -259,3 +259,12 @@ def test_workers_that_cannot_share_the_partitions_are_refused_with_the_numbers_t
         order.slice(0, 0, 16)
     with pytest.raises(MisuseError, match=r"must be one of 1, 2, 4, 8, .* got 3;"):
         order.shards_ahead(0, 0, 3)
+
+
+def test_numbers_of_more_samples_than_32_bits_hold_are_right() -> None:
+    order = SampleOrder([2**20] * 4100, 0, 1, batch_size=4, partitions=4)
+    assert order.samples_per_epoch > 2**32
+    found = [order.sample(position) for position in range(4)]
+    # Each partition reads its quarter of the shards.
+    assert [sample.shard * 4 // 4100 for sample in found] == [0, 1, 2, 3]
+    assert all(sample.row < 2**20 for sample in found)

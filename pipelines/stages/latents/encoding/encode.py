@@ -79,7 +79,9 @@ class EncodeShard:
         if done is not None:
             # The next shard's passes begin meanwhile.
             done.synchronize()
-        return EncodedShard(shard.item, shard.keys, np.stack([moments.numpy() for moments in views]), files)
+        return EncodedShard(
+            shard.item, shard.keys, np.stack([moments.numpy() for moments in views]), shard.facts, files
+        )
 
     def _moments(self, pictures: NDArray[np.uint8], keys: list[str]) -> Tensor:
         """Return the moments of all pictures in main memory; on a GPU they are there once its stream has got so far."""
@@ -145,17 +147,15 @@ class EncodeShard:
         return latent
 
     def _with_conditions(self, shard: DecodedShard) -> list[dict[str, bytes]]:
-        """Return the files that go with each latent."""
+        """Return the files of the condition that go with each latent."""
         if self.condition is None:
             return shard.files
         assert shard.pictures is not None
         pairs = [
-            Pair(key, decode_json(files["json"]), picture.copy(), files)
-            for key, picture, files in zip(shard.keys, shard.pictures[0], shard.files, strict=True)
+            Pair(key, decode_json(facts), picture.copy(), files)
+            for key, picture, facts, files in zip(shard.keys, shard.pictures[0], shard.facts, shard.files, strict=True)
         ]
         size, files = self.config.batch_size, []
         for start in range(0, len(pairs), size):
-            batch = pairs[start : start + size]
-            made = self.condition.encode(batch)
-            files += [{**each, "json": pair.files["json"]} for each, pair in zip(made, batch, strict=True)]
+            files += self.condition.encode(pairs[start : start + size])
         return files

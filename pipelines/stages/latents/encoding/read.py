@@ -54,7 +54,8 @@ class ReadShard:
             problem = f"holds {len(samples)} samples instead of {item['rows']}"
             raise damaged_pairs(self.pairs, item["shard"], problem)
         keys = [sample.pop("__key__") for sample in samples]
-        return DecodedShard(item, keys, self._pictures(samples, keys), self._files(samples, keys))
+        facts = [sample.pop("json") for sample in samples]
+        return DecodedShard(item, keys, self._pictures(samples, keys), facts, self._files(samples, keys, facts))
 
     def _pictures(self, samples: Sequence[dict[str, Any]], keys: Sequence[str]) -> NDArray[np.uint8]:
         views = self.config.views
@@ -83,10 +84,11 @@ class ReadShard:
             )
         return pictures
 
-    def _files(self, samples: Sequence[dict[str, bytes]], keys: Sequence[str]) -> list[dict[str, bytes]]:
+    def _files(
+        self, samples: Sequence[dict[str, bytes]], keys: Sequence[str], facts: Sequence[bytes]
+    ) -> list[dict[str, bytes]]:
         if self.condition is None:
             unneeded = {*IMAGE_EXTENSIONS, "txt"}
             return [{name: data for name, data in sample.items() if name not in unneeded} for sample in samples]
-        pairs = [Pair(key, decode_json(sample["json"])) for key, sample in zip(keys, samples, strict=True)]
-        conditions = self.condition.encode(pairs) if pairs else []
-        return [{**made, "json": sample["json"]} for made, sample in zip(conditions, samples, strict=True)]
+        pairs = [Pair(key, decode_json(each)) for key, each in zip(keys, facts, strict=True)]
+        return self.condition.encode(pairs) if pairs else []

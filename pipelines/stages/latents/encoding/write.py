@@ -51,7 +51,7 @@ class WriteShard:
     def _write(self, shard: EncodedShard, path: Path) -> Written:
         """Write the encoded samples of a shard to a local file; return what is known of it."""
         assert shard.moments is not None, f"{shard.item['shard']} was committed when it was to be read, and is not now"
-        index, statistics = IndexBuilder(), ShardStatistics()
+        index, facts, statistics = IndexBuilder(), list[bytes](), ShardStatistics()
         with ShardWriter(path, index) as tar:
             for row, (key, files) in enumerate(zip(shard.keys, shard.files, strict=True)):
                 views = shard.moments[:, row]
@@ -61,6 +61,7 @@ class WriteShard:
                         statistics.add(key, moments)
                     latents = {latent_file(view): encode_npy(moments) for view, moments in enumerate(views)}
                     tar.add(key, {**latents, **files})
+                    facts.append(shard.facts[row])
                 else:
                     statistics.unencodable[key] = row
-        return Written(tar.sha256, index.index(), statistics)
+        return Written(tar.sha256, index.index().with_facts(facts), statistics)

@@ -80,18 +80,22 @@ def _tokens(lengths: Sequence[Lengths]) -> dict[str, Any]:
 
 
 def _bytes_a_sample(artifact: Artifact, shards: Sequence[tuple[FileRecord, ShardIndex]]) -> dict[str, float]:
-    """Return what of a sample's bytes are its latent, its condition, its json, the tar around them and the index."""
+    """Return what of a sample's bytes are its latent, its condition, the tar around them, its json, and the rest of the
+    index, which has that.
+    """
     sums, rows = Counter[str](), 0
     for record, index in shards:
         rows += len(index)
         contents = 0
+        facts = 0
         for row in range(len(index)):
+            facts += len(index.facts(row))
             spans = index.spans(row)
             latents = latent_files(spans)
             for extension, span in spans.items():
-                part = "latent" if extension in latents else "json" if extension == "json" else "condition"
-                sums[part] += span.size
+                sums["latent" if extension in latents else "condition"] += span.size
                 contents += span.size
         sums["tar"] += record.bytes - contents
-        sums["index"] += artifact.files[index_name(record.name)].bytes
+        sums["json"] += facts
+        sums["index"] += artifact.files[index_name(record.name)].bytes - facts
     return {part: round(sums[part] / rows, 1) for part in ("latent", "condition", "json", "tar", "index")}

@@ -18,6 +18,7 @@ from pipelines.errors import UserError
 from pipelines.shards.format import decode_npy
 from pipelines.shards.index import ShardIndex, index_name, scan_shard
 from pipelines.shards.tar_headers import TarError
+from pipelines.stages.latents.encoding.views import latent_file
 from pipelines.stages.pairs.artifact import damaged_pairs, decode_image, image_of, whole_shard
 from pipelines.store.file_table import FileRecord
 from pipelines.store.ledger import Artifact
@@ -26,16 +27,21 @@ from pipelines.store.storage import Storage
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample of a latents artifact: the name of its shard, its key, and its files by extension."""
+    """A sample of a latents artifact: the name of its shard, its key, its json, and its files by extension."""
 
     shard: str
     key: str
+    facts: bytes
     files: dict[str, bytes]
 
     @property
     def moments(self) -> NDArray[np.float16]:
         """(2, C, h, w) mean and log-variance of a KL first stage, (1, C, h, w) latent of a VQ one."""
-        moments: NDArray[np.float16] = decode_npy(self.files["latent.npy"])
+        return self.of_view(0)
+
+    def of_view(self, view: int) -> NDArray[np.float16]:
+        """Return the moments of a view of the picture."""
+        moments: NDArray[np.float16] = decode_npy(self.files[latent_file(view)])
         return moments
 
 
@@ -56,15 +62,19 @@ def spread(count: int, most: int) -> list[int]:
 
 
 def read_index(storage: Storage, record: FileRecord) -> ShardIndex:
-    """Read the index of a shard.
+    """Read the index of a shard, with the json of its samples.
 
     Raises:
         UserError: it is missing or damaged.
     """
+    data = storage.read_bytes(index_name(record.name))
     try:
-        return ShardIndex.decode(storage.read_bytes(index_name(record.name)), shard_bytes=record.bytes)
+        index = ShardIndex.decode(data, shard_bytes=record.bytes, facts=True)
     except ValueError as error:
         raise _damaged(storage, record, error) from error
+    if not index.has_facts:
+        raise _damaged(storage, record, "its index lacks the json of its samples")
+    return index
 
 
 def read_samples(storage: Storage, record: FileRecord, index: ShardIndex, most: int) -> list[Sample]:
@@ -85,7 +95,7 @@ def _read(storage: Storage, record: FileRecord, index: ShardIndex, row: int) -> 
         files[extension] = data
     if "latent.npy" not in files:
         raise _damaged(storage, record, f"sample {index.key(row)} has no latent")
-    return Sample(record.name, index.key(row), files)
+    return Sample(record.name, index.key(row), index.facts(row), files)
 
 
 def _damaged(storage: Storage, record: FileRecord, problem: object) -> UserError:

@@ -122,7 +122,7 @@ def _cells(first_stage: FirstStage | None, sample: Sample, original: Original | 
     """Return the original with its caption, and what its latent decodes to with its key and PSNR."""
     cells = []
     if original is not None:
-        captions = decode_json(sample.files.get("json", b"{}")).get("captions") or [""]
+        captions = decode_json(sample.facts).get("captions") or [""]
         cells.append((original.pixels, str(captions[0])))
     if first_stage is not None:
         decoded = first_stage.decode(torch.from_numpy(sample.moments[None, 0]).float()).clamp(-1, 1)

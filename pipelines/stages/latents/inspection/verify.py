@@ -19,6 +19,14 @@ from ldm_core.networks.autoencoder import FirstStage
 from pipelines.errors import UserError
 from pipelines.stage import Verification
 from pipelines.stages.autoencoder.artifact import load_first_stage
+from pipelines.stages.latents.config import ViewsConfig
+from pipelines.stages.latents.encoding.views import draw_view, latent_file
+from pipelines.stages.latents.inspection.conditions import (
+    ComparedCondition,
+    compare_condition,
+    condition_encoder,
+    facts_of,
+)
 from pipelines.stages.latents.inspection.samples import (
     Original,
     Sample,
@@ -43,8 +51,11 @@ INDISTINGUISHABLE_DB = 40.0
 MOST_DB = 100.0
 
 
-def verify(artifact: Artifact, count: int) -> Verification:
-    """Encode up to `count` samples again and decode them, as far as pairs and first stage are still there.
+def verify(artifact: Artifact, most: int) -> Verification:
+    """Encode up to `most` samples again and decode them, as far as pairs and first stage are still there.
+
+    Of latents with views each sample's first view is looked at, and one more, another from sample to sample. What is
+    cached of the condition is encoded again, too, if its networks are still there.
 
     The first stage runs on the CPU in fp32, a picture at a time: it knows no statistics of a batch, so that where the
     batches were cut does not matter beyond the last bits.
@@ -52,7 +63,7 @@ def verify(artifact: Artifact, count: int) -> Verification:
     Raises:
         UserError: an artifact is damaged, or of a format that this code does not read.
     """
-    chosen = choose(artifact, count, shards=count)
+    chosen = choose(artifact, most, shards=most)
     if not chosen:
         return Verification()
     autoencoder, pairs = artifact.upstream("autoencoder"), artifact.upstream("pairs")
@@ -66,8 +77,15 @@ def verify(artifact: Artifact, count: int) -> Verification:
     samples = (read_samples(artifact.storage, record, read_index(artifact.storage, record), n) for record, n in chosen)
     if pairs is None:
         return _decoded_alone(first_stage, samples, gone(artifact, "pairs"))
-    result = Verification()
+    result, views = Verification(), _views(artifact)
     compared: list[_Compared] = []
+    conditions: list[ComparedCondition] = []
+    count = 0
+    try:
+        encoder = condition_encoder(artifact, first_stage)
+    except UserError as error:
+        encoder = None
+        result.notes.append(f"what is cached of the condition is not compared: {error}")
     for of_shard in samples:
         shard = of_shard[0].shard
         try:
@@ -77,9 +95,19 @@ def verify(artifact: Artifact, count: int) -> Verification:
             continue
         if strange := [sample.key for sample in of_shard if sample.key not in pictures]:
             result.problems.append(f"{shard}: sample {strange[0]} is not in that shard of pairs {pairs.key}")
-        compared += [
-            _compare(first_stage, sample, pictures[sample.key]) for sample in of_shard if sample.key in pictures
-        ]
+        for sample in of_shard:
+            if (original := pictures.get(sample.key)) is None:
+                continue
+            if original.files["json"] != sample.facts:
+                result.problems.append(f"{shard}: the json of sample {sample.key} is not that of its pair")
+            for view in [0, 1 + count % (views.count - 1)] if views else [0]:
+                if latent_file(view) in sample.files:
+                    compared.append(_compare(first_stage, sample, original, view, views))
+                else:
+                    result.problems.append(f"{shard}: sample {sample.key} has no {latent_file(view)}")
+            count += 1
+            if encoder is not None:
+                conditions.append(compare_condition(encoder, sample, original))
     if not compared:
         return result
     tolerance = TOLERANCES[artifact.manifest.config.get("precision", "fp32")]
@@ -88,7 +116,8 @@ def verify(artifact: Artifact, count: int) -> Verification:
     worst = int(np.argmax(differences))
     result.facts.update(
         {
-            "samples": len(compared),
+            "samples": count,
+            "latents": len(compared),
             "pairs": pairs.key,
             "autoencoder": autoencoder.key,
             "psnr_db": _median_and_worst(compared, [each.cached_db for each in compared]),
@@ -101,18 +130,24 @@ def verify(artifact: Artifact, count: int) -> Verification:
             },
         }
     )
+    if conditions:
+        result.problems.extend(
+            each.problem(artifact.details["condition"]["kind"]) for each in conditions if each.is_wrong
+        )
+        result.facts["condition_encoded_again"] = facts_of(conditions)
     result.notes.insert(0, _summary(result.facts))
     return result
 
 
 @dataclass(frozen=True)
 class _Compared:
-    """A sample beside what the first stage makes of its picture now.
+    """A view of a sample beside what the first stage makes of its picture now.
 
     Attributes:
         shard, key: which sample.
         cached, anew: (2 or 1, C, h, w) moments, as cached and as encoded now.
         cached_db, own_db: PSNR of the picture decoded from each; NaN where there is nothing to decode.
+        view: which view; 0 is the picture itself.
     """
 
     shard: str
@@ -121,12 +156,21 @@ class _Compared:
     anew: NDArray[np.float32]
     cached_db: float
     own_db: float
+    view: int = 0
+
+
+def _views(artifact: Artifact) -> ViewsConfig | None:
+    views = artifact.manifest.config.get("views")
+    return ViewsConfig.model_validate(views) if views else None
 
 
 @torch.inference_mode()
-def _compare(first_stage: FirstStage, sample: Sample, original: Original) -> _Compared:
-    x = to_unit_range(torch.from_numpy(original.pixels)[None].permute(0, 3, 1, 2))
-    cached = torch.from_numpy(sample.moments).float()
+def _compare(
+    first_stage: FirstStage, sample: Sample, original: Original, view: int, views: ViewsConfig | None
+) -> _Compared:
+    pixels = draw_view(original.pixels, view, views) if views else original.pixels
+    x = to_unit_range(torch.from_numpy(pixels.copy())[None].permute(0, 3, 1, 2))
+    cached = torch.from_numpy(sample.of_view(view)).float()
     try:
         anew = first_stage.encode(x).moments[0]
     except ValueError as error:
@@ -138,7 +182,7 @@ def _compare(first_stage: FirstStage, sample: Sample, original: Original) -> _Co
 
     fits = cached.shape == anew.shape
     cached_db = decoded_db(cached) if fits else float("nan")
-    return _Compared(sample.shard, sample.key, cached.numpy(), anew.numpy(), cached_db, decoded_db(anew))
+    return _Compared(sample.shard, sample.key, cached.numpy(), anew.numpy(), cached_db, decoded_db(anew), view)
 
 
 def _differences(compared: Sequence[_Compared]) -> list[float]:
@@ -179,9 +223,9 @@ def _problems(
                 f"decoded, it has a PSNR of {each.cached_db:.1f} dB (the first stage itself: {each.own_db:.1f} dB)"
             )
         yield (
-            f"{shard}: sample {each.key} is not what autoencoder {first_stage} makes of its picture: {found}; "
-            f"{len(wrong)} of {len(samples)} samples looked at are so: another encoder made them, or they are of other "
-            "pictures"
+            f"{shard}: sample {each.key}{f', view {each.view},' if each.view else ''} is not what autoencoder "
+            f"{first_stage} makes of its picture: {found}; {len(wrong)} of {len(samples)} latents looked at are so: "
+            "another encoder made them, or they are of other pictures"
         )
 
 
@@ -219,7 +263,13 @@ def _summary(facts: dict[str, Any]) -> str:
     return (
         f"{facts['samples']} samples decoded and encoded again: {shown}moments differ by "
         f"{again['largest_difference']:.2g} of their spread at most ({again['largest_key']})"
+        + _condition_summary(facts)
     )
+
+
+def _condition_summary(facts: dict[str, Any]) -> str:
+    again = facts.get("condition_encoded_again")
+    return f"; {again['largest_file']} by {again['largest_difference']:.2g} ({again['largest_key']})" if again else ""
 
 
 @torch.inference_mode()

@@ -127,7 +127,7 @@ def test_held_out_samples_are_never_trained_on_and_previewed_first(tmp_path: Pat
     }
     every = {(shard, row) for shard, rows in ((0, 90), (2, 60)) for row in range(rows)}
     assert every - epoch == set(held_out)
-    facts = [json.loads(trainer.batches.latents.reader.read(*place, ("json",))["json"]) for place in held_out]
+    facts = [json.loads(trainer.batches.latents.reader.facts(*place)) for place in held_out]
     captions = kind_of(config().condition).preview_prompts(latents, trainer.batches.latents.facts(), 3)
     assert captions[:2] == [sample["captions"][0] for sample in facts]
     assert len(set(captions)) == 3

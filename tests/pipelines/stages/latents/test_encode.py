@@ -16,6 +16,7 @@ from pipelines.conditions.kinds import kind_of
 from pipelines.errors import UserError
 from pipelines.shards.format import decode_npy, encode_npy, read_shard, write_shard
 from pipelines.shards.index import scan_shard
+from pipelines.stages.latents import shard as shard_module
 from pipelines.stages.latents.config import LatentsConfig
 from pipelines.stages.latents.encoding.shards import EncodedShard
 from pipelines.stages.latents.rows import PairsRows
@@ -81,7 +82,7 @@ def test_a_shard_has_the_bytes_of_plain_encoding(tmp_path: Path) -> None:
             moments = encode.first_stage.encode(images).moments.half().numpy()
         for sample, latent in zip(batch, moments, strict=True):
             tokens = tokenizer.encode(json.loads(sample["json"])["captions"])
-            files = {"latent.npy": encode_npy(latent), "tokens.npy": encode_npy(tokens), "json": sample["json"]}
+            files = {"latent.npy": encode_npy(latent), "tokens.npy": encode_npy(tokens)}
             plain.append((sample["__key__"], files))
     write_shard(tmp_path / "plain.tar", plain)
     encode(item(encode.pairs))
@@ -117,7 +118,6 @@ def test_what_is_missing_beside_a_committed_shard_is_made_from_it(tmp_path: Path
     before = files_of(encode)
     encode.writer.storage.remove(lost)
     encode.writer.storage.remove(f"commits/{lost.replace('/', '__')}.json")
-    encode.pairs.storage.remove("000000.tar")
     encode(work)
     assert files_of(encode) == before
 
@@ -156,11 +156,36 @@ def test_an_index_of_another_shard_is_never_kept_beside_a_new_one(tmp_path: Path
         encode(item(encode.pairs))
 
 
-def test_the_index_is_that_of_the_shard(tmp_path: Path) -> None:
+def test_the_index_is_that_of_the_shard_and_has_the_json_of_its_pairs(tmp_path: Path) -> None:
     encode = encoder(tmp_path)
     encode(item(encode.pairs))
+    facts = [sample["json"] for sample in read_shard(Path(encode.pairs.storage.path("000000.tar")))]
     with encode.writer.storage.open("000000.tar") as file:
-        assert scan_shard(file, checksums=True).encode() == encode.writer.storage.read_bytes("index/000000.arrow")
+        index = scan_shard(file, checksums=True).with_facts(facts)
+    assert index.encode() == encode.writer.storage.read_bytes("index/000000.arrow")
+
+
+def test_a_shard_of_other_samples_than_its_pairs_is_not_taken_for_it(tmp_path: Path) -> None:
+    encode = encoder(tmp_path)
+    write_shard(
+        encode.writer.storage.path("000000.tar"), [("strange", {"latent.npy": encode_npy(np.ones((2, 4, 4, 4)))})]
+    )
+    with pytest.raises(UserError, match=r"000000\.tar holds samples that its pairs do not: remove it and run the same"):
+        encode(item(encode.pairs))
+
+
+def test_json_that_no_reader_of_the_index_would_take_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_module, "MOST_INDEX_BYTES", 2000)
+    encode = encoder(tmp_path)
+    facts = json.dumps({"captions": ["red"], "notes": "long " * 400}).encode()
+    white = io.BytesIO()
+    Image.new("RGB", (32, 32), (255, 0, 51)).save(white, "PNG")
+    with pytest.raises(
+        UserError, match=r"facts of the 1 samples of 000000\.tar take .*: set pairs\.rows_per_shard lower"
+    ):
+        encode(replace_shard(encode.pairs, [("000000000", {"png": white.getvalue(), "json": facts})]))
 
 
 def test_truncated_shard_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import webdataset
 
 from pipelines.conditions.kinds import kind_of
 from pipelines.errors import UserError
-from pipelines.shards.format import decode_npy, read_shard
+from pipelines.shards.format import decode_npy, read_shard, read_with_facts
 from pipelines.stages.autoencoder.artifact import load_first_stage
 from pipelines.stages.latents import work
 from pipelines.stages.latents.encoding.encode import EncodeShard
@@ -54,7 +54,7 @@ def test_every_pair_is_encoded_as_the_first_stage_encodes_it(latents: Artifact, 
     first_stage = load_first_stage(upstream["autoencoder"])
     keys = []
     for record in latents.shards():
-        encoded = list(read_shard(Path(latents.storage.path(record.name))))
+        encoded = list(read_with_facts(latents.storage, record.name))
         pairs = list(read_shard(Path(upstream["pairs"].storage.path(record.name))))
         assert record.rows == len(encoded)
         for pair, sample in zip(pairs, encoded, strict=True):
@@ -72,14 +72,14 @@ def test_every_pair_is_encoded_as_the_first_stage_encodes_it(latents: Artifact, 
 def test_plain_webdataset_reads_the_cache(latents: Artifact) -> None:
     samples = list(webdataset.WebDataset(latents.storage.path("000000.tar"), shardshuffle=False, empty_check=False))
     assert len(samples) == 5
-    assert {"latent.npy", "tokens.npy", "json"} <= samples[0].keys()
+    assert {"__key__", "latent.npy", "tokens.npy"} <= samples[0].keys()
 
 
 def test_every_caption_of_a_sample_is_tokenized(latents: Artifact) -> None:
     from ldm_core.tokenizers.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_vocabulary_file(latents.storage.path("vocab.txt"), max_length=8)
-    for sample in read_shard(Path(latents.storage.path("000002.tar"))):
+    for sample in read_with_facts(latents.storage, "000002.tar"):
         tokens = decode_npy(sample["tokens.npy"])
         assert (tokens.dtype, tokens.shape) == (np.uint16, (2, 8))
         np.testing.assert_array_equal(tokens, tokenizer.encode(json.loads(sample["json"])["captions"]))

@@ -71,10 +71,11 @@ def latents(
             for row, (sample, encoded) in enumerate(zip(samples, moments, strict=True)):
                 tokens = np.full((2, MAX_LENGTH), PAD_ID, np.uint16)
                 tokens[:, : row + 2] = 5
-                files = {"latent.npy": encode_npy(encoded), "tokens.npy": encode_npy(tokens), "json": sample["json"]}
+                files = {"latent.npy": encode_npy(encoded), "tokens.npy": encode_npy(tokens)}
                 tar.add(sample["__key__"], files)
         writer.commit(record.name, rows=tar.rows, sha256=tar.sha256, content=tar.content)
-        writer.storage.write_bytes(index_name(record.name), index.index().encode())
+        facts = [sample["json"] for sample in samples]
+        writer.storage.write_bytes(index_name(record.name), index.index().with_facts(facts).encode())
         writer.commit(index_name(record.name))
     fields: dict[str, Any] = {
         "config": {"precision": "fp32"},

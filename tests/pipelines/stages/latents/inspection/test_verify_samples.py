@@ -1,6 +1,7 @@
 """Cached latents held against their pictures and their first stage: what is wrong is named, what is gone is said."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,18 @@ from ldm_core.images import to_unit_range
 from ldm_core.metrics import psnr
 from ldm_core.networks.autoencoder import build_first_stage
 from pipelines.inspection.verify import VerifyReport, verify_path
-from pipelines.shards.format import read_shard
+from pipelines.shards.format import ShardWriter, decode_npy, encode_npy, read_shard, read_with_facts
+from pipelines.shards.index import IndexBuilder
 from pipelines.stages.autoencoder.artifact import load_first_stage
+from pipelines.stages.latents.artifact import FORMAT_VERSION
 from pipelines.stages.latents.inspection import verify as samples
 from pipelines.stages.pairs.artifact import decode_image
+from pipelines.store.commits import ArtifactWriter
 from pipelines.store.ledger import Artifact
 from pipelines.store.storage import Storage
+from tests.pipelines.conditions.encoders import MINILM
 from tests.pipelines.stages.latents.inspection.encoded import Moments, latents, moments_of, pictures
-from tests.tiny_artifacts import first_stage_artifact
+from tests.tiny_artifacts import encoded_latents_artifact, first_stage_artifact, latents_config, pairs_artifact
 
 
 @pytest.fixture
@@ -73,8 +78,8 @@ def of_another_shape(shard: str, moments: Moments) -> Moments:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (shifted, "5 of 5 samples looked at are so: another encoder made them, or they are of other pictures"),
-        (one_of_another_picture, "1 of 5 samples looked at are so"),
+        (shifted, "5 of 5 latents looked at are so: another encoder made them, or they are of other pictures"),
+        (one_of_another_picture, "1 of 5 latents looked at are so"),
         (of_another_shape, "it has the shape (2, 4, 2, 4), and encoded again (2, 4, 4, 4)"),
     ],
 )
@@ -126,6 +131,103 @@ def test_bf16_latents_are_held_to_less(tmp_path: Path, pairs: Artifact, first_st
     }
     assert {precision: report.ok for precision, report in found.items()} == {"fp32": False, "bf16": True}
     assert found["bf16"].samples["encoded_again"]["tolerance"] == 0.2
+
+
+def encoded(root: Path, change: Callable[[str, dict[str, bytes]], dict[str, bytes]], **settings: Any) -> Artifact:
+    """Encode pairs as the stage does, and write the shard again with other files of some samples."""
+    pairs, first_stage = pairs_artifact(root, rows=(3,)), first_stage_artifact(root)
+    config = latents_config(batch_size=2, **settings)
+    made = encoded_latents_artifact(root, pairs, first_stage, name="made", **settings)
+    writer, index = ArtifactWriter("latents", "latents", Storage(str(root)) / "latents" / "latents"), IndexBuilder()
+    facts = []
+    for name in made.files.names:
+        if not name.startswith(("000000", "index")):
+            writer.storage.write_bytes(name, made.storage.read_bytes(name))
+            writer.commit(name)
+    with writer.storage.writer("000000.tar") as path, ShardWriter(path, index) as tar:
+        for sample in read_with_facts(made.storage, "000000.tar"):
+            key = sample.pop("__key__")
+            facts.append(sample.pop("json"))
+            tar.add(key, change(key, sample))
+    writer.commit("000000.tar", rows=3)
+    writer.storage.write_bytes("index/000000.arrow", index.index().with_facts(facts).encode())
+    writer.commit("index/000000.arrow")
+    writer.finish(
+        format_version=FORMAT_VERSION,
+        config=config.model_dump(mode="json"),
+        identity={},
+        upstream={"pairs": pairs.key, "autoencoder": first_stage.key},
+        details={**made.details, "condition": {"kind": config.condition.kind}},
+        seconds=0.0,
+        code_version="test",
+    )
+    return Artifact("latents", "latents", writer.storage)
+
+
+def as_they_are(key: str, files: dict[str, bytes]) -> dict[str, bytes]:
+    return files
+
+
+@pytest.mark.usefixtures("own_threads")
+def test_further_views_are_encoded_again_too(tmp_path: Path) -> None:
+    settings = {"views": {"count": 3, "smallest_crop": 0.5}}
+    report = verified(encoded(tmp_path / "right", as_they_are, **settings))
+    assert (report.ok, report.samples["samples"], report.samples["latents"]) == (True, 3, 6)
+
+    def mixed_up(key: str, files: dict[str, bytes]) -> dict[str, bytes]:
+        return files | {"latent.2.npy": files["latent.npy"]} if key == "000000001" else files
+
+    (problem,) = verified(encoded(tmp_path / "wrong", mixed_up, **settings)).problems
+    assert problem.startswith(
+        "000000.tar: sample 000000001, view 2, is not what autoencoder autoencoder makes of its pic"
+    )
+    assert "1 of 6 latents looked at are so" in problem
+
+    def missing(key: str, files: dict[str, bytes]) -> dict[str, bytes]:
+        return {name: data for name, data in files.items() if (key, name) != ("000000000", "latent.1.npy")}
+
+    (problem,) = verified(encoded(tmp_path / "missing", missing, **settings)).problems
+    assert problem == "000000.tar: sample 000000000 has no latent.1.npy"
+
+
+@pytest.mark.usefixtures("own_threads")
+def test_states_of_a_frozen_encoder_are_encoded_again_and_another_captions_are_named(tmp_path: Path) -> None:
+    encoder = {"path": str(MINILM), "max_length": 16}
+    settings = {"condition": {"kind": "frozen_text", "encoders": [encoder]}}
+    right = encoded(tmp_path / "right", as_they_are, **settings)
+    report = verified(right)
+    assert report.ok
+    again = report.samples["condition_encoded_again"]
+    assert again["largest_difference"] < 0.01 < again["tolerance"]
+    assert again["largest_file"] in report.notes[0]
+
+    def of_another_caption(key: str, files: dict[str, bytes]) -> dict[str, bytes]:
+        if key != "000000001":
+            return files
+        return files | {"text.npy": encode_npy(decode_npy(files["text.npy"])[::-1].copy())}
+
+    (problem,) = verified(encoded(tmp_path / "wrong", of_another_caption, **settings)).problems
+    assert problem.startswith(
+        "000000.tar: text.npy of sample 000000001 is not what condition frozen_text makes of its pair"
+    )
+    manifest = right.storage.read_json("manifest.json")
+    manifest["config"]["condition"]["encoders"][0]["path"] = str(tmp_path / "gone")
+    right.storage.write_json("manifest.json", manifest)
+    report = verified(right)
+    assert report.ok
+    assert "condition_encoded_again" not in report.samples
+    assert any(note.startswith("what is cached of the condition is not compared: ") for note in report.notes)
+
+
+@pytest.mark.usefixtures("own_threads")
+def test_tokens_must_be_the_same(tmp_path: Path) -> None:
+    def swapped(key: str, files: dict[str, bytes]) -> dict[str, bytes]:
+        if key != "000000002":
+            return files
+        return files | {"tokens.npy": encode_npy(decode_npy(files["tokens.npy"])[::-1].copy())}
+
+    (problem,) = verified(encoded(tmp_path, swapped)).problems
+    assert "tokens.npy of sample 000000002 is not what condition text makes of its pair: it differs by inf" in problem
 
 
 def test_latents_of_another_encoder_than_their_first_stage_are_named(
