@@ -37,9 +37,11 @@ def in_this_process() -> Iterator[None]:
         patch.setattr(evaluate, "map_on_actors", map_on_one)
         for stage in (autoencoder, diffusion):
             patch.setattr(stage, "fit", _fit)
-        yield
-    # Of these a worker takes one.
-    torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            # Of these a worker takes one.
+            torch.set_num_threads(threads)
 
 
 def call_all(
