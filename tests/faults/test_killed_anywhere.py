@@ -190,6 +190,8 @@ def test_killed_in_every_stage_the_same_command_finishes_with_the_same_bytes(ray
         stage["name"]: stage["key"] for stage in expected["stages"]
     }
     assert_the_same(root, undisturbed, begun)
+    pipeline = next(each for each in mlflow_runs(root)[1] if not each.data.tags.get("ldm.stage"))
+    assert "autoencoder/psnr_db" in pipeline.data.metrics
 
 
 def mlflow_runs(root: Path) -> tuple[Any, list[Any]]:
