@@ -35,16 +35,25 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
 # Files that take more than half a minute, the slowest first.
 SLOWEST = (
-    "faults/test_killed_anywhere.py",
     "pipelines/training/test_fit.py",
-    "jobs/test_real_pictures.py",
-    "pipelines/stages/pairs/test_pairs_s3.py",
-    "pipelines/stages/latents/test_latents_stage.py",
-    "pipelines/stages/pairs/test_pairs_stage.py",
-    "pipelines/conditions/test_stages.py",
     "jobs/test_demo.py",
+    "pipelines/compute/test_actor_pool.py",
+    "faults/test_killed_anywhere.py",
+    "pipelines/stages/latents/test_latents_stage.py",
+    "pipelines/stages/pairs/test_pairs_s3.py",
+    "pipelines/stages/pairs/test_pairs_stage.py",
+    "jobs/test_submit.py",
     "pipelines/stages/pairs/test_pairs_killed.py",
+    "pipelines/compute/test_chain.py",
+    "pipelines/conditions/test_stages.py",
+    "pipelines/stages/evaluate/test_evaluate_stage.py",
+    "pipelines/tracking/test_tracking.py",
+    "jobs/test_real_pictures.py",
+    "pipelines/store/test_lock.py",
+    "pipelines/inspection/test_garbage.py",
     "jobs/test_nothing_tells_secrets.py",
+    "benchmarks/test_bench_ledger.py",
+    "pipelines/store/test_storage_s3.py",
 )
 
 

@@ -50,7 +50,7 @@ def tiny_recipe(source: Path | str, **changes: Any) -> dict[str, Any]:
             "columns": {"image": "file", "text": "captions"},
             "image_size": 32,
             "rows_per_shard": 16,
-            "workers": 2,
+            "workers": 1,
         },
         "autoencoder": {
             "model": {"preset": "tiny-kl-f8", "channel_mult": [1, 1, 2, 2]},

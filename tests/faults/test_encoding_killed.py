@@ -52,7 +52,7 @@ def expected(tmp_path: Path) -> dict[str, str]:
 
 
 def start(root: Path, cluster: Cluster) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.pipelines.stages.latents.killed_run", str(root), cluster.address]
+    command = [sys.executable, "-m", "tests.pipelines.stages.latents.killed_run", str(root), cluster.address, "0"]
     return subprocess.Popen(command, cwd=REPOSITORY, text=True, stderr=subprocess.PIPE)
 
 

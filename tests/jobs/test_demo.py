@@ -12,7 +12,8 @@ import pytest
 from jobs import cli
 
 SMALL = (
-    # Each worker imports torch, for a few steps.
+    # To start another worker takes longer than the work.
+    "pairs.workers=1",
     "autoencoder.training.workers=1",
     "latents.workers=1",
     "diffusion.training.workers=1",

@@ -12,14 +12,13 @@ from pipelines.run.plan import Selection
 from pipelines.run.recipe import load_recipe
 from pipelines.run.results import RunResult
 from pipelines.run.walk import run
+from tests.in_this_process import in_this_process
 
 pytestmark = [pytest.mark.e2e, pytest.mark.shared, pytest.mark.usefixtures("ray_cluster")]
 
 TINY = (
-    # Each worker imports torch, for a few steps.
-    "latents.workers=1",
-    "diffusion.training.workers=1",
-    "evaluate.workers=1",
+    # To start a second one takes longer than the work.
+    "pairs.workers=1",
     "pairs.limit=120",
     "pairs.image_size=32",
     "pairs.rows_per_shard=60",
@@ -33,7 +32,7 @@ TINY = (
     "evaluate.training_captions=4",
     "tracking.enabled=false",
 )
-TRAINED = ("autoencoder.training.workers=1", "autoencoder.training.steps=6", "autoencoder.training.batch_size=4")
+TRAINED = ("autoencoder.training.steps=6", "autoencoder.training.batch_size=4")
 
 
 @pytest.fixture
@@ -48,7 +47,8 @@ def imported(tmp_path: Path) -> tuple[str, ...]:
 def run_small(pictures: Path, root: Path, *overrides: str, last: str | None = None) -> RunResult:
     """Run the small recipe, at a tiny size, on 120 of the pictures; check what it left behind."""
     source = (f"root={root}", f"pairs.source={pictures}/metadata.jsonl", "pairs.columns.image=file")
-    result = run(load_recipe(recipe_path("small"), (*source, *TINY, *overrides)), Selection(last=last))
+    with in_this_process():
+        result = run(load_recipe(recipe_path("small"), (*source, *TINY, *overrides)), Selection(last=last))
     assert {row.state for row in result.rows} <= {"run", "skipped"}
     pairs = result.artifacts["pairs"].details
     assert pairs["input_rows"] == 120

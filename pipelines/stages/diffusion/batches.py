@@ -98,7 +98,7 @@ class LatentBatches:
         for name, array in self.source.examples.batch(drawn, uniform).items():
             new(name, array.shape, array.dtype)[...] = array
 
-    def _timesteps(self, chances: NDArray[np.float64], held_out: NDArray[np.bool_]) -> NDArray[Any]:
+    def _timesteps(self, chances: NDArray[Any], held_out: NDArray[np.bool_]) -> NDArray[Any]:
         """Return the timesteps that numbers in [0, 1) stand for; held-out samples have all alike in every recipe."""
         drawn = draw_timesteps(chances, self.source.schedule, self.source.timesteps)
         if not held_out.any():

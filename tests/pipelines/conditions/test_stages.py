@@ -23,6 +23,7 @@ from pipelines.stages.diffusion.find_model import open_model
 from pipelines.stages.diffusion.sampling import sample_prompts
 from pipelines.stages.diffusion.work import model_config
 from pipelines.store.ledger import Artifact
+from tests.in_this_process import in_this_process
 from tests.pipelines.conditions.encoders import MINILM, clip
 from tests.tiny import tiny_recipe, write_pictures
 from tests.torch_state import SEED
@@ -33,7 +34,7 @@ SAMPLING = SamplingConfig(num_steps=2)
 
 
 def recipe(source: Path, root: Path, condition: dict[str, Any], **diffusion: Any) -> dict[str, Any]:
-    """Return a recipe for pictures without captions; one worker each, and a few steps.
+    """Return a recipe for pictures without captions, and a few steps.
 
     The first stage is imported: to train one takes most of the time, and has nothing to do with conditions.
     """
@@ -68,14 +69,16 @@ def source(root: Path) -> Path:
 def of_classes(root: Path, source: Path) -> RunResult:
     values = recipe(source, root / "root", {"kind": "class"})
     values["evaluate"]["prompts"] = list(NAMES)
-    return run(parse_recipe(values))
+    with in_this_process():
+        return run(parse_recipe(values))
 
 
 @pytest.fixture(scope="module")
 def unconditional(root: Path, source: Path, of_classes: RunResult) -> RunResult:
     values = recipe(source, root / "root", {"kind": "none"})
     values["diffusion"]["unet"] = {**values["diffusion"]["unet"], "context_dim": None}
-    return run(parse_recipe(values))
+    with in_this_process():
+        return run(parse_recipe(values))
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +90,8 @@ def frozen(root: Path) -> RunResult:
     values["pairs"] |= {"captions": "required", "columns": {"image": "file", "text": "captions"}}
     values["diffusion"]["unet"] = {**values["diffusion"]["unet"], "context_dim": 384}
     values["evaluate"]["prompts"] = ["a large red circle"]
-    return run(parse_recipe(values))
+    with in_this_process():
+        return run(parse_recipe(values))
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +102,8 @@ def two_encoders(root: Path, frozen: RunResult) -> RunResult:
     values["pairs"] |= {"captions": "required", "columns": {"image": "file", "text": "captions"}}
     values["diffusion"]["unet"] = {**values["diffusion"]["unet"], "context_dim": 384 + 32}
     values["evaluate"]["prompts"] = ["a large red circle"]
-    return run(parse_recipe(values))
+    with in_this_process():
+        return run(parse_recipe(values))
 
 
 def samples(latents: Artifact) -> Iterator[dict[str, Any]]:

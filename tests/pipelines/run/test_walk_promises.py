@@ -30,6 +30,7 @@ from pipelines.store.ledger import Artifact
 from pipelines.store.storage import Storage
 from pipelines.tracking import null_stage_tracker
 from tests.aged import aged
+from tests.in_this_process import in_this_process
 from tests.pipelines.store.held_root import TAKEN_OVER, HeldRoot, held_root
 from tests.tiny import tiny_recipe, write_pictures
 from tests.tiny_artifacts import diffusion_artifact, first_stage_artifact, latents_config, pairs_artifact
@@ -128,7 +129,8 @@ def run_until_taken_over(
         scratch=folder,
         check=root.check,
     )
-    with pytest.raises(UserError, match=TAKEN_OVER):
+    # That the workers end too, tests of compute show.
+    with in_this_process(), pytest.raises(UserError, match=TAKEN_OVER):
         stage.run(context)
     return writer
 

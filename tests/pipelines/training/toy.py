@@ -38,10 +38,10 @@ class ToyTask:
 
     Args:
         log: folder of what the workers saw: a line a sample, `step position shard row`.
-        die_at: before which steps the worker of rank 1 kills itself, one after the other.
+        die_at: before which steps the worker of the highest rank kills itself, one after the other.
         controller_dies_at: before which step it kills Ray Train's controller, the first time it gets there.
         bad_at: the position of a sample that is not a number.
-        outages: how often the worker of rank 1 loses patience with its store before step 20.
+        outages: how often that worker loses patience with its store before step 20.
         says: what each worker tells at step 4.
     """
 
@@ -102,13 +102,13 @@ class ToyLearner:
 
     def losses(self, network: Any, batch: dict[str, Tensor]) -> Tensor:
         step = int(batch["seen"][0, 0]) // BATCH_SIZE
-        rank = torch.distributed.get_rank()
+        is_last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
         deaths = len(list(self.task.log.glob("died.*")))
-        if rank == 1 and self.task.die_at[deaths : deaths + 1] == (step,):
+        if is_last and self.task.die_at[deaths : deaths + 1] == (step,):
             (self.task.log / f"died.{deaths}").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         marker = self.task.log / "killed"
-        if step == self.task.controller_dies_at and rank == 1 and not marker.exists():
+        if step == self.task.controller_dies_at and is_last and not marker.exists():
             marker.touch()
             # The raylet's other child, lest that of another session on this machine is killed.
             children = psutil.Process(os.getppid()).children()
@@ -116,7 +116,7 @@ class ToyLearner:
         if step == 4 and self.task.says:
             tell(self.task.says)
         lost = len(list(self.task.log.glob("outage.*")))
-        if step == 20 and rank == 1 and lost < self.task.outages:
+        if step == 20 and is_last and lost < self.task.outages:
             (self.task.log / f"outage.{lost}").touch()
             raise TransientError("s3://bucket/a cannot be reached (SlowDown 503)")
         with open(self.task.log / f"seen.{os.getpid()}", "a") as file:

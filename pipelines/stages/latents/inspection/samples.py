@@ -18,7 +18,7 @@ from pipelines.errors import UserError
 from pipelines.shards.format import decode_npy
 from pipelines.shards.index import ShardIndex, index_name, scan_shard
 from pipelines.shards.tar_headers import TarError
-from pipelines.stages.latents.encoding.views import latent_file
+from pipelines.stages.latents.encoding.names import latent_file
 from pipelines.stages.pairs.artifact import damaged_pairs, decode_image, image_of, whole_shard
 from pipelines.store.file_table import FileRecord
 from pipelines.store.ledger import Artifact

@@ -20,7 +20,8 @@ from pipelines.errors import UserError
 from pipelines.stage import Verification
 from pipelines.stages.autoencoder.artifact import load_first_stage
 from pipelines.stages.latents.config import ViewsConfig
-from pipelines.stages.latents.encoding.views import draw_view, latent_file
+from pipelines.stages.latents.encoding.names import latent_file
+from pipelines.stages.latents.encoding.views import draw_view
 from pipelines.stages.latents.inspection.conditions import (
     ComparedCondition,
     compare_condition,

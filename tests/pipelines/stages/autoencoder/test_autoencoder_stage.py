@@ -1,4 +1,4 @@
-"""The autoencoder stage: training with a real Ray, importing weights, and what it holds out."""
+"""The autoencoder stage: training, importing weights, and what it holds out."""
 
 import json
 import re
@@ -20,6 +20,7 @@ from pipelines.stages.autoencoder.reconstruction import MEASURED_PICTURES, Recon
 from pipelines.stages.autoencoder.stage import STAGE
 from pipelines.stages.pairs.artifact import Pictures, open_pairs
 from pipelines.stages.pairs.held_out import held_out_places
+from tests.in_this_process import in_this_process
 from tests.tiny_artifacts import contents, pairs_artifact, run_stage
 
 TRAINING = {
@@ -28,7 +29,6 @@ TRAINING = {
     "learning_rate": 1e-3,
     "warmup_steps": 2,
     "ema_decay": 0.5,
-    # Two train in test_fit.py and tests/faults: most of the time of one is spent on importing torch.
     "workers": 1,
     "use_gpu": False,
     "log_every_steps": 2,
@@ -48,9 +48,10 @@ def weights(tmp_path: Path) -> Path:
     return tmp_path / "pretrained"
 
 
-def test_a_first_stage_is_trained_and_can_be_loaded(ray_cluster: None, tmp_path: Path) -> None:
+def test_a_first_stage_is_trained_and_can_be_loaded(tmp_path: Path) -> None:
     pairs = pairs_artifact(tmp_path, rows=(40, 0, 60))
-    artifact = run_stage(STAGE, config(training=TRAINING), tmp_path, {"pairs": pairs})
+    with in_this_process():
+        artifact = run_stage(STAGE, config(training=TRAINING), tmp_path, {"pairs": pairs})
     assert sorted(contents(artifact)) == [
         "first_stage/config.json",
         "first_stage/model.safetensors",

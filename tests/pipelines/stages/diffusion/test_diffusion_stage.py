@@ -1,4 +1,4 @@
-"""The diffusion stage: reproducible batches, training with a real Ray, and what does not fit together."""
+"""The diffusion stage: reproducible batches, training, and what does not fit together."""
 
 import json
 from dataclasses import replace
@@ -21,6 +21,7 @@ from pipelines.stages.diffusion.work import model_config
 from pipelines.store.ledger import Artifact
 from pipelines.store.storage import Storage
 from pipelines.training.loader.open import tensors_of
+from tests.in_this_process import in_this_process
 from tests.tiny import TINY_TEXT, TINY_UNET
 from tests.tiny_artifacts import contents, first_stage_artifact, latents_artifact, run_stage
 
@@ -31,7 +32,6 @@ def config(**changes: Any) -> DiffusionConfig:
         "batch_size": 4,
         "learning_rate": 1e-3,
         "ema_decay": 0.5,
-        # Two train in test_fit.py and tests/faults: most of the time of one is spent on importing torch.
         "workers": 1,
         "use_gpu": False,
         "log_every_steps": 2,
@@ -67,10 +67,9 @@ def learner(upstream: dict[str, Artifact], **changes: Any) -> DiffusionLearner:
     return task.build(torch.device("cpu"))
 
 
-def test_a_model_is_trained_and_samples_pictures(
-    ray_cluster: None, tmp_path: Path, upstream: dict[str, Artifact]
-) -> None:
-    artifact = run_stage(STAGE, config(), tmp_path, upstream)
+def test_a_model_is_trained_and_samples_pictures(tmp_path: Path, upstream: dict[str, Artifact]) -> None:
+    with in_this_process():
+        artifact = run_stage(STAGE, config(), tmp_path, upstream)
     assert sorted(contents(artifact)) == [
         "history.json",
         "model/config.json",
@@ -204,10 +203,13 @@ def test_a_unet_of_another_size_is_refused(tmp_path: Path, upstream: dict[str, A
         run_stage(STAGE, config(condition=text), tmp_path, upstream)
 
 
-def test_a_truncated_latents_shard_is_refused(ray_cluster: None, tmp_path: Path, upstream: dict[str, Artifact]) -> None:
+def test_a_truncated_latents_shard_is_refused(tmp_path: Path, upstream: dict[str, Artifact]) -> None:
     path = Path(upstream["latents"].storage.path("000002.tar"))
     path.write_bytes(path.read_bytes()[:-2048])
-    with pytest.raises(UserError, match=r"000002.tar has \d+ bytes, but \d+ were committed: `ldm verify"):
+    with (
+        pytest.raises(UserError, match=r"000002.tar has \d+ bytes, but \d+ were committed: `ldm verify"),
+        in_this_process(),
+    ):
         run_stage(STAGE, config(), tmp_path, upstream)
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from pipelines.compute.chain import ActorStep, PoolSize, TaskStep
+from pipelines.compute.chain import PoolSize
 from pipelines.shards.format import ShardWriter, read_shard
 from pipelines.stage import StageContext
 from pipelines.stages.latents import work
@@ -21,6 +20,7 @@ from pipelines.store.file_table import FileTable
 from pipelines.store.ledger import Artifact
 from pipelines.store.storage import Storage
 from pipelines.tracking import null_stage_tracker
+from tests.in_this_process import call_all
 from tests.tiny_artifacts import finish, hold_out, latents_config
 
 CONFIG = latents_config(batch_size=2, workers=1)
@@ -60,14 +60,6 @@ def make(
     finally:
         torch.set_num_threads(threads)
     return finish(writer, details, FORMAT_VERSION, upstream)
-
-
-def call_all(items: list[dict[str, Any]], steps: list[TaskStep | ActorStep], **_: Any) -> Iterator[Any]:
-    workers = [step.worker(**step.arguments) for step in steps]
-    for value in items:
-        for worker in workers:
-            value = worker(value)
-        yield value
 
 
 def reordered(root: Path, pairs: Artifact, name: str) -> Artifact:

@@ -1,7 +1,8 @@
 """A run of the latents stage in a process of its own, for tests that kill it, or what it runs on.
 
-Arguments: the root, and the address of a Ray that runs already. Without it one is started, and the artifact is never
-finished: however late the kill comes, it comes before that.
+Arguments: the root, the address of a Ray that runs already, and the number of workers, all that there is room for if it
+is 0. With the word `unfinished` behind them the artifact is never finished: however late the kill comes, it comes
+before that.
 """
 
 import sys
@@ -22,14 +23,13 @@ def wait_to_be_killed(writer: ArtifactWriter, **what: Any) -> None:
     time.sleep(3600)
 
 
-root, *address = sys.argv[1:]
-where: dict[str, Any] = {"address": address[0]} if address else {"num_cpus": 1, "include_dashboard": False}
-if not address:
+root, address, workers, *unfinished = sys.argv[1:]
+if unfinished:
     ArtifactWriter.finish = wait_to_be_killed  # type: ignore[assignment, method-assign]
-ray.init(**where, logging_level="error", log_to_driver=False)
+ray.init(address=address, logging_level="error", log_to_driver=False)
 run_stage(
     STAGE,
-    latents_config(batch_size=2, workers=None if address else 1),
+    latents_config(batch_size=2, workers=int(workers) or None),
     Path(root),
     {name: Artifact(name, name, Storage(f"{root}/{name}/{name}")) for name in ("pairs", "autoencoder")},
     key="killed",

@@ -22,6 +22,7 @@ from pipelines.stages.autoencoder.artifact import load_first_stage
 from pipelines.stages.latents import work
 from pipelines.stages.latents.encoding.encode import EncodeShard
 from pipelines.stages.latents.encoding.shards import DecodedShard, EncodedShard
+from pipelines.stages.latents.poison import Poisoned
 from pipelines.stages.latents.rows import PairsRows
 from pipelines.stages.latents.stage import STAGE
 from pipelines.stages.pairs.artifact import decode_image
@@ -129,12 +130,13 @@ def encode_in_this_process(root: Path, upstream: dict[str, Artifact]) -> dict[st
 def test_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(
     ray_cluster: None, own_threads: None, tmp_path: Path
 ) -> None:
-    """Kill -9 of the whole process tree after the first shard, and what else a kill can leave behind."""
-    upstream = {"pairs": pairs_artifact(tmp_path, rows=(40,) * 6), "autoencoder": first_stage_artifact(tmp_path)}
+    """Kill -9 of the driver, and with it of its workers, after the first shard, and what else it can leave behind."""
+    upstream = {"pairs": pairs_artifact(tmp_path, rows=(20,) * 6), "autoencoder": first_stage_artifact(tmp_path)}
     uninterrupted = encode_in_this_process(tmp_path, upstream)
     commits = tmp_path / "latents" / "killed" / "commits"
+    script, address = "tests.pipelines.stages.latents.killed_run", ray.get_runtime_context().gcs_address
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.pipelines.stages.latents.killed_run", str(tmp_path)],
+        [sys.executable, "-m", script, str(tmp_path), address, "1", "unfinished"],
         cwd=Path(__file__).parents[4],
         start_new_session=True,
     )
@@ -191,15 +193,21 @@ class DiesAtTheThird(EncodeShard):
 
 
 @pytest.mark.timeout(300)
-def test_a_shard_that_kills_its_worker_is_left_out_unless_there_are_too_many(
+def test_a_shard_that_kills_its_worker_is_left_out(
     no_actor_is_left: None, root: Path, upstream: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     monkeypatch.setattr(work, "EncodeShard", DiesAtTheThird)
-    with pytest.raises(UserError, match=r"encoding 000002.tar kills its worker each time, and 1 of 3 shards are more"):
-        run_stage(STAGE, CONFIG, root, upstream, key="poison")
     artifact = run_stage(STAGE, CONFIG.model_copy(update={"max_poisoned_share": 0.5}), root, upstream, key="poison")
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     assert [record.name for record in artifact.shards()] == ["000000.tar", "000001.tar"]
     assert (artifact.details["poisoned_shards"], artifact.details["samples"]) == (1, 5)
     assert artifact.storage.read_json("poison/000002.json") == {"rows": 4}
+
+
+def test_more_shards_that_kill_their_worker_than_may_be_are_refused(tmp_path: Path) -> None:
+    writer = ArtifactWriter("latents", "key", Storage(str(tmp_path)))
+    poisoned = Poisoned(writer, 3, CONFIG.max_poisoned_share)
+    with pytest.raises(UserError, match=r"encoding 000002.tar kills its worker each time, and 1 of 3 shards are more"):
+        poisoned.set_aside({"shard": "000002.tar", "rows": 4})
+    assert not writer.storage.exists("poison")

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import yaml
 
 from pipelines.stages.pairs.config import PairsConfig
@@ -21,16 +22,18 @@ from tests.pipelines.stages.pairs.web_server import Web, picture
 from tests.pipelines.store.s3 import BUCKET, KEY_ID, S3, SECRET, SESSION, Plan, environment
 from tests.tiny import tiny_recipe
 
-ROWS = 60
+ROWS = 40
 PATIENCE_S = 240
 
 
 def start(recipe: Path, url: str, *options: str) -> subprocess.Popen[str]:
-    """Start `ldm run --only pairs`, with a Ray of its own, whose workers see the store too."""
+    """Start `ldm run --only pairs` on this session's Ray, as a submitted job: its workers see the store too."""
+    job = {"runtime_env": {"env_vars": environment(url)}}
+    variables = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(job)}
     command = [sys.executable, "-m", "jobs.cli", "--debug", "run", str(recipe), "--only", "pairs", "--json", *options]
     return subprocess.Popen(
         command,
-        env={**os.environ, **environment(url)},
+        env={**os.environ, **environment(url), **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -55,6 +58,7 @@ def test_a_bad_network_and_a_dead_driver_change_nothing(
     pairs: dict[str, Any] = {
         "source": str(table),
         "rows_per_shard": 8,
+        "workers": 2,
         # No request is given up while the server keeps it waiting.
         "download": {"connect_to": server.connect_to, "connections": 2, "timeout_s": 600, "read_timeout_s": 600},
     }

@@ -14,11 +14,13 @@ from pipelines.errors import UserError
 from pipelines.shards.format import read_shard
 from pipelines.stages.pairs.config import Scoring
 from pipelines.stages.pairs.inputs import model_digests
+from pipelines.stages.pairs.publishing import scoring as scoring_module
 from pipelines.stages.pairs.publishing.scoring import Scorer, load_head
 from pipelines.stages.pairs.shard.staged import StagedShard
 from pipelines.stages.pairs.stage import STAGE
 from pipelines.store.file_table import FileRecord
 from pipelines.store.storage import Storage
+from tests.in_this_process import map_on_one
 from tests.ldm_core.metrics.conftest import clip_folder  # noqa: F401 (a fixture)
 from tests.pipelines.stages.pairs.conftest import RunPairs
 from tests.pipelines.stages.pairs.web_server import picture
@@ -44,9 +46,11 @@ def write_head(path: Path) -> Path:
 
 
 def test_scores_are_kept_and_what_scores_low_is_left_out(
+    own_threads: None,
     run_pairs: RunPairs,
     tmp_path: Path,
     clip_folder: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     head = write_head(tmp_path / "head.safetensors")
     source = write_set(tmp_path / "set", 12)
@@ -61,6 +65,8 @@ def test_scores_are_kept_and_what_scores_low_is_left_out(
 
     least = sorted(scores)[5]
     rules = {"clip_score": {"min": least}}
+    # Another actor would compute the same scores.
+    monkeypatch.setattr(scoring_module, "map_on_actors", map_on_one)
     fewer, storage = run_pairs("fewer", source=source, rows_per_shard=6, scoring=scoring, filters=rules)
     assert fewer["statuses"] == {"ok": 7, "filtered:clip_score": 5}
     kept = [s["__key__"] for n in range(2) for s in read_shard(Path(storage.path(f"00000{n}.tar")))]
