@@ -53,8 +53,8 @@ def load(
             release, .ckpt or .safetensors, or a folder with it. Content decides, not names. Averaged weights are taken
             if a checkpoint has them.
         preset: name of the model in a file of the release; None takes the configuration beside it (model.yaml beside
-            model.ckpt, or config.yaml), or infers the preset from names and shapes of the weights, which cannot tell
-            the number of attention heads.
+            model.ckpt, or config.yaml if no other checkpoint is there), or infers the preset from names and shapes of
+            the weights, which cannot tell the number of attention heads.
         config: configuration to use instead: a YAML file as the release has it, or a config.json of ours.
         device: where to put the weights; None is torch's default device.
 

@@ -99,7 +99,8 @@ class EMA:
                 exchanged.append(name)
             yield
         finally:
-            for name in exchanged:
+            # Backwards: a weight under two names changes places twice.
+            for name in reversed(exchanged):
                 self._exchange(name, back=True)
             self._swapped = False
 

@@ -3,7 +3,7 @@
 Classifier-free guidance of a network (Ho & Salimans 2021; Sec. 4.3.1 of the paper), and the paper's post-hoc image
 guidance of any denoiser (Appendix C).
 
-Shapes: x: (B, C, h, w); t: (B,) integers; context: (B, L, D); concat: (B, Cc, h, w).
+Shapes: x: (B, C, h, w); t: (B,) timesteps; context: (B, L, D); concat: (B, Cc, h, w).
 """
 
 import math
@@ -47,7 +47,7 @@ def classifier_free(
     null: Conditioning | None = None,
     guidance_scale: float = 1.0,
     *,
-    interval: tuple[int, int] | None = None,
+    interval: tuple[float, float] | None = None,
     rescale: float = 0.0,
     convert: Convert = lambda output, x, t: output,
     run: Run = run_step,
@@ -60,7 +60,7 @@ def classifier_free(
     model and skips the unconditional half.
 
     Args:
-        network: predicts eps, v or x0; guidance acts on its own output, as published for v (Lin et al. 2024).
+        network: predicts eps, v, x0 or flow; guidance acts on its own output, as published for v (Lin et al. 2024).
         condition: of B samples.
         null: the null condition, e.g. of the empty caption, of one sample or of B; both have the condition's concat. It
             is needed unless the scale is 1.
@@ -78,7 +78,7 @@ def classifier_free(
             without contexts, or contexts that differ in length or width; when called, for another batch.
     """
     check_settings(guidance_scale, interval, rescale)
-    conditional = _Bound(network, condition, convert, run)
+    conditional = _Bound(network, condition, convert, run, key=(network, convert))
     if guidance_scale == 1.0:
         return conditional
 
@@ -86,20 +86,19 @@ def classifier_free(
         without, with_it = output.chunk(2)
         return convert(combine(without, with_it, guidance_scale, rescale=rescale), x, t)
 
-    both = _Bound(
-        network, _both(null, condition, guidance_scale), guide, run, key=(guidance_scale, rescale), contexts=2
-    )
+    key = (network, convert, guidance_scale, rescale)
+    both = _Bound(network, _both(null, condition, guidance_scale), guide, run, key=key, contexts=2)
 
     def guided(x: Tensor, t: Tensor) -> Tensor | Prediction:
         # Samplers give one timestep to the whole batch.
-        if interval is not None and not interval[0] <= int(t[0]) <= interval[1]:
+        if interval is not None and not interval[0] <= float(t[0]) <= interval[1]:
             return conditional(x, t)
         return both(x, t)
 
     return guided
 
 
-def check_settings(guidance_scale: float, interval: tuple[int, int] | None, rescale: float) -> None:
+def check_settings(guidance_scale: float, interval: tuple[float, float] | None, rescale: float) -> None:
     """Raise ValueError unless the settings of `classifier_free` are in range."""
     if not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale}")
@@ -183,7 +182,7 @@ class _Bound:
         conditioning: its context is (k * B, L, D), k contexts a latent; None without cross-attention.
         convert: makes an answer (B, C, h, w) of (output (k * B, C, h, w), x, t).
         run: runs a step.
-        key: what tells this step from others of the same network; None for the network alone.
+        key: what tells this step from all others.
         contexts: k.
     """
 
@@ -194,7 +193,7 @@ class _Bound:
         convert: Convert,
         run: Run,
         *,
-        key: object = None,
+        key: object,
         contexts: int = 1,
     ) -> None:
         def step(x: Tensor, t: Tensor, context: Any, concat: Tensor | None) -> Tensor | Prediction:
@@ -227,8 +226,11 @@ def _both(null: Conditioning | None, condition: Conditioning, guidance_scale: fl
             f"got contexts {tuple(null.context.shape)} and {tuple(context.shape)}: tokenize both alike"
         )
     mask = None
-    if null.mask is not None and condition.mask is not None:
-        mask = torch.cat([null.mask.expand_as(condition.mask), condition.mask])
+    if null.mask is not None or condition.mask is not None:
+        # One without a mask attends to all places.
+        everywhere = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
+        masks = [each.mask if each.mask is not None else everywhere for each in (null, condition)]
+        mask = torch.cat([each.expand_as(everywhere) for each in masks])
     return Conditioning(
         context=torch.cat([null.context.expand_as(context), context]), mask=mask, concat=condition.concat
     )

@@ -1,6 +1,6 @@
 """The whole model: a first stage, and a denoising UNet with its conditioner in that stage's latent space.
 
-Shapes: x: (B, 3, H, W) images in [-1, 1]; z: (B, C, h, w) scaled latents; t: (B,) integer timesteps; context: (B, L, D)
+Shapes: x: (B, 3, H, W) images in [-1, 1]; z: (B, C, h, w) scaled latents; t: (B,) timesteps; context: (B, L, D)
 for cross-attention; inputs: what the conditioner takes, e.g. token ids (B, L).
 """
 
@@ -93,10 +93,13 @@ class LatentDiffusion(nn.Module):
         return DiffusionNetwork(self.unet, self.conditioner)
 
     def encode(self, x: Tensor, *, noise: Tensor | None = None) -> Tensor:
-        """Encode images to scaled latents: a sample of the posterior with `noise` (B, C, h, w), else its mode."""
+        """Encode images to scaled latents: a sample of the posterior with `noise` (B, C, h, w), else its mode.
+
+        They are float32 at least: samplers compute in what they start from.
+        """
         posterior = self.first_stage.encode(x)
         latent = posterior.mode() if noise is None else posterior.sample(noise=noise)
-        return self.scale_factor * latent
+        return self.scale_factor * latent.to(torch.promote_types(latent.dtype, torch.float32))
 
     def _encode_mode(self, x: Tensor) -> Tensor:
         # Not scaled: the published networks take a latent that they are conditioned on as the first stage gives it.
@@ -152,8 +155,8 @@ class LatentDiffusion(nn.Module):
             ValueError: inputs and seeds differ in number, guidance lacks the null condition, a number is out of range,
                 or the sampler does not take what is given.
         """
-        if isinstance(inputs, Tensor) and len(inputs) != len(seeds):
-            raise ValueError(f"sample needs one seed an input, got {len(seeds)} seeds for {len(inputs)} inputs")
+        if inputs is not None and (count := _count(inputs)) != len(seeds):
+            raise ValueError(f"sample needs one seed an input, got {len(seeds)} seeds for {count} inputs")
         shape = self._latent_shape(size)
         denoise = self.guided_denoiser(inputs, unconditional=unconditional, guidance_scale=guidance_scale)
         noise = samplers.seeded_noise(seeds, shape, self._device)
@@ -170,12 +173,12 @@ class LatentDiffusion(nn.Module):
         *,
         unconditional: Any = None,
         guidance_scale: float = 1.0,
-        interval: tuple[int, int] | None = None,
+        interval: tuple[float, float] | None = None,
         rescale: float = 0.0,
     ) -> samplers.Denoise:
         """Bind the condition and apply classifier-free guidance: the function `(x, t)` that samplers take.
 
-        It returns the predicted noise; for a network that predicts v or x0, noise and clean latent, see
+        It returns the predicted noise; for a network that predicts v, x0 or flow, noise and clean latent, see
         `objective.Prediction`. The weights must not change between its first call and its last.
 
         Args:
@@ -254,7 +257,8 @@ def _options_of(sampler: samplers.Sampler, given: Mapping[str, Any], noise: samp
     for name, value in {"num_steps": NUM_STEPS, "noise": noise}.items():
         # A number of steps that is bound by `partial` stays.
         bound = getattr(sampler, "keywords", {})
-        if name in parameters and name not in bound:
+        # Whatever takes all options is taken to hand them on: without the noise a seed would not make a picture.
+        if (name in parameters or takes_all) and name not in bound:
             options.setdefault(name, value)
     return options
 
@@ -275,6 +279,18 @@ def _condition(conditioner: Conditioner | None, inputs: Any) -> Conditioning:
     found = conditioner(inputs.inputs)
     parts = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
     return Conditioning(**{name: None if part is None else part[inputs.row] for name, part in parts.items()})
+
+
+def _count(inputs: Any) -> int:
+    """Return how many a conditioner's inputs are. Raises ValueError for what is no tensor and holds none."""
+    if isinstance(inputs, Tensor):
+        return len(inputs)
+    if dataclasses.is_dataclass(inputs):
+        parts = (getattr(inputs, field.name) for field in dataclasses.fields(inputs))
+        if tensors := [part for part in parts if isinstance(part, Tensor)]:
+            # A mask may be one for all.
+            return max(len(tensor) for tensor in tensors)
+    raise ValueError(f"inputs must be a tensor, or what the conditioner takes, got {type(inputs).__name__}")
 
 
 def _to(inputs: Any, device: torch.device) -> Any:

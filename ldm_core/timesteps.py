@@ -44,7 +44,8 @@ def draw_timesteps(
 
 def shifted(time: Any, shift: float) -> Any:
     """Return alpha t / (1 + (alpha - 1) t), numbers or an array of t / T in [0, 1] (Esser et al. 2024, Eq. 23)."""
-    return shift * time / (1.0 + (shift - 1.0) * time)
+    # Written so that 0 and 1 stay exactly what they are, whatever the shift.
+    return shift * time / (shift * time + (1.0 - time))
 
 
 def _logit_normal(uniform: NDArray[np.float64], mean: float, std: float) -> NDArray[np.float64]:

@@ -85,7 +85,9 @@ def _gpus() -> dict[str, str]:
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
         names[f"cuda:{i}"] = f"{properties.name}, {format_bytes(properties.total_memory)}"
-    return names
+    from ldm_core.prepare import c_compiler
+
+    return {**names, "C compiler": c_compiler() or "none: networks will run uncompiled, which is slower"}
 
 
 def _version(name: str) -> str | None:

@@ -74,7 +74,8 @@ def open_checkpoint(
         source: a file of the code release (.ckpt, .safetensors), a folder with such a file and its configuration, or
             a folder of diffusers.
         preset: name of the published model or first stage in a file of the release; None takes the configuration beside
-            it (model.yaml beside model.ckpt, or config.yaml) or infers the preset from the weights' names and shapes.
+            it (model.yaml beside model.ckpt, or config.yaml if no other checkpoint is there) or infers the preset from
+            the weights' names and shapes.
         config: configuration to use instead of a preset: a YAML file as the release has it, or a config.json of ours.
         weights: which weights to take from a file of the release, see `compvis.import_checkpoint`.
         tokenizer: a vocab.txt, a tokenizer.json, or a folder with either, for a model of captions that comes without.
@@ -136,7 +137,10 @@ def _open_release(
         # Among several configurations the caller must choose.
         config_file = configs[0] if len(configs) == 1 and not preset else config_file
     elif not (preset or config_file):
-        beside = (source.with_suffix(".yaml"), source.with_suffix(".yml"), source.with_name("config.yaml"))
+        beside = [source.with_suffix(".yaml"), source.with_suffix(".yml")]
+        # In a folder of downloads config.yaml may be another model's.
+        if len(_matches(source.parent, RELEASE_CHECKPOINTS)) == 1:
+            beside.append(source.with_name("config.yaml"))
         config_file = next((path for path in beside if path.is_file()), None)
     tensors = open_tensors(source)
     if config_file and preset:

@@ -217,7 +217,7 @@ class UNet(nn.Module):
 
         Args:
             z: (B, C, h, w) noisy latent; h and w are multiples of `config.downsampling_factor`.
-            t: (B,) timesteps in [0, T).
+            t: (B,) timesteps: integers of a chain, real numbers from 0 to T of a rectified flow.
             context: (k * B, L, D) with D = `config.context_dim`, or the result of `prepare_context`; None if
                 `config.context_dim` is None.
             mask: (k * B, L) bool, which places of a context are attended to, at least one a sample; None for all, or if

@@ -167,6 +167,12 @@ def read_with_facts(storage: Storage, shard: str) -> Iterator[dict[str, Any]]:
         for rows, sample in enumerate(read_shard(file), 1):
             if rows > len(index) or index.key(rows - 1) != sample["__key__"]:
                 break
+            for extension, span in index.spans(rows - 1).items():
+                if span.crc32 is not None and zlib.crc32(sample.get(extension, b"")) != span.crc32:
+                    raise UserError(
+                        f"{storage.url}/{shard} is damaged: {extension} of sample {index.key(rows - 1)} does not have "
+                        f"the CRC-32 that its index says; `ldm verify {storage.url}` tells what is whole"
+                    )
             yield {**sample, **({FACTS: index.facts(rows - 1)} if index.has_facts else {})}
         else:
             if rows == len(index):

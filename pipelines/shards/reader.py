@@ -63,6 +63,7 @@ class ShardReader:
         self._facts: OrderedDict[int, ShardIndex] = OrderedDict()
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._ahead: list[int] = []
+        self._in_ranges: frozenset[int] = frozenset()
         self._cache = None if storage.is_local else NodeCache(storage, cache_bytes)
 
     @property
@@ -135,7 +136,9 @@ class ShardReader:
                 raise self._damaged(record, "has no index with the json of its samples")
         with self._lock:
             self._facts[shard] = index
-            while len(self._facts) > MAX_FACTS:
+            held = sum(each.nbytes for each in self._facts.values())
+            while len(self._facts) > 1 and (len(self._facts) > MAX_FACTS or held > MAX_INDEXES_BYTES):
+                held -= next(iter(self._facts.values())).nbytes
                 self._facts.popitem(last=False)
         return index.facts(row)
 
@@ -159,6 +162,13 @@ class ShardReader:
         # Each with its index, so that whoever reads its first sample waits for neither.
         wanted = chain.from_iterable((self._files.get(index_name(record.name)), record) for record in records)
         self._cache.fetch_ahead([record for record in wanted if record is not None])
+
+    def read_in_ranges(self, shards: Iterable[int]) -> None:
+        """Have files in these remote shards read one by one, a request each: for a few samples of each shard.
+
+        Others are fetched whole, and these too once `fetch_ahead` names them.
+        """
+        self._in_ranges = frozenset(shards)
 
     def close(self) -> None:
         with self._lock:
@@ -224,7 +234,9 @@ class ShardReader:
             raise self._damaged(record, f"holds {len(index)} samples, but {record.rows} were committed")
         return index
 
-    def _file(self, shard: int) -> "_OpenShard":
+    def _file(self, shard: int) -> "_OpenShard | _RemoteShard":
+        if self._cache is not None and shard in self._in_ranges and shard not in self._ahead:
+            return _RemoteShard(self.storage, self._record(shard).name)
         with self._lock:
             if shard in self._open:
                 self._open.move_to_end(shard)
@@ -303,6 +315,26 @@ class _OpenShard:
         return os.preadv(self._number, buffers, offset)
 
 
+class _RemoteShard:
+    """A shard of which a range is read at a time."""
+
+    def __init__(self, storage: Storage, name: str) -> None:
+        self._storage, self._name = storage, name
+
+    def read(self, offset: int, size: int) -> bytes:
+        return self._storage.read_range(self._name, offset, offset + size)
+
+    def read_into(self, offset: int, buffers: Sequence[bytearray | memoryview]) -> int:
+        """Read as many bytes as the buffers hold, or as there are; return how many."""
+        data = memoryview(self.read(offset, sum(len(buffer) for buffer in buffers)))
+        done = 0
+        for buffer in buffers:
+            part = data[done : done + len(buffer)]
+            buffer[: len(part)] = part
+            done += len(part)
+        return done
+
+
 def joined(readers: Sequence[ShardReader]) -> "ShardReader | JoinedReader":
     """Return one reader of all shards; a single one as it is."""
     return readers[0] if len(readers) == 1 else JoinedReader(readers)
@@ -350,6 +382,12 @@ class JoinedReader:
             wanted[number].append(shard)
         for reader, its_own in zip(self._readers, wanted, strict=True):
             reader.fetch_ahead(its_own)
+
+    def read_in_ranges(self, shards: Iterable[int]) -> None:
+        """Have files in these remote shards read one by one, as `ShardReader.read_in_ranges` does."""
+        places = [self._find(shard) for shard in shards]
+        for number, reader in enumerate(self._readers):
+            reader.read_in_ranges(shard for of, shard in places if of == number)
 
     def close(self) -> None:
         for reader in self._readers:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pipelines.errors import UserError
 from pipelines.notices import tell
 from pipelines.training.loader.held_out import QUARTILES, held_out_batches
 from pipelines.training.loader.open import tensors_of
@@ -32,6 +33,8 @@ class HeldOutLoss:
         self._learner = learner
         batches = learner.batches
         self._samples = held_out_batches(batches.held_out, batches.buckets, most, batch_size)
+        # A few samples of many shards: fetched whole, these would fill the node's cache.
+        batches.reader.read_in_ranges({sample.shard for batch in self._samples for sample in batch})
         self._tensors: list[dict[str, Tensor]] = []
         self._reading: Prefetcher[dict[str, Tensor]] | None = self._read()
 
@@ -44,7 +47,7 @@ class HeldOutLoss:
         if self._reading is not None:
             try:
                 self._tensors = [self._reading.next() for _ in self._samples]
-            except Exception as error:
+            except (UserError, OSError) as error:
                 tell(f"the held-out samples cannot be read, training goes on without their loss: {error}")
                 self._reading.close()
                 self._reading = self._read()

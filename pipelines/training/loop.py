@@ -6,6 +6,8 @@ import json
 import os
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -202,14 +204,23 @@ class TrainingLoop:
         # After a restart, steps are done again whose preview is committed already.
         if self.writer.is_committed(name):
             return
-        with ema.swapped(), torch.no_grad(), self.prepared.autocast():
-            self.network.eval()
+        with self._looked_at(ema):
             picture = self.learner.preview()
-            self.network.train()
         if picture is not None:
             png = encode_png(picture)
             self.writer.commit_once(name, lambda path: path.write_bytes(png))
             self.relay.send(Message(self.step, preview=picture))
+
+    @contextmanager
+    def _looked_at(self, ema: EMA) -> Iterator[None]:
+        """Let the network be looked at: averaged weights, no dropout, no gradients, and nothing compiled anew."""
+        # Other workers wait meanwhile, and blocks compiled for another mode or size would take minutes.
+        with ema.swapped(), torch.no_grad(), self.prepared.autocast(), self.prepared.uncompiled():
+            self.network.eval()
+            try:
+                yield
+            finally:
+                self.network.train()
 
     def _held_out_loss(self) -> HeldOutLoss | None:
         """Begin to read the held-out samples on rank 0; None if there are none, or their loss is not wanted."""
@@ -222,10 +233,8 @@ class TrainingLoop:
         return HeldOutLoss(self.learner, self.config.held_out_samples, self.config.batch_size // self.rank.world_size)
 
     def _measure(self, held_out: HeldOutLoss, ema: EMA) -> None:
-        with ema.swapped(), self.prepared.autocast():
-            self.network.eval()
+        with self._looked_at(ema):
             losses = held_out.measure(self.rank.device)
-            self.network.train()
         if not losses:
             return
         if not self.history or self.history[-1]["step"] != self.step:
@@ -273,6 +282,11 @@ class TrainingLoop:
         self.step = state["step"]
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
+        # The fused step takes it that moments lie in memory as their weights do, which differs between CPU and GPU.
+        for weight, moments in self.optimizer.state.items():
+            for name, moment in moments.items():
+                if moment.shape == weight.shape and moment.stride() != weight.stride():
+                    moments[name] = torch.empty_like(weight).copy_(moment)
         self.history = state["history"]
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])

@@ -47,7 +47,7 @@ class Learner(Protocol):
         ...
 
     def held_out_losses(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return the (B,) losses of a batch of the held-out stream, without weights that recipes choose among.
+        """Return the (B,) losses of a batch of the held-out stream, without weights of timesteps and terms.
 
         Called on rank 0, with EMA weights, in evaluation mode.
         """

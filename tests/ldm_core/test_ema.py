@@ -310,3 +310,14 @@ def test_saved_power_averages_continue_and_snapshots_that_do_not_fit_are_refused
         reconstruct([*taken, Snapshot(1, 0.1, {})], 0.1)
     with pytest.raises(ValueError, match="at least one relative length"):
         PowerEMA(nn.Linear(1, 1), sigma_rels=())
+
+
+def test_a_weight_under_two_names_comes_back_from_a_swap() -> None:
+    module = nn.ModuleDict({"tokens": nn.Embedding(3, 2), "logits": nn.Linear(2, 3, bias=False)})
+    module["logits"].weight = module["tokens"].weight
+    average = EMA(module, decay=0.5, warmup=False)
+    shift(module, 1.0)
+    own = module["tokens"].weight.detach().clone()
+    with average.swapped():
+        assert not torch.equal(module["tokens"].weight, own)
+    assert torch.equal(module["tokens"].weight, own)

@@ -73,6 +73,25 @@ def test_channels_to_concatenate_reach_both_halves() -> None:
     torch.testing.assert_close(joined, plain + concat)  # type: ignore[operator]
 
 
+def test_a_condition_without_a_mask_attends_to_all_places_beside_one_with_a_mask() -> None:
+    masks = []
+
+    class Masked(Recorder):
+        def prepare_context(self, context: Tensor, mask: Tensor | None = None) -> Tensor:
+            masks.append(mask)
+            return context
+
+    padding = torch.tensor([True] * 4 + [False] * 3).expand(3, -1)
+    for null, condition in (
+        (NULL, Conditioning(context=CONTEXT, mask=padding)),
+        (Conditioning(context=EMPTY, mask=padding[:1]), CONDITION),
+    ):
+        classifier_free(Masked(), condition, null, 3.0)(X, T)
+    everywhere = torch.ones_like(padding)
+    assert torch.equal(masks[0], torch.cat([everywhere, padding]))
+    assert torch.equal(masks[1], torch.cat([padding, everywhere]))
+
+
 def test_one_null_condition_serves_a_whole_batch() -> None:
     alone = classifier_free(Recorder(), CONDITION, NULL, 3.0)(X, T)
     repeated = classifier_free(Recorder(), CONDITION, Conditioning(context=EMPTY.expand(3, -1, -1)), 3.0)(X, T)
@@ -94,7 +113,7 @@ def test_both_parts_of_a_prediction_are_guided() -> None:
     torch.testing.assert_close(guided, expected)
 
 
-@pytest.mark.parametrize(("timestep", "contexts"), [(199, 1), (200, 2), (500, 2), (501, 1)])
+@pytest.mark.parametrize(("timestep", "contexts"), [(199, 1), (200, 2), (500, 2), (500.9, 1), (501, 1)])
 def test_outside_of_the_interval_the_conditional_model_answers_at_half_the_cost(timestep: int, contexts: int) -> None:
     network = Recorder()
     t = torch.full((3,), timestep)

@@ -299,6 +299,11 @@ def test_any_function_of_a_denoiser_samples_with_the_options_that_it_takes(model
     with pytest.raises(ValueError, match="takes no num_steps, got 3: leave it out"):
         sample(samplers.ddpm, num_steps=3)
 
+    def handing_on(denoise: samplers.Denoise, x: Tensor, schedule: NoiseSchedule, **options: Any) -> Tensor:
+        return samplers.ddim(denoise, x, schedule, **options)
+
+    assert torch.equal(sample(handing_on, num_steps=3, eta=0.9), sample(samplers.ddim, num_steps=3, eta=0.9))
+
 
 def test_ddpm_samples_through_all_timesteps_from_seeds_alone(unconditional: LatentDiffusion) -> None:
     schedule = dataclasses.replace(unconditional.config.schedule, timesteps=6, beta_end=0.5)
@@ -324,6 +329,8 @@ def test_a_unet_in_bf16_samples_what_it_does_in_float32(preset: str, inputs: Ten
     found = model.sample(inputs, seeds=[0], num_steps=2, guidance_scale=guidance_scale)
     assert found.dtype == torch.float32
     assert (found - expected).abs().mean() < 0.05 * expected.std()
+    model.first_stage.to(torch.bfloat16)
+    assert model.encode(torch.zeros(1, 3, 16, 16)).dtype == torch.float32, "samplers compute in what they start from"
 
 
 def test_the_first_stage_is_not_among_what_is_trained(model: LatentDiffusion) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ldm_core import presets
 from ldm_core.latent_diffusion import DiffusionNetwork, LatentDiffusion
-from ldm_core.prepare import StepGraphs, _prefer_fused_attention, prepare
+from ldm_core.prepare import MOST_GRAPHS, StepGraphs, _compiles, _prefer_fused_attention, c_compiler, prepare
 from tests.random_weights import without_zeros
 
 INPUTS = (torch.randn(2, 4, 8, 8), torch.tensor([5, 700]), torch.randint(0, 1000, (2, 9)))
@@ -75,7 +75,7 @@ def test_bf16_in_sampling_casts_the_weights_and_gives_the_same_picture_but_for_r
 def test_a_cpu_takes_bf16_where_it_has_instructions_for_it(
     has_bf16: bool, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ldm_core.prepare.cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr("ldm_core.prepare.has_bf16", lambda device: has_bf16)
     chosen = prepare(nn.Linear(1, 1), for_="sampling")
     assert (chosen.precision, chosen.compiled, chosen.channels_last) == (precision, False, False)
 
@@ -137,3 +137,41 @@ def test_a_captured_step_serves_every_step_of_every_run(model: LatentDiffusion) 
         other.guided_denoiser(captions)(x, t[0]).sum().backward()  # type: ignore[union-attr]
     assert x.grad is not None
     assert graphs.captured == 2, "a graph records no gradients"
+
+
+@torch.no_grad()
+def test_a_captured_step_reads_what_its_caller_changed_in_place() -> None:
+    graphs, concat, x, t = Recomputed(), torch.zeros(1), torch.ones(1), torch.tensor([3])
+
+    def step(x: Tensor, t: Tensor, context: None, concat: Tensor | None) -> Tensor:
+        assert concat is not None
+        return x + concat
+
+    found = [float(graphs(step, "key", x, t, None, concat.fill_(value))) for value in (1.0, 2.0, 3.0)]
+    assert found == [2.0, 3.0, 4.0]
+    for size in range(2, 12):
+        graphs(step, "key", torch.ones(size), t, None, torch.zeros(size))
+    assert len(graphs._captured) == MOST_GRAPHS
+
+
+@torch.no_grad()
+def test_where_steps_cannot_be_captured_they_are_run_as_they_are(model: LatentDiffusion) -> None:
+    class Failing(StepGraphs):
+        def _capture(self, compute: Callable[[], Any]) -> tuple[Callable[[], None], Any]:  # type: ignore[override]
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    other = copy.deepcopy(model)
+    other.run_step = Failing()
+    with pytest.warns(UserWarning, match="are not captured as CUDA graphs, which is slower: operation not permitted"):
+        found = sampled(other)
+    assert torch.equal(found, sampled(model))
+
+
+def test_without_a_c_compiler_nothing_is_compiled_and_who_asks_for_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ldm_core.prepare.shutil.which", lambda name: None)
+    with pytest.raises(ValueError, match=r"no C compiler is here to compile networks with .*: install one"):
+        prepare(nn.Linear(1, 1), for_="training", compile=True)
+    with pytest.warns(UserWarning, match="they run uncompiled, which is slower"):
+        assert not _compiles(torch.device("cuda"), None)
+    monkeypatch.undo()
+    assert _compiles(torch.device("cuda"), None) == (c_compiler() is not None)

@@ -41,7 +41,12 @@ def test_the_shift_keeps_the_uncertainty_of_a_larger_picture() -> None:
     for t in (0.1, 0.5, 0.9):
         there = shifted(t, 2.0)
         assert there / (1 - there) / 2.0 == pytest.approx(t / (1 - t))
-    assert (shifted(0.0, 2.0), shifted(1.0, 2.0)) == (0, 1)
+
+
+@pytest.mark.parametrize("shift", [0.05, 0.1, 0.3, 0.45, 1.0, 3.0, 5.95])
+def test_a_shift_leaves_both_ends_exactly_where_they_are(shift: float) -> None:
+    # A flow that began with a trace of signal would be divided by it.
+    assert (shifted(0.0, shift), shifted(1.0, shift)) == (0, 1)
 
 
 @pytest.mark.parametrize("schedule", [CHAIN, FLOW])

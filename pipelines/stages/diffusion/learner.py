@@ -102,7 +102,7 @@ class DiffusionLearner:
         return self._losses(self.objective, network, batch, self.draw_noise)
 
     def held_out_losses(self, batch: dict[str, Tensor]) -> Tensor:
-        # Neither network nor noise as they are compiled for training: batches of other sizes would compile them anew.
+        # Not the noise as it is compiled for training: batches of other sizes would compile it anew.
         return self._losses(self.plain_objective, self.network, batch, standard_normal)
 
     def noise(

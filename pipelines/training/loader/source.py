@@ -6,7 +6,7 @@ takes a fraction of the memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -28,6 +28,10 @@ class Reader(Protocol):
 
     def fetch_ahead(self, shards: list[int]) -> None:
         """Start to fetch shards that training is about to read, in the order of need; called before every batch."""
+        ...
+
+    def read_in_ranges(self, shards: Iterable[int]) -> None:
+        """Do not fetch these shards for a few samples of them."""
         ...
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from pipelines.errors import UserError
 from pipelines.shards import reader as reader_module
 from pipelines.shards.format import ShardWriter
 from pipelines.shards.index import IndexBuilder, ShardIndex, Span, index_name, scan_shard
-from pipelines.shards.reader import ShardReader
+from pipelines.shards.reader import ShardReader, joined
 from pipelines.shards.tar_headers import TarError
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.file_table import FileTable
@@ -306,3 +306,26 @@ def test_indexes_are_bounded_in_number_and_in_bytes(tmp_path: Path, monkeypatch:
             assert reader.read(shard, 1) == sample(shard, 1)[1]
         assert len(reader._indexes) == kept
         assert reader._indexes_bytes == sum(index.nbytes for index in reader._indexes.values())
+
+
+def test_a_few_samples_of_remote_shards_are_read_without_fetching_these(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path))
+    storage = Storage("memory://in-ranges")
+    reader = joined([ShardReader(storage, write(storage, (3, 3))), ShardReader(storage, write(storage, (3, 3)))])
+    reader.read_in_ranges([1, 2])
+    for shard, of in ((1, 1), (2, 0)):
+        assert reader.read(shard, 1) == sample(of, 1)[1]
+        head, values = bytearray(100), bytearray(500)
+        assert reader.read_into(shard, 0, "latent.npy", head, memoryview(values))
+        assert bytes(head + values) == sample(of, 0)[1]["latent.npy"]
+
+    def fetched() -> list[int]:
+        return [file.stat().st_size for file in tmp_path.rglob("*.file") if file.stat().st_size >= 5_000]
+
+    assert not fetched(), "only indexes"
+    reader.fetch_ahead([1])
+    assert reader.read(1, 2) == sample(1, 2)[1]
+    assert fetched()
+    reader.close()

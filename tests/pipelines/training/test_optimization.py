@@ -92,7 +92,7 @@ def test_activation_checkpointing_reaches_unet_and_text_transformer_and_changes_
 def test_the_recipe_decides_about_precision_and_only_by_auto_the_machine(
     precision: str, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ldm_core.prepare.cpu_has_bf16", lambda: True)
+    monkeypatch.setattr("ldm_core.prepare.has_bf16", lambda device: True)
     prepared = prepare_network(nn.Linear(2, 1), config(precision=precision))
     assert prepared.precision == chosen
     assert not prepared.compiled

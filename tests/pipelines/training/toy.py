@@ -3,7 +3,7 @@
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -85,6 +85,9 @@ class ToyReader:
         return f"key-{shard}-{row}"
 
     def fetch_ahead(self, shards: list[int]) -> None:
+        pass
+
+    def read_in_ranges(self, shards: Iterable[int]) -> None:
         pass
 
     def close(self) -> None:
