@@ -5,12 +5,11 @@ Shapes: x: (B, 3, H, W) images in [-1, 1]; z: (B, C, h, w) latent with h = H / f
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from ldm_core.configs.first_stage import FirstStageConfig
 from ldm_core.networks.attention import SelfAttentionBlock
-from ldm_core.networks.blocks import Downsample, ResidualBlock, Upsample, activate
+from ldm_core.networks.blocks import Downsample, ResidualBlock, Upsample, activate, full_precision
 from ldm_core.networks.posterior import DiagonalGaussian, PointPosterior
 from ldm_core.networks.vector_quantizer import Quantization, VectorQuantizer
 
@@ -215,7 +214,7 @@ def _exactly(quant_conv: nn.Conv2d, h: Tensor) -> Tensor:
 
     Latents come to about +-5, where bfloat16 rounds by as much as the posterior's standard deviation is.
     """
-    with torch.autocast(h.device.type, enabled=False):
+    with full_precision(h.device):
         moments: Tensor = quant_conv(h.to(quant_conv.weight.dtype))
         return moments
 

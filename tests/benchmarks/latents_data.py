@@ -17,6 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from ldm_core.configs.objective import TimestepsConfig
+from ldm_core.configs.schedule import ScheduleConfig
 from pipelines.conditions.examples import CaptionExamples
 from pipelines.shards.format import ShardWriter, encode_npy
 from pipelines.shards.index import IndexBuilder, index_name
@@ -129,7 +131,8 @@ def source_of(artifact: Artifact, *, batch_size: int, window: int = 16, partitio
         shuffle_window=window,
         batch_size=batch_size,
         partitions=partitions,
-        timesteps=1000,
+        schedule=ScheduleConfig(),
+        timesteps=TimestepsConfig(),
     )
 
 

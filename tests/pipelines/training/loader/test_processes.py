@@ -101,7 +101,10 @@ def test_any_number_of_processes_makes_the_same_batches_wherever_training_begins
                 assert_same(found, whole)
     halves = [batches(trainer, rank, 2, 5, 9, 2) for rank in range(2)]
     for step, parts in enumerate(zip(*halves, strict=True), start=5):
-        assert_same({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, expected[step])
+        # Which captions differ is each worker's own affair.
+        shared = parts[0].keys() - {"distinct", "caption"}
+        joined = {name: torch.cat([part[name] for part in parts]) for name in shared}
+        assert_same(joined, {name: expected[step][name] for name in shared})
 
 
 def test_training_from_processes_is_the_training_from_a_thread(own_threads: None, tmp_path: Path) -> None:
