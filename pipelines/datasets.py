@@ -18,17 +18,24 @@ from pipelines.shards.tar_headers import shown
 from pipelines.stages.latents.artifact import FORMAT_VERSION
 from pipelines.stages.latents.encoding.names import latent_files
 from pipelines.stages.pairs.artifact import PAIRS_FORMAT, decode_image, image_of
+from pipelines.stages.pairs.held_out import held_out_places
 from pipelines.store.ledger import artifact_at
 from pipelines.store.storage import Storage
 
 Sample = dict[str, Any]
+Read = Callable[[Storage, str], Iterator[Sample]]
 
 
 class Samples(webdataset.DataPipeline, webdataset.FluidInterface):
     """Decoded samples; has `.map`, `.select`, `.to_tuple`, `.batched`, `.repeat`, `.with_epoch` … as `WebDataset` does.
 
     It is a torch `IterableDataset`, so that a `DataLoader` takes it.
+
+    Attributes:
+        scale_factor: of latents, what they are to be multiplied with before a UNet sees them (paper, Sec. 4.3.2).
     """
+
+    scale_factor: float
 
 
 def open_pairs(
@@ -65,6 +72,7 @@ def open_latents(
     *,
     shuffle: int = 0,
     seed: int | None = None,
+    held_out: bool | None = None,
     nodesplitter: Callable[..., Any] = webdataset.split_by_node,
 ) -> Samples:
     """Open the encoded pairs of a finished `latents` artifact.
@@ -73,25 +81,40 @@ def open_latents(
         url: the artifact's folder, `ROOT/latents/KEY`, local or at any fsspec URL (`s3://…`).
         shuffle: as for `open_pairs`.
         seed: as for `open_pairs`.
+        held_out: False leaves out the samples that `ldm run` trains nothing on, True gives these alone, None all.
         nodesplitter: as for `open_pairs`.
 
     Returns:
         Samples with `__key__` and `__url__`; of a KL first stage the posterior's `mean` and `logvar`, of a VQ one
-        `latent`, which is not quantized yet, each (C, h, w) float16 and not scaled (the manifest's `scale_factor` is
-        1/std), of further views `mean.1` and so on; what is cached of the condition, such as `tokens`, (captions, L)
-        uint16 ids, or `class`, an int32; `captions` and `metadata` as for `open_pairs`.
+        `latent`, which is not quantized yet, each (C, h, w) float16 and not scaled (the `scale_factor` of what is
+        returned is 1/std), of further views `mean.1` and so on; what is cached of the condition, such as `tokens`,
+        (captions, L) uint16 ids, or `class`, an int32; `captions` and `metadata` as for `open_pairs`.
 
     Raises:
         UserError: there is no such artifact; or, while it is read, a shard or a sample of it is damaged.
     """
-    return _open(url, "latents", FORMAT_VERSION, read_with_facts, _decode_latents, shuffle, seed, nodesplitter)
+    artifact = artifact_at(str(url), "latents").require("latents", FORMAT_VERSION)
+    read: Read = read_with_facts
+    if held_out is not None:
+        names, places = list(artifact.shards().names), held_out_places(artifact)
+        read = partial(_split, {(names[shard], row) for shard, row in places}, held_out)
+    samples = _open(url, "latents", FORMAT_VERSION, read, _decode_latents, shuffle, seed, nodesplitter)
+    samples.scale_factor = float(artifact.details["scale_factor"])
+    return samples
+
+
+def _split(places: set[tuple[str, int]], wanted: bool, storage: Storage, shard: str) -> Iterator[Sample]:
+    """Yield the samples of a shard that are at such places, or that are not."""
+    for row, sample in enumerate(read_with_facts(storage, shard)):
+        if ((shard, row) in places) == wanted:
+            yield sample
 
 
 def _open(
     url: str | Path,
     stage: str,
     format_version: int,
-    read: Callable[[Storage, str], Iterator[Sample]],
+    read: Read,
     decode: Callable[[Sample], Sample],
     shuffle: int,
     seed: int | None,
@@ -128,9 +151,7 @@ def _shuffled(buffer: int, seed: int | None) -> Any:
     return webdataset.detshuffle(buffer, initial=buffer, seed=seed)
 
 
-def _read(
-    read: Callable[[Storage, str], Iterator[Sample]], storage: Storage, shards: Iterable[dict[str, str]]
-) -> Iterator[Sample]:
+def _read(read: Read, storage: Storage, shards: Iterable[dict[str, str]]) -> Iterator[Sample]:
     """Yield the samples of the shards, each a dict of encoded files."""
     # By our reader: webdataset's own takes the place where a tar was cut for its end.
     for shard in shards:

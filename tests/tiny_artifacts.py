@@ -200,7 +200,8 @@ def encoded_latents_artifact(
     for record in pairs.shards():
         encode({"shard": record.name, "rows": record.rows, "sha256": record.sha256})
     torch.set_num_threads(threads)
-    return finish(writer, {"samples": pairs.manifest.rows, "held_out": copy_held_out(pairs, writer)}, LATENTS_FORMAT)
+    details = {"samples": pairs.manifest.rows, "held_out": copy_held_out(pairs, writer), "scale_factor": 0.5}
+    return finish(writer, details, LATENTS_FORMAT)
 
 
 def diffusion_artifact(root: Path, *, max_length: int = 77, name: str = "diffusion") -> Artifact:

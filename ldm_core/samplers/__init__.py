@@ -7,7 +7,8 @@ Samplers know neither networks nor conditioning. Whatever changes what is sample
 every sampler: `guidance.classifier_free`, `guidance.image_guidance`, and `masked` of this package.
 
     solvers   ddpm, ddim, plms, euler, heun, dpm_solver_pp_2m, unipc
-    steps     timestep_grid: the timesteps that a few-step sampler visits; how samplers ask a denoiser
+    steps     timestep_grid: the timesteps that a few-step sampler visits; plan_steps and predict: what a sampler of
+              one's own needs, the steps with their noise levels, and both halves of what a denoiser answers
     noise     seeded_noise: sample i depends on its own seed alone
     editing   img2img_start: image-to-image; masked: inpainting with any model
 
@@ -22,7 +23,17 @@ from ldm_core.objective import Prediction
 from ldm_core.samplers.editing import img2img_start, masked
 from ldm_core.samplers.noise import NoiseSource, initial_noise, seeded_noise
 from ldm_core.samplers.solvers import ddim, ddpm, dpm_solver_pp_2m, euler, heun, plms, unipc
-from ldm_core.samplers.steps import Callback, Denoise, Final, Spacing, default_spacing, timestep_grid
+from ldm_core.samplers.steps import (
+    Callback,
+    Denoise,
+    Final,
+    Spacing,
+    Step,
+    default_spacing,
+    plan_steps,
+    predict,
+    timestep_grid,
+)
 
 # (denoise, x, schedule, **options) -> clean latents of x's shape. The few-step samplers share their options, but for
 # DDIM's eta and noise and UniPC's order. DDPM visits every timestep of a chain.
@@ -36,6 +47,7 @@ __all__ = [
     "Prediction",
     "Sampler",
     "Spacing",
+    "Step",
     "ddim",
     "ddpm",
     "default_spacing",
@@ -45,7 +57,9 @@ __all__ = [
     "img2img_start",
     "initial_noise",
     "masked",
+    "plan_steps",
     "plms",
+    "predict",
     "seeded_noise",
     "timestep_grid",
     "unipc",

@@ -85,9 +85,18 @@ def default_spacing(schedule: ScheduleConfig) -> Spacing:
 
 
 def plan_steps(
-    schedule: NoiseSchedule, num_steps: int, spacing: Spacing | None, timesteps: Sequence[float] | None, final: Final
+    schedule: NoiseSchedule,
+    num_steps: int,
+    spacing: Spacing | None = None,
+    timesteps: Sequence[float] | None = None,
+    final: Final = "timestep_0",
 ) -> list[Step]:
     """Return the steps through the given timesteps, or through `timestep_grid` if none are given.
+
+    Args:
+        schedule, num_steps, spacing: as for `timestep_grid`.
+        timesteps: visited instead of that grid, descending.
+        final: where the last step ends, at the noise level of timestep 0 or at the clean latent.
 
     Raises:
         ValueError: for timesteps that do not descend or are out of range, an unknown end, or as for `timestep_grid`.

@@ -350,7 +350,10 @@ class _Clock:
 
 def use_cores(workers_here: int) -> None:
     """Share this machine's cores among its workers: each would otherwise start a thread for every core."""
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers_here))
+    cores = max(1, len(os.sched_getaffinity(0)) // workers_here)
+    torch.set_num_threads(cores)
+    # The same for the processes that compile; read when the compiler is imported, at the first pass.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(cores))
 
 
 def _dropout_seed(seed: int, step: int, rank: int) -> int:

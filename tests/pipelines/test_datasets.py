@@ -20,11 +20,18 @@ from pipelines.shards.format import ShardWriter, decode_npy, encode_npy, read_sh
 from pipelines.shards.index import IndexBuilder
 from pipelines.stages.latents.artifact import FORMAT_VERSION
 from pipelines.stages.pairs.artifact import PAIRS_FORMAT
+from pipelines.stages.pairs.held_out import held_out_places
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.ledger import Artifact
 from pipelines.store.storage import Storage
 from tests.pipelines.store.s3 import BUCKET, S3, Plan, environment
-from tests.tiny_artifacts import encoded_latents_artifact, finish, first_stage_artifact, pairs_artifact
+from tests.tiny_artifacts import (
+    encoded_latents_artifact,
+    finish,
+    first_stage_artifact,
+    latents_artifact,
+    pairs_artifact,
+)
 
 ROWS = (5, 0, 4, 3)
 
@@ -104,6 +111,18 @@ def test_latents_are_the_stored_moments_and_tokens(latents: Artifact) -> None:
         np.testing.assert_array_equal(sample["logvar"], logvar)
         assert (sample["mean"].dtype, sample["mean"].shape) == (np.float16, (4, 4, 4))
         np.testing.assert_array_equal(sample["tokens"], tokenizer.encode(sample["captions"]))
+
+
+def test_held_out_latents_can_be_left_out_or_had_alone(tmp_path: Path) -> None:
+    made = latents_artifact(tmp_path, "0" * 64, rows=(90, 0, 60))
+    parts = {wanted: list(open_latents(made.storage.url, held_out=wanted)) for wanted in (None, True, False)}
+    keys = {wanted: [(sample["__url__"], sample["__key__"]) for sample in part] for wanted, part in parts.items()}
+    assert (len(keys[None]), len(keys[True])) == (150, 2)
+    assert sorted(keys[True] + keys[False]) == sorted(keys[None])
+    names = list(made.shards().names)
+    places = [(f"{made.storage.url}/{names[shard]}", row) for shard, row in held_out_places(made)]
+    assert sorted(keys[True]) == sorted((url, [key for of, key in keys[None] if of == url][row]) for url, row in places)
+    assert open_latents(made.storage.url).scale_factor == made.details["scale_factor"]
 
 
 def test_latents_of_a_vq_first_stage_are_one_array(tmp_path: Path, pairs: Artifact) -> None:
@@ -262,4 +281,4 @@ def one_latent(root: Path, files: dict[str, bytes]) -> Artifact:
     writer.commit("000000.tar", rows=1)
     writer.storage.write_bytes("index/000000.arrow", index.index().with_facts([FACTS]).encode())
     writer.commit("index/000000.arrow")
-    return finish(writer, {}, FORMAT_VERSION)
+    return finish(writer, {"scale_factor": 1.0}, FORMAT_VERSION)

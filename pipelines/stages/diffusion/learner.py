@@ -150,6 +150,8 @@ class DiffusionLearner:
         }
         return {
             "condition": condition.model_dump(mode="json"),
+            # Each artifact leaves out its own held-out samples alone.
+            **({"held_out_may_be_trained_on": True} if self.task.mixed else {}),
             "parameters": {
                 name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items() if part
             },
