@@ -154,10 +154,10 @@ def assert_the_same(root: Path, undisturbed: Path, begun: set[Path]) -> None:
 
 @pytest.mark.e2e
 @pytest.mark.timeout(900)
-def test_killed_while_it_trains_and_while_it_samples_the_same_command_finishes_with_the_same_bytes(
+def test_killed_while_it_trains_the_same_command_finishes_with_the_same_bytes(
     ray_cluster: None, tmp_path: Path
 ) -> None:
-    """Kill what no other test of this suite does; kills in pairs and latents, and in more ways, have their own."""
+    """Kill the tree of all processes with its Ray; kills in pairs and latents, and of workers alone, have their own."""
     values = tiny_recipe(write_pictures(tmp_path / "pictures", 16))
     torch.manual_seed(SEED)
     checkpoint.save(build_first_stage(presets.first_stage("tiny-kl-f8")), tmp_path / "first_stage")
@@ -165,10 +165,10 @@ def test_killed_while_it_trains_and_while_it_samples_the_same_command_finishes_w
     values["diffusion"]["training"] |= {"workers": 1, "steps": 8, "sample_every_steps": 8}
     recipe = write_recipe(tmp_path / "tiny.yaml", values)
     undisturbed, root = tmp_path / "undisturbed", tmp_path / "killed"
-    expected = run(load_recipe(recipe, (f"root={undisturbed}",)))
-    result, begun = killed_in(("diffusion", "evaluate"), recipe, root)
+    expected = run(load_recipe(recipe, (f"root={undisturbed}", "tracking.enabled=false")))
+    result, begun = killed_in(["diffusion"], recipe, root)
     assert [path.relative_to(root).parts[0] for path in begun] == ["diffusion"]
-    assert [stage["state"] for stage in result["stages"]] == ["cached"] * 4 + ["resumed", "run"]
+    assert [stage["state"] for stage in result["stages"]] == ["cached"] * 3 + ["resumed", "run", "run"]
     assert {stage["name"]: stage["key"] for stage in result["stages"]} == {row.name: row.key for row in expected.rows}
     assert_the_same(root, undisturbed, begun)
 
