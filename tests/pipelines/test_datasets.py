@@ -24,7 +24,7 @@ from pipelines.stages.pairs.held_out import held_out_places
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.ledger import Artifact
 from pipelines.store.storage import Storage
-from tests.pipelines.store.s3 import BUCKET, S3, Plan, environment
+from tests.pipelines.store.s3 import BUCKET, S3, Plan
 from tests.tiny_artifacts import (
     encoded_latents_artifact,
     finish,
@@ -180,12 +180,11 @@ def test_nodes_share_the_shards(pairs: Artifact, monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_object_store_is_read_with_its_hiccups(
-    s3_server: S3, pairs: Artifact, monkeypatch: pytest.MonkeyPatch
+    s3_server: S3, pairs: Artifact, use_s3: Callable[[str], None]
 ) -> None:
     remote = Storage(f"s3://{BUCKET}/datasets/pairs/renamed")
     with s3_server.behind(Plan({"error": 0.2, "cut_answer": 0.1}, seed=3)) as proxy:
-        for name, value in environment(proxy.url).items():
-            monkeypatch.setenv(name, value)
+        use_s3(proxy.url)
         for name in ["manifest.json", pairs.manifest.table, *pairs.shards().names]:
             pairs.storage.copy(name, remote)
         assert keys(open_pairs(remote.url)) == keys(stored(pairs))

@@ -3,7 +3,7 @@
 import json
 import pickle
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from pipelines.stages.pairs.sources.columns import find_column
 from tests.aged import aged
 from tests.pipelines.stages.pairs.sources.test_sources import load, opened, rows_of, write_parquet
 from tests.pipelines.stages.pairs.web_server import picture
-from tests.pipelines.store.s3 import BUCKET, S3, environment
+from tests.pipelines.store.s3 import BUCKET, S3
 
 
 def laion(path: Path, rows: int, group: int) -> Path:
@@ -228,9 +228,8 @@ def s3_server() -> Iterator[S3]:
     server.close()
 
 
-def test_parts_and_tars_on_s3_are_read(tmp_path: Path, s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in environment(s3_server.url).items():
-        monkeypatch.setenv(name, value)
+def test_parts_and_tars_on_s3_are_read(tmp_path: Path, s3_server: S3, use_s3: Callable[[str], None]) -> None:
+    use_s3(s3_server.url)
     for i in range(20):
         path = write_parquet(tmp_path / "t.parquet", URL=[f"http://a/{i}"] * 50, TEXT=[str(i)] * 50, s=[0.5] * 50)
         s3_server.client.upload_file(str(path), BUCKET, f"laion/part-{i:05d}.parquet")
