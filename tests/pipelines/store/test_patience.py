@@ -146,6 +146,8 @@ def test_ctrl_c_works_while_it_waits(gate: Gate, root: Storage) -> None:
     program = (
         "import sys; from pipelines.store.storage import Storage; from pipelines import patience; "
         "patience.expect_answers(); patience.TELL_AFTER_S = 0.5; print('up', flush=True)\n"
+        # Whoever started the tests in the background may have had SIGINT ignored.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "try: Storage(sys.argv[1]).read_bytes('a')\n"
         "except KeyboardInterrupt: print('interrupted')"
     )
