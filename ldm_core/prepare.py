@@ -1,4 +1,4 @@
-"""Make a network fast: the one place that sets precision, memory format, compilation and attention kernels.
+"""Make a network fast to train or to sample: precision, memory format, compilation and attention kernels.
 
 What it chooses by itself, by device:
 
@@ -117,7 +117,7 @@ def prepare(
         purpose=for_,
         precision=precision or ("bf16" if has_bf16(device) else "fp32"),
         channels_last=on_gpu,
-        compiled=_compiles(device, compile),
+        compiled=compiles(device, compile),
         graphs=on_gpu and graphs is not False and for_ == "sampling" and isinstance(network, LatentDiffusion),
     )
     if for_ == "sampling":
@@ -242,8 +242,12 @@ def c_compiler() -> str | None:
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
-def _compiles(device: torch.device, wanted: bool | None) -> bool:
-    """Return whether to compile; Triton and Inductor need a C compiler while they run."""
+def compiles(device: torch.device, wanted: bool | None) -> bool:
+    """Return whether to compile on a device: what is wanted, or on GPUs alone; Triton and Inductor need a C compiler.
+
+    Raises:
+        ValueError: it is wanted, and there is none.
+    """
     if wanted is False or (wanted is None and device.type != "cuda"):
         return False
     if c_compiler():

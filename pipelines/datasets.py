@@ -19,7 +19,7 @@ from pipelines.stages.latents.artifact import FORMAT_VERSION
 from pipelines.stages.latents.encoding.names import latent_files
 from pipelines.stages.pairs.artifact import PAIRS_FORMAT, decode_image, image_of
 from pipelines.stages.pairs.held_out import held_out_places
-from pipelines.store.ledger import artifact_at
+from pipelines.store.ledger import Artifact, artifact_at
 from pipelines.store.storage import Storage
 
 Sample = dict[str, Any]
@@ -64,7 +64,8 @@ def open_pairs(
     Raises:
         UserError: there is no such artifact; or, while it is read, a shard or a sample of it is damaged.
     """
-    return _open(url, "pairs", PAIRS_FORMAT, _read_pairs, _decode_pair, shuffle, seed, nodesplitter)
+    artifact = artifact_at(str(url), "pairs").require("pairs", PAIRS_FORMAT)
+    return _open(artifact, _shards(artifact), _read_pairs, _decode_pair, shuffle, seed, nodesplitter)
 
 
 def open_latents(
@@ -81,7 +82,7 @@ def open_latents(
         url: the artifact's folder, `ROOT/latents/KEY`, local or at any fsspec URL (`s3://…`).
         shuffle: as for `open_pairs`.
         seed: as for `open_pairs`.
-        held_out: False leaves out the samples that `ldm run` trains nothing on, True gives these alone, None all.
+        held_out: False leaves out the samples that `ldm run` trains nothing on, True gives these alone, None gives all.
         nodesplitter: as for `open_pairs`.
 
     Returns:
@@ -94,13 +95,22 @@ def open_latents(
         UserError: there is no such artifact; or, while it is read, a shard or a sample of it is damaged.
     """
     artifact = artifact_at(str(url), "latents").require("latents", FORMAT_VERSION)
-    read: Read = read_with_facts
+    read, shards = read_with_facts, _shards(artifact)
     if held_out is not None:
-        names, places = list(artifact.shards().names), held_out_places(artifact)
-        read = partial(_split, {(names[shard], row) for shard, row in places}, held_out)
-    samples = _open(url, "latents", FORMAT_VERSION, read, _decode_latents, shuffle, seed, nodesplitter)
+        names = artifact.shards().names
+        places = {(names[shard], row) for shard, row in held_out_places(artifact)}
+        read = partial(_split, places, held_out)
+        if held_out:
+            # A few of all: others need not be read.
+            shards = sorted({shard for shard, _ in places})
+    samples = _open(artifact, shards, read, _decode_latents, shuffle, seed, nodesplitter)
     samples.scale_factor = float(artifact.details["scale_factor"])
     return samples
+
+
+def _shards(artifact: Artifact) -> list[str]:
+    """Return the names of the shards that hold samples."""
+    return [record.name for record in artifact.shards() if record.rows]
 
 
 def _split(places: set[tuple[str, int]], wanted: bool, storage: Storage, shard: str) -> Iterator[Sample]:
@@ -111,17 +121,15 @@ def _split(places: set[tuple[str, int]], wanted: bool, storage: Storage, shard: 
 
 
 def _open(
-    url: str | Path,
-    stage: str,
-    format_version: int,
+    artifact: Artifact,
+    shards: list[str],
     read: Read,
     decode: Callable[[Sample], Sample],
     shuffle: int,
     seed: int | None,
     nodesplitter: Callable[..., Any],
 ) -> Samples:
-    artifact = artifact_at(str(url), stage).require(stage, format_version)
-    storage, shards = artifact.storage, [record.name for record in artifact.shards() if record.rows]
+    storage = artifact.storage
     if not shards:
         raise UserError(f"{storage.url} holds no samples")
     steps = [webdataset.SimpleShardList(shards), nodesplitter, _not_empty, webdataset.split_by_worker]

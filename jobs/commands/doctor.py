@@ -79,14 +79,14 @@ def _machine() -> dict[str, Any]:
 def _gpus() -> dict[str, str]:
     import torch
 
+    from ldm_core.prepare import c_compiler
+
     if not torch.cuda.is_available():
         return {"": "none: training runs on the CPU"}
     names = {}
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
         names[f"cuda:{i}"] = f"{properties.name}, {format_bytes(properties.total_memory)}"
-    from ldm_core.prepare import c_compiler
-
     return {**names, "C compiler": c_compiler() or "none: networks will run uncompiled, which is slower"}
 
 

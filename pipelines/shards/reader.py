@@ -134,12 +134,12 @@ class ShardReader:
             index = None if written is None else self._load(record, written, facts=True)
             if index is None or not index.has_facts:
                 raise self._damaged(record, "has no index with the json of its samples")
+            with self._lock:
+                held = index.nbytes + sum(each.nbytes for each in self._facts.values())
+                while self._facts and (len(self._facts) >= MAX_FACTS or held > MAX_INDEXES_BYTES):
+                    held -= self._facts.popitem(last=False)[1].nbytes
         with self._lock:
             self._facts[shard] = index
-            held = sum(each.nbytes for each in self._facts.values())
-            while len(self._facts) > 1 and (len(self._facts) > MAX_FACTS or held > MAX_INDEXES_BYTES):
-                held -= next(iter(self._facts.values())).nbytes
-                self._facts.popitem(last=False)
         return index.facts(row)
 
     def fetch_ahead(self, shards: list[int]) -> None:

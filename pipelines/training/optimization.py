@@ -11,7 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ldm_core.networks.text_transformer import TextTransformer
 from ldm_core.networks.unet import UNet
-from ldm_core.prepare import Prepared, prepare
+from ldm_core.prepare import Prepared, compiles, prepare
+from pipelines.errors import UserError
 
 if TYPE_CHECKING:
     from pipelines.training.config import TrainingConfig
@@ -33,7 +34,16 @@ def prepare_network(network: nn.Module, config: TrainingConfig) -> Prepared:
         if isinstance(module, (UNet, TextTransformer)):
             module.activation_checkpointing = config.activation_checkpointing
     precision = None if config.precision == "auto" else config.precision
-    return prepare(network, for_="training", precision=precision, compile=config.compile)
+    compile_it = is_compiled(next(network.parameters()).device, config)
+    return prepare(network, for_="training", precision=precision, compile=compile_it)
+
+
+def is_compiled(device: torch.device, config: TrainingConfig) -> bool:
+    """Return whether what trains on a device is compiled. Raises UserError if that is asked for and cannot be done."""
+    try:
+        return compiles(device, config.compile)
+    except ValueError as error:
+        raise UserError(f"training.compile: {error}") from None
 
 
 def in_parallel(network: nn.Module, world: int) -> nn.Module:

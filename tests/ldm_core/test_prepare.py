@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ldm_core import presets
 from ldm_core.latent_diffusion import DiffusionNetwork, LatentDiffusion
-from ldm_core.prepare import MOST_GRAPHS, StepGraphs, _compiles, _prefer_fused_attention, c_compiler, prepare
+from ldm_core.prepare import MOST_GRAPHS, StepGraphs, _prefer_fused_attention, c_compiler, compiles, prepare
 from tests.random_weights import without_zeros
 
 INPUTS = (torch.randn(2, 4, 8, 8), torch.tensor([5, 700]), torch.randint(0, 1000, (2, 9)))
@@ -172,6 +172,6 @@ def test_without_a_c_compiler_nothing_is_compiled_and_who_asks_for_it_is_told(mo
     with pytest.raises(ValueError, match=r"no C compiler is here to compile networks with .*: install one"):
         prepare(nn.Linear(1, 1), for_="training", compile=True)
     with pytest.warns(UserWarning, match="they run uncompiled, which is slower"):
-        assert not _compiles(torch.device("cuda"), None)
+        assert not compiles(torch.device("cuda"), None)
     monkeypatch.undo()
-    assert _compiles(torch.device("cuda"), None) == (c_compiler() is not None)
+    assert compiles(torch.device("cuda"), None) == (c_compiler() is not None)

@@ -37,6 +37,7 @@ from pipelines.stages.diffusion.sampling import sample_prompts
 from pipelines.store.commits import ArtifactWriter
 from pipelines.store.ledger import Artifact
 from pipelines.training.noise import standard_normal
+from pipelines.training.optimization import is_compiled
 
 PREVIEW_COLUMNS = 4
 PREVIEW_CELL_PIXELS = 128
@@ -88,8 +89,7 @@ class DiffusionLearner:
             timesteps=task.config.timesteps,
         ).open()
         # Compiled for one shape, and if buckets bring others for any.
-        compiled = device.type == "cuda" if training.compile is None else training.compile
-        self.draw_noise = torch.compile(standard_normal) if compiled else standard_normal
+        self.draw_noise = torch.compile(standard_normal) if is_compiled(device, training) else standard_normal
         schedule = NoiseSchedule(task.model.schedule, device=device)
         kinds: dict[str, Any] = {"parameterization": task.model.parameterization, "loss": task.model.loss}
         self.objective = DiffusionObjective(

@@ -80,9 +80,7 @@ def _tokens(lengths: Sequence[Lengths]) -> dict[str, Any]:
 
 
 def _bytes_a_sample(artifact: Artifact, shards: Sequence[tuple[FileRecord, ShardIndex]]) -> dict[str, float]:
-    """Return what of a sample's bytes are its latent, its condition, the tar around them, its json, and the rest of the
-    index, which has that.
-    """
+    """Return how many bytes of a sample are latent, condition, the tar around them, json, and the rest of the index."""
     sums, rows = Counter[str](), 0
     for record, index in shards:
         rows += len(index)
